@@ -1,0 +1,50 @@
+"""Writing files so that nothing is ever half-written."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ear_vae.errors import EarVAEError
+
+
+@contextmanager
+def atomic_path(destination: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
+    """A temporary path beside `destination` that takes its place when the block succeeds.
+
+    When the block fails, for whatever reason, the temporary file is removed and an existing
+    destination is left as it was. The suffix of the destination is kept.
+
+    Args:
+        destination: The file to write.
+        overwrite: Replace an existing file.
+
+    Raises:
+        EarVAEError: The destination exists and is not to be overwritten, is a folder, or lies in a
+            folder that is missing or cannot be written to.
+    """
+    destination = Path(destination)
+    if destination.is_dir():
+        raise EarVAEError(f"{destination}: is a folder, expected the path of a file to write")
+    if destination.exists() and not overwrite:
+        raise EarVAEError(f"{destination}: exists already; remove it or ask to overwrite it")
+    try:
+        handle, name = tempfile.mkstemp(prefix=".ear-vae-", suffix=destination.suffix, dir=destination.parent)
+    except FileNotFoundError:
+        raise EarVAEError(f"{destination}: the folder {destination.parent} does not exist") from None
+    except OSError as error:
+        raise EarVAEError(f"{destination}: cannot write in {destination.parent}: {error.strerror}") from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        # mkstemp makes the file private; what is left behind has the permissions of any new file.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(destination)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Signal processing that losses and metrics share: differentiable, on any device, batch first."""

@@ -1,0 +1,60 @@
+"""Short-time Fourier transforms at several resolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ear_vae.errors import EarVAEError
+
+
+class MultiResolutionSTFT(nn.Module):
+    """Complex spectrograms of one signal at several window sizes.
+
+    Hann windows, a hop of a quarter window, frames centred on their time with reflected edges. Scaled by 1/√(Σ window²): white
+    noise of standard deviation σ has root-mean-square magnitude σ at every resolution, so that one
+    floor fits them all.
+
+    Args:
+        window_sizes: In samples, each a multiple of 4.
+
+    Raises:
+        EarVAEError: No sizes, or one that is not a positive multiple of 4.
+    """
+
+    def __init__(self, window_sizes: Sequence[int]) -> None:
+        super().__init__()
+        if not window_sizes or any(size < 4 or size % 4 for size in window_sizes):
+            raise EarVAEError(f"window sizes must be positive multiples of 4, got {list(window_sizes)}")
+        self.window_sizes = tuple(window_sizes)
+        for size in self.window_sizes:
+            window = torch.hann_window(size, dtype=torch.float64)
+            self.register_buffer(_name(size), (window / window.square().sum().sqrt()).float(), persistent=False)
+
+    def forward(self, audio: Tensor) -> list[Tensor]:
+        """Transforms audio [..., T] to one complex spectrogram [..., F, frames] per window size.
+
+        F = size / 2 + 1; frames = 1 + T // (size / 4).
+
+        Raises:
+            EarVAEError: T is not longer than half the largest window.
+        """
+        num_samples = audio.shape[-1]
+        if num_samples <= max(self.window_sizes) // 2:
+            raise EarVAEError(
+                f"{num_samples} samples are too few for windows of {max(self.window_sizes)}: "
+                f"at least {max(self.window_sizes) // 2 + 1} are needed"
+            )
+        flat = audio.reshape(-1, num_samples)
+        spectra = []
+        for size in self.window_sizes:
+            window = self.get_buffer(_name(size)).to(flat.dtype)
+            spectrum = torch.stft(flat, size, size // 4, window=window, return_complex=True)
+            spectra.append(spectrum.reshape(*audio.shape[:-1], *spectrum.shape[-2:]))
+        return spectra
+
+
+def _name(size: int) -> str:
+    return f"window_{size}"

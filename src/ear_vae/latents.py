@@ -1,0 +1,207 @@
+"""The latent file: a safetensors file that says what it needs to be decoded."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save
+from torch import Tensor
+
+from ear_vae._files import atomic_path
+from ear_vae.errors import EarVAEError
+
+FORMAT = "ear-vae-latents"
+FORMAT_VERSION = 1
+_INTEGERS = (
+    "sample_rate",
+    "downsampling_ratio",
+    "num_samples",
+    "audio_channels",
+    "source_sample_rate",
+    "source_num_samples",
+)
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Latents of one piece of audio, with what it takes to turn them back into it.
+
+    Attributes:
+        mean: The posterior's means, or one draw from it where `sampled` is true; [D, N], floating point.
+        std: The posterior's standard deviations, [D, N], or None.
+        sample_rate: Rate of the model that made them, in Hz.
+        downsampling_ratio: Samples per latent frame.
+        num_samples: Samples at `sample_rate` that are not padding; N = ceil(num_samples / downsampling_ratio).
+        audio_channels: Channels of the source, 1 or 2.
+        source_sample_rate: Rate of the source, in Hz.
+        source_num_samples: Length of the source at its own rate.
+        model_name: Name of the model that made them.
+        weights_sha256: Fingerprint of its weights.
+        sampled: Whether `mean` holds a draw.
+    """
+
+    mean: Tensor
+    std: Tensor | None
+    sample_rate: int
+    downsampling_ratio: int
+    num_samples: int
+    audio_channels: int
+    source_sample_rate: int
+    source_num_samples: int
+    model_name: str
+    weights_sha256: str
+    sampled: bool = False
+
+    @property
+    def latent_rate(self) -> float:
+        """Latent frames per second."""
+        return self.sample_rate / self.downsampling_ratio
+
+    @property
+    def duration_seconds(self) -> float:
+        """Length of the audio."""
+        return self.num_samples / self.sample_rate
+
+
+def save_latents(
+    destination: str | os.PathLike[str] | IO[bytes], latents: Latents, *, overwrite: bool = False
+) -> None:
+    """Writes a latent file; it appears complete or not at all.
+
+    Args:
+        destination: Path or open binary file.
+        latents: What to write; the tensors keep their dtype.
+        overwrite: Replace an existing file.
+
+    Raises:
+        EarVAEError: The latents are inconsistent, or the destination exists or cannot be written.
+    """
+    name = _name(destination)
+    _require_valid(latents, name)
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        **{key: str(getattr(latents, key)) for key in _INTEGERS},
+        "model_name": latents.model_name,
+        "weights_sha256": latents.weights_sha256,
+        "sampled": str(latents.sampled).lower(),
+    }
+    tensors = {"mean": latents.mean.detach().cpu().contiguous()}
+    if latents.std is not None:
+        tensors["std"] = latents.std.detach().cpu().contiguous()
+    data = save(tensors, metadata)
+    try:
+        if isinstance(destination, (str, os.PathLike)):
+            with atomic_path(destination, overwrite) as temporary:
+                temporary.write_bytes(data)
+        else:
+            destination.write(data)
+    except OSError as error:
+        raise EarVAEError(f"{name}: could not be written: {error.strerror or error}") from error
+
+
+def load_latents(source: str | os.PathLike[str] | IO[bytes]) -> Latents:
+    """Reads a latent file.
+
+    Args:
+        source: Path or open binary file.
+
+    Raises:
+        EarVAEError: The file is missing, a folder, empty, truncated, no latent file, of another format
+            version, or its content is inconsistent or not finite.
+    """
+    name = _name(source)
+    tensors, metadata = _read(source, name)
+    if metadata.get("format") != FORMAT:
+        raise EarVAEError(f"{name}: is a safetensors file, but not a latent file of ear-vae")
+    version = metadata.get("format_version")
+    if version != str(FORMAT_VERSION):
+        raise EarVAEError(
+            f"{name}: latent format version {version}, this ear-vae reads version {FORMAT_VERSION}; update ear-vae"
+        )
+    missing = [k for k in (*_INTEGERS, "model_name", "weights_sha256", "sampled") if k not in metadata]
+    if missing or "mean" not in tensors or set(tensors) - {"mean", "std"}:
+        raise EarVAEError(
+            f"{name}: damaged latent file: missing metadata {missing}, tensors {sorted(tensors)} (expected mean, std)"
+        )
+    try:
+        integers = {key: int(metadata[key]) for key in _INTEGERS}
+        sampled = {"true": True, "false": False}[metadata["sampled"]]
+    except (ValueError, KeyError) as error:
+        raise EarVAEError(f"{name}: damaged latent file: unreadable metadata ({error})") from error
+    latents = Latents(
+        mean=tensors["mean"],
+        std=tensors.get("std"),
+        model_name=metadata["model_name"],
+        weights_sha256=metadata["weights_sha256"],
+        sampled=sampled,
+        **integers,
+    )
+    _require_valid(latents, name)
+    return latents
+
+
+def is_latent_file(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a safetensors file that calls itself a latent file."""
+    try:
+        with safe_open(Path(path), framework="pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (OSError, SafetensorError):
+        return False
+
+
+def _read(source: str | os.PathLike[str] | IO[bytes], name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        if isinstance(source, (str, os.PathLike)):
+            path = Path(source)
+            if path.is_dir():
+                raise EarVAEError(f"{name}: is a folder, expected a latent file")
+            if path.stat().st_size == 0:
+                raise EarVAEError(f"{name}: is empty (0 bytes)")
+            with safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118 - not a mapping
+        data = source.read()
+        return load(data), _header_metadata(data)
+    except FileNotFoundError:
+        raise EarVAEError(f"{name}: no such file") from None
+    except (OSError, SafetensorError) as error:
+        raise EarVAEError(f"{name}: not a readable latent file, perhaps truncated: {error}") from error
+
+
+def _header_metadata(data: bytes) -> dict[str, str]:
+    """The metadata of safetensors bytes, which `safetensors.torch.load` has accepted but does not return."""
+    import json
+
+    length = int.from_bytes(data[:8], "little")
+    return dict(json.loads(data[8 : 8 + length]).get("__metadata__") or {})
+
+
+def _require_valid(latents: Latents, name: str) -> None:
+    mean, std = latents.mean, latents.std
+    if mean.ndim != 2 or not mean.is_floating_point():
+        raise EarVAEError(f"{name}: mean must be floating point [D, N], got {mean.dtype} {list(mean.shape)}")
+    if std is not None and (std.shape != mean.shape or not std.is_floating_point()):
+        raise EarVAEError(f"{name}: std must be floating point {list(mean.shape)}, got {std.dtype} {list(std.shape)}")
+    numbers = {key: getattr(latents, key) for key in _INTEGERS}
+    if min(numbers.values()) < 1 or latents.audio_channels > 2:
+        raise EarVAEError(f"{name}: numbers out of range: {numbers}")
+    num_frames = -(-latents.num_samples // latents.downsampling_ratio)
+    if num_frames != mean.shape[1]:
+        raise EarVAEError(
+            f"{name}: {latents.num_samples} samples at {latents.downsampling_ratio} per frame are {num_frames} frames, "
+            f"the file holds {mean.shape[1]}"
+        )
+    for key, tensor in (("mean", mean), ("std", std)):
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            raise EarVAEError(f"{name}: {key} holds NaN or infinity")
+    if std is not None and bool((std < 0).any()):
+        raise EarVAEError(f"{name}: std holds negative values")
+
+
+def _name(source: object) -> str:
+    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else str(getattr(source, "name", "<stream>"))

@@ -1,0 +1,50 @@
+"""The convolutional decoder."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ear_vae.config import EarVAEConfig
+from ear_vae.network.blocks import Snake, residual_units
+
+IN_KERNEL_SIZE = 7
+OUT_KERNEL_SIZE = 7
+
+
+class DecoderBlock(nn.Module):
+    """A Snake and a transposed convolution, then three residual units at the higher rate."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.snake = Snake(in_channels)
+        self.conv = nn.ConvTranspose1d(
+            in_channels, out_channels, 2 * stride, stride=stride, padding=stride // 2
+        )
+        self.residual_units = residual_units(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.residual_units(self.conv(self.snake(x)))
+
+
+class Decoder(nn.Module):
+    """Latents [B, D, N] to audio [B, C, N * downsampling_ratio], unbounded (there is no tanh)."""
+
+    def __init__(self, config: EarVAEConfig) -> None:
+        super().__init__()
+        first = config.block_widths[-1][1]
+        self.conv_in = nn.Conv1d(config.latent_dim, first, IN_KERNEL_SIZE, padding=IN_KERNEL_SIZE // 2)
+        self.blocks = nn.Sequential(
+            *(
+                DecoderBlock(low_rate, wide_rate, stride)
+                for (wide_rate, low_rate), stride in zip(
+                    reversed(config.block_widths), reversed(config.strides), strict=True
+                )
+            )
+        )
+        self.snake_out = Snake(config.channels)
+        self.conv_out = nn.Conv1d(
+            config.channels, config.audio_channels, OUT_KERNEL_SIZE, padding=OUT_KERNEL_SIZE // 2, bias=False
+        )
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.conv_out(self.snake_out(self.blocks(self.conv_in(latents))))

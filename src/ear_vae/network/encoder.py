@@ -1,0 +1,46 @@
+"""The convolutional encoder."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ear_vae.config import EarVAEConfig
+from ear_vae.network.blocks import Snake, residual_units
+
+IN_KERNEL_SIZE = 7
+OUT_KERNEL_SIZE = 3
+
+
+class EncoderBlock(nn.Module):
+    """Three residual units at the higher rate, then a Snake and a strided convolution."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.residual_units = residual_units(in_channels)
+        self.snake = Snake(in_channels)
+        self.conv = nn.Conv1d(in_channels, out_channels, 2 * stride, stride=stride, padding=stride // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.snake(self.residual_units(x)))
+
+
+class Encoder(nn.Module):
+    """Audio [B, C, N * downsampling_ratio] to the posterior's parameters [B, 2 D, N], mean ‖ scale."""
+
+    def __init__(self, config: EarVAEConfig) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv1d(
+            config.audio_channels, config.channels, IN_KERNEL_SIZE, padding=IN_KERNEL_SIZE // 2
+        )
+        self.blocks = nn.Sequential(
+            *(
+                EncoderBlock(wide_rate, low_rate, stride)
+                for (wide_rate, low_rate), stride in zip(config.block_widths, config.strides, strict=True)
+            )
+        )
+        last = config.block_widths[-1][1]
+        self.snake_out = Snake(last)
+        self.conv_out = nn.Conv1d(last, 2 * config.latent_dim, OUT_KERNEL_SIZE, padding=OUT_KERNEL_SIZE // 2)
+
+    def forward(self, audio: Tensor) -> Tensor:
+        return self.conv_out(self.snake_out(self.blocks(self.conv_in(audio))))

@@ -1,0 +1,6 @@
+"""Training with Lightning: the module, the data, and the command line. The only package that imports lightning."""
+
+from ear_vae.training.data import AudioDataModule
+from ear_vae.training.module import EarVAEModule
+
+__all__ = ["AudioDataModule", "EarVAEModule"]

@@ -1,0 +1,82 @@
+"""`ear-vae fit`: the Lightning command line over our module and data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from ear_vae.errors import EarVAEError
+from ear_vae.training.callbacks import ExportModel
+from ear_vae.training.data import AudioDataModule
+from ear_vae.training.module import EarVAEModule
+
+
+class FitCLI(LightningCLI):
+    """LightningCLI that gives the data the model's rate and frame length, and exports the model."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Links what the model decides about the data, and adds the exported model."""
+        for target, fact in (("sample_rate", _sample_rate), ("segment_multiple", _downsampling_ratio)):
+            parser.link_arguments("model", f"data.{target}", compute_fn=fact, apply_on="instantiate")
+        parser.add_lightning_class_args(ExportModel, "export")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs `ear-vae fit`.
+
+    Args:
+        arguments: What follows `fit`. `--config` takes the name of a shipped config or a file.
+
+    Returns:
+        0.
+
+    Raises:
+        EarVAEError: No such config, or anything that the module or the data refuses.
+        SystemExit: Usage errors, as argparse raises them.
+    """
+    FitCLI(
+        EarVAEModule,
+        AudioDataModule,
+        # Last, so that nothing overrides it: a checkpoint to resume from must not run code.
+        args=["fit", *_with_shipped_configs(arguments), "--weights_only=true"],
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+    )
+    return 0
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The configs that come with the package, by name."""
+    folder = Path(str(files("ear_vae.training") / "configs"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _with_shipped_configs(arguments: Sequence[str]) -> list[str]:
+    """Replaces the names of shipped configs after `--config` by their paths."""
+    shipped = shipped_configs()
+    result = list(arguments)
+    for index, argument in enumerate(result):
+        option, equals, value = argument.partition("=")
+        if option not in ("-c", "--config"):
+            continue
+        position = index
+        if not equals:
+            position, option, value = index + 1, "", result[index + 1] if index + 1 < len(result) else ""
+        if value in shipped:
+            value = str(shipped[value])
+        elif value and not Path(value).is_file():
+            raise EarVAEError(f"no config {value!r}: give a file, or one of {', '.join(shipped)}")
+        if value:
+            result[position] = f"{option}={value}" if equals else value
+    return result
+
+
+def _sample_rate(module: EarVAEModule) -> int:
+    return module.vae.sample_rate
+
+
+def _downsampling_ratio(module: EarVAEModule) -> int:
+    return module.vae.downsampling_ratio

@@ -1,0 +1,46 @@
+"""Weight norm on every convolution while training, folded away everywhere else."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+
+class WeightNorm(nn.Module):
+    """weight = g · v / ‖v‖ per kernel of dimension 0 (an input channel of a transposed convolution).
+
+    Unlike the one in torch it starts from v of unit length, so that the learning rate turns every
+    kernel equally fast whatever its gain, and takes an all-zero kernel: g = 0 with a random direction.
+
+    Reference: Salimans and Kingma, "Weight Normalization" (2016).
+    """
+
+    def forward(self, g: Tensor, v: Tensor) -> Tensor:
+        return v * (g / _norm(v))
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        g = _norm(weight)
+        direction = torch.where(g == 0, torch.randn_like(weight), weight)
+        return g, direction / _norm(direction)
+
+
+def apply_weight_norm(network: nn.Module) -> None:
+    """Puts weight norm on every convolution of `network`; its output does not change."""
+    for conv in _convolutions(network):
+        parametrize.register_parametrization(conv, "weight", WeightNorm())
+
+
+def remove_weight_norm(network: nn.Module) -> None:
+    """Folds weight norm into plain weights; the output does not change."""
+    for conv in _convolutions(network):
+        if parametrize.is_parametrized(conv, "weight"):
+            parametrize.remove_parametrizations(conv, "weight")
+
+
+def _convolutions(network: nn.Module) -> list[nn.Module]:
+    return [module for module in network.modules() if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d))]
+
+
+def _norm(weight: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.ndim)), keepdim=True)

@@ -1,0 +1,386 @@
+"""The public class: encode, decode and reconstruct stereo music."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ear_vae.config import EarVAEConfig
+from ear_vae.errors import EarVAEError
+from ear_vae.network import Decoder, Encoder, LatentTransformer
+from ear_vae.posterior import Posterior
+from ear_vae.tiling import decoder_reach, encoder_reach, run_tiled, tile_length
+
+SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+class Reconstruction(NamedTuple):
+    """What one pass through the whole model gives: `audio` [B, C, T] and the `posterior` it went through."""
+
+    audio: Tensor
+    posterior: Posterior
+
+
+class EarVAE(nn.Module):
+    """A variational autoencoder for stereo music.
+
+    A new instance has random weights; `EarVAE.from_pretrained` loads trained ones. Audio of any
+    length goes through in exact tiles, so memory does not grow with duration beyond the audio itself
+    (unless a gradient is recorded, which keeps every activation by nature).
+
+    Results are float32 (float64 for a float64 model) and lie on the device of the input.
+
+    Args:
+        config: The architecture; the published 44.1 kHz one by default.
+        name: What latent files will call this model.
+
+    Reference: Wang et al., "Back to Ear: Perceptually Driven High Fidelity Music Reconstruction",
+    arXiv 2509.14912.
+    """
+
+    def __init__(self, config: EarVAEConfig | None = None, *, name: str = "unnamed") -> None:
+        super().__init__()
+        self.config = config or EarVAEConfig()
+        self.name = name
+        self.encoder = Encoder(self.config)
+        self.transformer = LatentTransformer(self.config) if self.config.transformer_depth else None
+        self.decoder = Decoder(self.config)
+        self._fingerprint: tuple[str, int] | None = None
+
+    @property
+    def sample_rate(self) -> int:
+        """Rate of the audio the model works on, in Hz."""
+        return self.config.sample_rate
+
+    @property
+    def latent_rate(self) -> float:
+        """Latent frames per second."""
+        return self.config.latent_rate
+
+    @property
+    def latent_dim(self) -> int:
+        """Channels D of the latents."""
+        return self.config.latent_dim
+
+    @property
+    def downsampling_ratio(self) -> int:
+        """Samples per latent frame."""
+        return self.config.downsampling_ratio
+
+    @property
+    def audio_channels(self) -> int:
+        """Channels C of the audio the model works on."""
+        return self.config.audio_channels
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights, in which the convolutions run."""
+        return next(self.parameters()).dtype
+
+    @property
+    def weights_sha256(self) -> str:
+        """Fingerprint of the weights: equal for equal weights, whatever file layout they came from.
+
+        Weights cast to another dtype after loading keep the fingerprint they were loaded with.
+        """
+        from ear_vae.weights import fingerprint
+
+        changes = sum(parameter._version for parameter in self.parameters())
+        if self._fingerprint is None or self._fingerprint[1] != changes:
+            self._fingerprint = (fingerprint(self.state_dict()), changes)
+        return self._fingerprint[0]
+
+    def encode(self, audio: Tensor | np.ndarray, sample_rate: int | None = None) -> Posterior:
+        """Encodes audio to a distribution over latents.
+
+        Args:
+            audio: [C, T] or [B, C, T], floating point, nominally within [-1, 1] (not enforced), one or
+                two channels; mono is duplicated to two.
+            sample_rate: Rate of `audio` in Hz when it is not the model's: it is then resampled.
+
+        Returns:
+            Posterior with tensors [D, N] or [B, D, N], N = ceil(T / downsampling_ratio) for T samples
+            at the model's rate. The last frame is zero-padded on the right.
+
+        Raises:
+            EarVAEError: Wrong rank, integer dtype, no samples, too many channels, unusable rate.
+        """
+        batched, squeeze = self._as_batch(audio)
+        batched = self._resampled(batched, sample_rate, self.sample_rate)
+        posterior = Posterior.from_parameters(self._encode_batch(batched))
+        return Posterior(posterior.mean[0], posterior.std[0]) if squeeze else posterior
+
+    def decode(self, latents: Tensor | np.ndarray, num_samples: int | None = None) -> Tensor:
+        """Decodes latents to audio at the model's rate.
+
+        Args:
+            latents: [D, N] or [B, D, N], floating point.
+            num_samples: Length to trim to, at most N * downsampling_ratio; untrimmed by default.
+
+        Returns:
+            Audio [C, T] or [B, C, T], not limited to [-1, 1].
+
+        Raises:
+            EarVAEError: Wrong rank, dtype or number of channels, no frames, `num_samples` out of range.
+        """
+        z = torch.as_tensor(latents)
+        if z.ndim not in (2, 3) or z.shape[-2] != self.latent_dim:
+            raise EarVAEError(
+                f"latents have shape {_shape(z)}; expected [{self.latent_dim}, N] or [B, {self.latent_dim}, N]"
+            )
+        _require_floating("latents", z, "convert them with .float()")
+        if z.numel() == 0:
+            raise EarVAEError(f"latents have shape {_shape(z)}: there is nothing to decode")
+        longest = z.shape[-1] * self.downsampling_ratio
+        if num_samples is not None and not 0 < num_samples <= longest:
+            raise EarVAEError(f"num_samples is {num_samples}; these latents decode to 1 to {longest} samples")
+        audio = self._decode_batch(z if z.ndim == 3 else z.unsqueeze(0))
+        return (audio if z.ndim == 3 else audio[0])[..., :num_samples]
+
+    def reconstruct(self, audio: Tensor | np.ndarray, sample_rate: int | None = None) -> Tensor:
+        """Encodes audio to the posterior's mean and decodes it again.
+
+        Args:
+            audio: As for `encode`.
+            sample_rate: As for `encode`.
+
+        Returns:
+            Audio of the input's shape and rate. Mono comes back as mono (the mean of the two
+            channels), other levels and lengths are not touched.
+
+        Raises:
+            EarVAEError: As for `encode`.
+        """
+        batched, squeeze = self._as_batch(audio)
+        num_samples, mono_in_stereo = batched.shape[-1], torch.as_tensor(audio).shape[-2] < self.audio_channels
+        batched = self._resampled(batched, sample_rate, self.sample_rate)
+        model_samples = batched.shape[-1]
+        parameters = self._encode_batch(batched)
+        del batched  # An hour of audio is a gigabyte; do not hold it while decoding.
+        rebuilt = self._decode_batch(Posterior.from_parameters(parameters).mean)[..., :model_samples]
+        if mono_in_stereo:
+            rebuilt = rebuilt.mean(dim=1, keepdim=True)
+        if sample_rate is not None:
+            rebuilt = self._resampled(rebuilt, self.sample_rate, sample_rate)[..., :num_samples]
+        return rebuilt[0] if squeeze else rebuilt
+
+    def forward(
+        self, audio: Tensor, *, sample: bool = False, generator: torch.Generator | None = None
+    ) -> Reconstruction:
+        """One pass as in training.
+
+        Args:
+            audio: [B, C, T] at the model's rate with the model's channels.
+            sample: Decode a draw from the posterior instead of its mean.
+            generator: Source of the draw.
+
+        Returns:
+            The rebuilt audio [B, C, T] and the posterior.
+
+        Raises:
+            EarVAEError: As for `encode`.
+        """
+        posterior = self.encode(audio)
+        latents = posterior.sample(generator) if sample else posterior.mode()
+        return Reconstruction(self.decode(latents, num_samples=audio.shape[-1]), posterior)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        variant: str | None = None,
+        revision: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        local_files_only: bool = False,
+        token: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        force_download: bool = False,
+    ) -> EarVAE:
+        """Loads a trained model: a local folder, else a bundled checkpoint, else a Hub repository.
+
+        The model comes in evaluation mode and frozen (`requires_grad_(True)` to train it), so that a
+        call outside `torch.no_grad()` does not keep every activation; gradients with respect to audio
+        and latents flow all the same.
+
+        Args:
+            name_or_path: A folder in our layout (`config.json`, `model.safetensors`) or in the official
+                one, the name of a bundled checkpoint such as `ear-vae-tiny`, or a Hub repository id such
+                as `earlab/EAR_VAE`.
+            variant: Which model of a repository that holds several, such as `ear_vae_44k`.
+            revision: Branch, tag or commit on the Hub.
+            device: Where to put the model; the CPU by default.
+            dtype: float32 (default), bfloat16 or float64. float16 is refused: it overflows in the decoder.
+            local_files_only: Do not go to the network.
+            token: Access token for the Hub.
+            cache_dir: Where Hub files and conversions are cached instead of the Hub's usual folder.
+            force_download: Fetch from the Hub again even if cached.
+
+        Raises:
+            EarVAEError: Nothing is found under the name, the variant is missing or unknown, a file is
+                damaged or does not fit its config, or the download failed.
+        """
+        from ear_vae.hub import resolve
+        from ear_vae.weights import load_pretrained
+
+        checkpoint = resolve(
+            name_or_path,
+            variant=variant,
+            revision=revision,
+            local_files_only=local_files_only,
+            token=token,
+            cache_dir=cache_dir,
+            force_download=force_download,
+        )
+        vae = load_pretrained(cls, checkpoint)
+        return vae.to(device=device, dtype=dtype) if dtype else vae.to(device=device)
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Writes `config.json`, `model.safetensors` and, unless there is one, a model card `README.md`.
+
+        Raises:
+            EarVAEError: The folder cannot be written to.
+        """
+        from ear_vae.weights import save_pretrained
+
+        save_pretrained(self, Path(directory))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        token: str | None = None,
+        private: bool | None = None,
+        commit_message: str = "Upload εar-VAE",
+    ) -> str:
+        """Creates the Hub repository if needed and uploads what `save_pretrained` writes.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            EarVAEError: The Hub refused or could not be reached.
+        """
+        from ear_vae.hub import push
+
+        return push(self, repo_id, token=token, private=private, commit_message=commit_message)
+
+    def to(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        """As `torch.nn.Module.to`; the weights keep the fingerprint they were loaded with.
+
+        Raises:
+            EarVAEError: float16 or another dtype that the network cannot run in.
+        """
+        _, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        if dtype is not None and dtype not in SUPPORTED_DTYPES:
+            raise EarVAEError(
+                f"{dtype} is not supported: float16 overflows in the transposed convolutions; "
+                "use torch.bfloat16 or torch.float32"
+            )
+        sha256 = self.weights_sha256 if dtype not in (None, self.dtype) else None
+        moved = super().to(*args, **kwargs)
+        if sha256 is not None:
+            self._fingerprint = (sha256, sum(parameter._version for parameter in self.parameters()))
+        return moved
+
+    def half(self) -> EarVAE:
+        """Refused, see `to`."""
+        return self.to(torch.float16)  # type: ignore[no-any-return]
+
+    def _as_batch(self, audio: Tensor | np.ndarray) -> tuple[Tensor, bool]:
+        """Audio as [B, C, T] with the model's channels, and whether a batch axis was added."""
+        x = torch.as_tensor(audio)
+        if x.ndim not in (2, 3):
+            cure = "; add the channel axis with audio[None]" if x.ndim == 1 else ""
+            raise EarVAEError(f"audio has shape {_shape(x)}; expected [C, T] or [B, C, T]{cure}")
+        _require_floating("audio", x, "16-bit samples become audio with audio / 32768")
+        channels, num_samples = x.shape[-2:]
+        if x.numel() == 0:
+            raise EarVAEError(f"audio has shape {_shape(x)}: there are no samples")
+        if channels > 2:
+            cure = (
+                "the last axis looks like the channels: use audio.transpose(-1, -2)"
+                if num_samples <= 2
+                else "downmix it to stereo first"
+            )
+            raise EarVAEError(f"audio has {channels} channels (shape {_shape(x)}), expected 1 or 2; {cure}")
+        if channels > self.audio_channels:
+            raise EarVAEError(f"audio has {channels} channels, this model works on {self.audio_channels}")
+        if channels < self.audio_channels:
+            x = x.expand(*x.shape[:-2], self.audio_channels, num_samples)
+        return (x, False) if x.ndim == 3 else (x.unsqueeze(0), True)
+
+    @staticmethod
+    def _resampled(audio: Tensor, original_rate: int | None, target_rate: int) -> Tensor:
+        if original_rate is None or original_rate == target_rate:
+            return audio
+        from ear_vae.audio import resample
+
+        return resample(audio, original_rate, target_rate)
+
+    def _encode_batch(self, audio: Tensor) -> Tensor:
+        """[B, C, T] at the model's rate to the posterior's parameters [B, 2 D, N]."""
+        ratio = self.downsampling_ratio
+        before, after = encoder_reach(self.encoder, ratio)
+        num_frames = -(-audio.shape[-1] // ratio)
+        whole = functional.pad(audio, (0, num_frames * ratio - audio.shape[-1]))
+        return self._run(self.encoder, whole, ratio, 1, (-(-before // ratio), -(-after // ratio)))
+
+    def _decode_batch(self, latents: Tensor) -> Tensor:
+        """[B, D, N] to audio [B, C, N * downsampling_ratio]."""
+        if self.transformer is not None:
+            latents = self._on_device(self.transformer)(latents).to(latents.device)
+        reach = decoder_reach(self.decoder, self.downsampling_ratio)
+        return self._run(self.decoder, latents, 1, self.downsampling_ratio, reach)
+
+    def _run(
+        self,
+        network: nn.Module,
+        x: Tensor,
+        inputs_per_frame: int,
+        outputs_per_frame: int,
+        context_frames: tuple[int, int],
+    ) -> Tensor:
+        on_device = self._on_device(network)
+        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in network.parameters())):
+            # A recorded graph holds every activation anyway: tiles would only add their contexts to it.
+            return on_device(x).to(x.device)
+        return run_tiled(
+            on_device,
+            x,
+            inputs_per_frame=inputs_per_frame,
+            outputs_per_frame=outputs_per_frame,
+            context_frames=context_frames,
+            tile_frames=tile_length(self.config.channels, self.downsampling_ratio),
+        )
+
+    def _on_device(self, network: nn.Module) -> Callable[[Tensor], Tensor]:
+        """`network` for input of any device and floating dtype, with float32 results at least."""
+
+        def call(x: Tensor) -> Tensor:
+            y: Tensor = network(x.to(device=self.device, dtype=self.dtype))
+            return y.to(torch.promote_types(y.dtype, torch.float32))
+
+        return call
+
+
+def _require_floating(what: str, x: Tensor, cure: str) -> None:
+    if not x.is_floating_point():
+        raise EarVAEError(f"{what} must be floating point, got {x.dtype}; {cure}")
+
+
+def _shape(x: Tensor) -> str:
+    return str(list(x.shape))

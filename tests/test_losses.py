@@ -1,0 +1,218 @@
+"""Loss terms against closed forms and signal truths."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from ear_vae import EarVAEError, Posterior
+from ear_vae.dsp.spectral import MultiResolutionSTFT
+from ear_vae.dsp.stereo import mid_side_left_right
+from ear_vae.losses import ReconstructionObjective, phase, spectral
+from ear_vae.losses.objective import DEFAULT_LOSS_WEIGHTS
+
+RATE = 44_100
+RECONSTRUCTION_TERMS = [name for name in DEFAULT_LOSS_WEIGHTS if name != "kl"]
+
+
+@pytest.fixture
+def objective() -> ReconstructionObjective:
+    return ReconstructionObjective(RATE, weights={"waveform": 1.0})
+
+
+def standard_normal(batch: int) -> Posterior:
+    return Posterior(torch.zeros(batch, 64, 8), torch.ones(batch, 64, 8))
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return 0.1 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def spectrum(audio: Tensor, size: int = 512) -> Tensor:
+    return MultiResolutionSTFT([size])(audio)[0]
+
+
+def test_stft_of_white_noise_has_its_level_at_every_size() -> None:
+    for stft in MultiResolutionSTFT([128, 1024, 4096])(noise(4, 100_000)):
+        assert float(stft.abs().square().mean().sqrt()) == pytest.approx(0.1, rel=0.02)
+
+
+def test_mid_and_side() -> None:
+    left, right = noise(50), noise(50, seed=1)
+    mid, side, same_left, same_right = mid_side_left_right(torch.stack((left, right)))
+    torch.testing.assert_close(mid + side, left)
+    torch.testing.assert_close(mid - side, right)
+    assert torch.equal(same_left, left)
+    assert torch.equal(same_right, right)
+    assert not mid_side_left_right(torch.stack((left, left)))[1].any()
+    with pytest.raises(EarVAEError, match="2 channels"):
+        mid_side_left_right(torch.zeros(1, 50))
+
+
+@pytest.mark.parametrize("gain", [0.25, 0.5, 2.0])
+def test_gain_in_closed_form(gain: float, objective: ReconstructionObjective) -> None:
+    target = noise(2, 2, 16_384)
+    terms = objective.terms(gain * target, target, standard_normal(2))
+    assert float(terms["spectral_convergence"]) == pytest.approx(abs(gain - 1), rel=1e-4)
+    assert float(terms["waveform"]) == pytest.approx(abs(gain - 1), rel=1e-4)
+    assert float(terms["log_magnitude"]) == pytest.approx(abs(math.log(gain)), rel=1e-3)
+    for name in ("correlation", "instantaneous_frequency", "group_delay"):
+        assert float(terms[name]) == pytest.approx(0, abs=2e-3)
+
+
+def test_identical_signals_give_zero(objective: ReconstructionObjective) -> None:
+    audio = noise(2, 2, 16_384)
+    terms = objective.terms(audio, audio.clone(), standard_normal(2))
+    assert set(terms) == set(DEFAULT_LOSS_WEIGHTS)
+    for name, value in terms.items():
+        assert float(value) == pytest.approx(0, abs=1e-3), name
+
+
+def test_polarity_flip(objective: ReconstructionObjective) -> None:
+    """Magnitudes and phase derivatives do not see it, the correlation is at its worst, the waveform doubles."""
+    target = noise(1, 2, 16_384)
+    terms = objective.terms(-target, target, standard_normal(1))
+    expected = {"spectral_convergence": 0, "log_magnitude": 0, "correlation": 2, "waveform": 2}
+    expected |= {"instantaneous_frequency": 0, "group_delay": 0}
+    for name, value in expected.items():
+        assert float(terms[name]) == pytest.approx(value, abs=2e-3), name
+
+
+@pytest.mark.parametrize("delay", [0, 1, 100, 255, 257, 300])
+def test_a_delay_turns_the_group_delay_by_its_angle(delay: int) -> None:
+    """An impulse d samples later turns 2π d / size more per bin; steps beyond π wrap around."""
+    size = 512
+    audio = torch.zeros(2, size, dtype=torch.float64)
+    audio[0, 100] = audio[1, 100 + delay] = 1
+    early, late = torch.fft.rfft(audio)[:, :, None]
+    wrapped = abs(math.remainder(2 * math.pi * delay / size, 2 * math.pi))
+    assert float(phase.group_delay(late, early)) == pytest.approx(wrapped, abs=1e-6)
+
+
+def test_a_frequency_shift_turns_the_instantaneous_frequency_by_its_angle() -> None:
+    """Frames are size/4 apart: a tone of f0 + Δ against f0 differs by 2π Δ hop / rate, where both are heard."""
+    size, time = 1024, torch.arange(RATE, dtype=torch.float64) / RATE
+    tone = [torch.sin(2 * math.pi * hz * time)[None] for hz in (1000.0, 1004.0)]
+    x, y = (spectrum(t, size)[:, 20:27, 8:-8] for t in tone)
+    expected = 2 * math.pi * 4 * (size // 4) / RATE
+    assert float(phase.instantaneous_frequency(x, y)) == pytest.approx(expected, rel=0.02)
+
+
+def test_phase_steps_are_wrapped() -> None:
+    """Steps of 3 and -3 radians are 2π − 6 apart, not 6."""
+    frames = torch.arange(6, dtype=torch.float64)
+    x, y = torch.polar(torch.ones(1, 1, 6).double(), 3 * frames), torch.polar(torch.ones(1, 1, 6).double(), -3 * frames)
+    assert float(phase.instantaneous_frequency(x, y)) == pytest.approx(2 * math.pi - 6)
+    turned = [z.transpose(-1, -2) for z in (x, y)]
+    assert float(phase.group_delay(*turned)) == pytest.approx(2 * math.pi - 6)
+
+
+def test_independent_phases_are_half_a_turn_off_the_worst() -> None:
+    """Uniform random differences: mean |angle| π/2, mean cosine 0."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.polar(torch.ones(200, 200), 6.2832 * torch.rand(200, 200, generator=generator)) for _ in range(2))
+    assert float(phase.instantaneous_frequency(x, y)) == pytest.approx(math.pi / 2, abs=0.02)
+    assert float(phase.group_delay(x, y)) == pytest.approx(math.pi / 2, abs=0.02)
+    assert float(phase.correlation(x, y)) == pytest.approx(1, abs=0.02)
+
+
+def test_silent_bins_carry_no_phase() -> None:
+    x, y = spectrum(noise(1, 8192)), spectrum(noise(1, 8192, seed=1))
+    quiet = y.clone()
+    quiet[:, 100:] = 0
+    assert phase.instantaneous_frequency(x, quiet) == phase.instantaneous_frequency(x[:, :100], y[:, :100])
+
+
+def test_terms_are_not_symmetric_and_take_the_estimate_first() -> None:
+    """Half the level is 0.5 away from the target, the double is 1: the target is the unit."""
+    target = spectrum(noise(1, 2, 8192))
+    assert float(spectral.spectral_convergence(0.5 * target, target)) == pytest.approx(0.5, rel=1e-5)
+    assert float(spectral.spectral_convergence(target, 0.5 * target)) == pytest.approx(1.0, rel=1e-5)
+    audio = noise(1, 2, 100)
+    assert float(spectral.waveform(0.5 * audio, audio)) == pytest.approx(0.5, rel=1e-5)
+    assert float(spectral.waveform(audio, 0.5 * audio)) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_objective_passes_estimate_and_target_in_order(objective: ReconstructionObjective) -> None:
+    quiet, loud = 0.5 * noise(1, 2, 8192), noise(1, 2, 8192)
+    posterior = standard_normal(1)
+    assert float(objective.terms(quiet, loud, posterior)["spectral_convergence"]) == pytest.approx(0.5, rel=1e-3)
+    assert float(objective.terms(loud, quiet, posterior)["spectral_convergence"]) == pytest.approx(1.0, rel=1e-3)
+
+
+def test_magnitudes_see_mid_and_side_phase_sees_left_and_right_only() -> None:
+    """A mono target against a stereo estimate that has the same left and right magnitudes."""
+    left = noise(1, 1, 16_384)
+    target, estimate = torch.cat((left, left), 1), torch.cat((left, -left), 1)
+    terms = ReconstructionObjective(RATE).terms(estimate, target, standard_normal(1))
+    # Mid and side change places: of the pooled energy M² + L² + R² = 3 units, M and S are wrong by 2.
+    assert float(terms["spectral_convergence"]) == pytest.approx(math.sqrt(2 / 3), rel=1e-3)
+    assert float(terms["correlation"]) == pytest.approx(1, abs=1e-3)
+    assert float(terms["group_delay"]) == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.parametrize("case", ["silence", "impulse", "identical", "silent estimate", "silent target"])
+def test_gradients_are_finite(case: str, objective: ReconstructionObjective) -> None:
+    target = noise(1, 2, 8192)
+    if case in ("silence", "silent target"):
+        target = torch.zeros(1, 2, 8192)
+    elif case == "impulse":
+        target = torch.zeros(1, 2, 8192)
+        target[..., 4000] = 1
+    estimate = noise(1, 2, 8192, seed=1) if case == "silent target" else target.clone()
+    if case == "silent estimate":
+        estimate = torch.zeros(1, 2, 8192)
+    estimate.requires_grad_(True)
+    terms = objective.terms(estimate, target, standard_normal(1))
+    for name in RECONSTRUCTION_TERMS:
+        (gradient,) = torch.autograd.grad(terms[name], estimate, retain_graph=True)
+        assert terms[name].isfinite(), name
+        assert gradient.isfinite().all(), name
+
+
+@pytest.mark.parametrize("name", RECONSTRUCTION_TERMS)
+def test_following_the_gradient_lowers_the_term(name: str) -> None:
+    objective = ReconstructionObjective(
+        RATE, weights={**dict.fromkeys(DEFAULT_LOSS_WEIGHTS, 0.0), name: 1.0}, window_sizes=(512,)
+    )
+    target = noise(1, 2, 4096)
+    estimate = (target + 0.3 * noise(1, 2, 4096, seed=1)).requires_grad_(True)
+    optimizer = torch.optim.Adam([estimate], lr=1e-3)
+    values = []
+    for _ in range(30):
+        value = objective(estimate, target, standard_normal(1))
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        values.append(float(value.detach()))
+    assert values[-1] < 0.9 * values[0]
+
+
+def test_total_is_the_weighted_sum() -> None:
+    weights = {"spectral_convergence": 2.0, "log_magnitude": 0.0, "waveform": 3.0, "kl": 0.5}
+    objective = ReconstructionObjective(RATE, weights=weights)
+    posterior = Posterior(torch.ones(1, 64, 8), torch.ones(1, 64, 8))
+    estimate, target = noise(1, 2, 8192), noise(1, 2, 8192, seed=1)
+    terms = objective.terms(estimate, target, posterior)
+    assert "log_magnitude" not in terms
+    assert float(terms["kl"]) == pytest.approx(64, rel=1e-4)
+    expected = sum((DEFAULT_LOSS_WEIGHTS | weights)[name] * float(value) for name, value in terms.items())
+    assert float(objective(estimate, target, posterior)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_bad_settings_are_refused() -> None:
+    with pytest.raises(EarVAEError, match=r"unknown loss terms \['phase'\].*log_magnitude"):
+        ReconstructionObjective(RATE, weights={"phase": 1.0})
+    with pytest.raises(EarVAEError, match="0 or more"):
+        ReconstructionObjective(RATE, weights={"kl": -1.0})
+    with pytest.raises(EarVAEError, match="0 or more"):
+        ReconstructionObjective(RATE, weights={"kl": math.nan})
+    with pytest.raises(EarVAEError, match="multiples of 4"):
+        ReconstructionObjective(RATE, window_sizes=(510,))
+    with pytest.raises(EarVAEError, match="at least 1025"):
+        ReconstructionObjective(RATE)(noise(1, 2, 1000), noise(1, 2, 1000), standard_normal(1))
+    with pytest.raises(EarVAEError, match="must both be"):
+        ReconstructionObjective(RATE)(noise(1, 2, 4000), noise(1, 2, 4001), standard_normal(1))

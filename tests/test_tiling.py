@@ -1,0 +1,132 @@
+"""Exactness of tiles, and the reach that it rests on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ear_vae import EarVAE, EarVAEConfig
+from ear_vae.tiling import decoder_reach, encoder_reach, run_tiled, tile_length
+
+HOP_1024 = EarVAEConfig(channels=4)
+HOP_960 = EarVAEConfig(channels=4, sample_rate=48_000, strides=(2, 2, 4, 6, 10), transformer_depth=0)
+BOTH = pytest.mark.parametrize("config", [HOP_1024, HOP_960], ids=["hop1024", "hop960"])
+TOLERANCE = 1e-5
+
+
+def random_model(config: EarVAEConfig) -> EarVAE:
+    torch.manual_seed(0)
+    return EarVAE(config).eval().requires_grad_(False)
+
+
+@BOTH
+def test_encoder_reach_is_what_the_gradient_reaches(config: EarVAEConfig) -> None:
+    vae, ratio, frame = random_model(config).double(), config.downsampling_ratio, 20
+    audio = torch.randn(1, 2, 41 * ratio, dtype=torch.float64, requires_grad=True)
+    vae.encoder(audio)[0, :, frame].sum().backward()
+    touched = audio.grad[0].abs().sum(0).nonzero().flatten()
+    measured = (frame * ratio - int(touched[0]), int(touched[-1]) - (frame + 1) * ratio + 1)
+    assert encoder_reach(vae.encoder, ratio) == measured
+
+
+@BOTH
+def test_decoder_reach_is_what_the_gradient_reaches(config: EarVAEConfig) -> None:
+    vae, ratio, frame = random_model(config).double(), config.downsampling_ratio, 20
+    latents = torch.randn(1, 64, 41, dtype=torch.float64, requires_grad=True)
+    vae.decoder(latents)[0, :, frame * ratio : (frame + 1) * ratio].sum().backward()
+    touched = latents.grad[0].abs().sum(0).nonzero().flatten()
+    assert decoder_reach(vae.decoder, ratio) == (frame - int(touched[0]), int(touched[-1]) - frame)
+
+
+def test_reach_of_the_published_44k_model() -> None:
+    vae = random_model(HOP_1024)
+    assert encoder_reach(vae.encoder, 1024) == (8293, 8293)
+    assert decoder_reach(vae.decoder, 1024) == (11, 11)
+
+
+@pytest.mark.parametrize("tile_frames", [1, 7, 64])
+@pytest.mark.parametrize("frames", [1, 3.5, 10.5, 130])
+@BOTH
+def test_tiled_equals_whole(config: EarVAEConfig, frames: float, tile_frames: int) -> None:
+    if tile_frames == 1 and frames > 20:
+        pytest.skip("a tile of one frame is proven on the shorter inputs")
+    vae, ratio = random_model(config), config.downsampling_ratio
+    num_frames = -(-int(frames * ratio) // ratio)
+    audio = torch.randn(1, 2, num_frames * ratio) * 0.3
+    whole = vae.encoder(audio)
+    reach = tuple(-(-side // ratio) for side in encoder_reach(vae.encoder, ratio))
+    tiled = run_tiled(
+        vae.encoder,
+        audio,
+        inputs_per_frame=ratio,
+        outputs_per_frame=1,
+        context_frames=reach,
+        tile_frames=tile_frames,
+    )
+    assert_equal_to_peak(tiled, whole)
+    latents = torch.randn(1, 64, num_frames)
+    tiled = run_tiled(
+        vae.decoder,
+        latents,
+        inputs_per_frame=1,
+        outputs_per_frame=ratio,
+        context_frames=decoder_reach(vae.decoder, ratio),
+        tile_frames=tile_frames,
+    )
+    assert_equal_to_peak(tiled, vae.decoder(latents))
+
+
+def test_a_context_one_frame_too_short_is_seen() -> None:
+    vae = random_model(HOP_1024)
+    latents = torch.randn(1, 64, 60)
+    before, after = decoder_reach(vae.decoder, 1024)
+    short = run_tiled(
+        vae.decoder.double(),
+        latents.double(),
+        inputs_per_frame=1,
+        outputs_per_frame=1024,
+        context_frames=(before - 1, after - 1),
+        tile_frames=20,
+    )
+    assert (short - vae.decoder(latents.double())).abs().max() > 0
+
+
+@pytest.mark.parametrize("samples", [1, 1023, 1024, 1025, 3584, 441_000, 2_646_000])
+def test_public_methods_tile_by_themselves(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same audio with small tiles and in one pass, through the public methods."""
+    vae = random_model(HOP_1024)
+    audio = torch.randn(2, samples) * 0.3
+    frames = -(-samples // 1024)
+    monkeypatch.setattr("ear_vae.vae.tile_length", lambda *_: 100)
+    tiled = vae.encode(audio).mean
+    rebuilt = vae.decode(tiled, num_samples=samples)
+    monkeypatch.setattr("ear_vae.vae.tile_length", lambda *_: 10**9)
+    assert tiled.shape == (64, frames)
+    assert rebuilt.shape == (2, samples)
+    assert_equal_to_peak(tiled, vae.encode(audio).mean)
+    assert_equal_to_peak(rebuilt, vae.decode(tiled, num_samples=samples))
+
+
+def test_batches_are_cut_to_the_memory_of_one_tile() -> None:
+    vae, seen = random_model(HOP_1024), []
+
+    def spy(x: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(x.shape))
+        return vae.encoder(x)
+
+    audio = torch.randn(5, 2, 8 * 1024)
+    arguments = {"inputs_per_frame": 1024, "outputs_per_frame": 1, "context_frames": (9, 9)}
+    tiled = run_tiled(spy, audio, tile_frames=16, **arguments)
+    assert seen == [(2, 2, 8192), (2, 2, 8192), (1, 2, 8192)]
+    assert_equal_to_peak(tiled, vae.encoder(audio))
+
+
+def test_tile_of_the_full_size_network_stays_within_its_memory() -> None:
+    frames = tile_length(128, 1024)
+    assert 22 < frames
+    assert frames * 1024 * 128 * 4 <= 2**26
+
+
+def assert_equal_to_peak(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= TOLERANCE * max(1.0, float(expected.abs().max()))
