@@ -47,7 +47,8 @@ def mean_log_magnitude(estimate: Tensor, target: Tensor, sample_rate: int) -> fl
     values = []
     for start in range(0, max(1, target.shape[-1] - length + 1), length):
         x, y = (
-            stft(k_weight(audio[None, :, start : start + length], sample_rate)) for audio in (estimate, target)
+            stft(k_weight(audio[None, :, start : start + length], sample_rate))
+            for audio in (estimate, target)
         )
         values += [
             float(log_magnitude(mid_side_left_right(a, dim=1), mid_side_left_right(b, dim=1)))
@@ -85,10 +86,8 @@ def main() -> None:
 
 
 def print_row(row: dict[str, float | str]) -> None:
-    print(
-        f"{row['si_sdr_db']:9.2f}  {row['log_magnitude']:7.3f}  {row['treble_difference_db']:9.2f}  {row['file']}",
-        flush=True,
-    )
+    figures = f"{row['si_sdr_db']:9.2f}  {row['log_magnitude']:7.3f}  {row['treble_difference_db']:9.2f}"
+    print(f"{figures}  {row['file']}", flush=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ PIECE = EXAMPLES / "piece.ogg"
 @pytest.fixture(scope="module")
 def compose() -> ModuleType:
     spec = importlib.util.spec_from_file_location("compose", EXAMPLES / "compose.py")
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -141,7 +142,8 @@ def test_midi_notes_are_paired_and_instruments_differ(compose: ModuleType) -> No
         assert not sounding
         assert num_notes >= 8
     assert len(programs) == len(tracks) - 1 == 8
-    assert min(pans) < 32 and max(pans) > 96
+    assert min(pans) < 32
+    assert max(pans) > 96
 
 
 def test_piece_lasts_as_long_as_the_score(compose: ModuleType, audio: np.ndarray) -> None:

@@ -15,7 +15,9 @@ SHAPES = pytest.mark.parametrize(
     [
         EarVAEConfig(channels=16),
         EarVAEConfig(channels=16, channel_multipliers=(1, 2, 4, 12, 24)),
-        EarVAEConfig(channels=16, sample_rate=48_000, strides=(2, 2, 4, 6, 10), channel_multipliers=(1, 2, 4, 8, 16)),
+        EarVAEConfig(
+            channels=16, sample_rate=48_000, strides=(2, 2, 4, 6, 10), channel_multipliers=(1, 2, 4, 8, 16)
+        ),
     ],
     ids=["published widths", "wider below", "48 kHz"],
 )

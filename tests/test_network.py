@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ear_vae.config import EarVAEConfig
 from ear_vae.network.blocks import ResidualUnit, Snake
 from ear_vae.network.transformer import LatentTransformer, rotary_table, rotate
-from ear_vae.config import EarVAEConfig
 
 
 def random_snake(channels: int, dtype: torch.dtype = torch.float64) -> Snake:

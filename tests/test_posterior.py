@@ -22,7 +22,9 @@ def test_kl_is_twice_the_divergence_of_torch() -> None:
     divergence = torch.distributions.kl_divergence(
         torch.distributions.Normal(mean, std), torch.distributions.Normal(torch.zeros(()), torch.ones(()))
     )
-    torch.testing.assert_close(Posterior(mean, std).kl(), 2 * divergence.sum(1).mean(-1), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        Posterior(mean, std).kl(), 2 * divergence.sum(1).mean(-1), rtol=1e-3, atol=1e-4
+    )
 
 
 def test_parameters_are_split_into_mean_and_softplus() -> None:

@@ -29,9 +29,15 @@ def folder(tmp_path: Path) -> Path:
     music = tmp_path / "music"
     music.mkdir()
     generator = torch.Generator().manual_seed(0)
-    for name, rate, channels, seconds in (("a.wav", 44_100, 2, 4), ("b.flac", 48_000, 1, 3), ("short.wav", 44_100, 2, 0.1)):
+    for name, rate, channels, seconds in (
+        ("a.wav", 44_100, 2, 4),
+        ("b.flac", 48_000, 1, 3),
+        ("short.wav", 44_100, 2, 0.1),
+    ):
         time = torch.arange(int(rate * seconds)) / rate
-        tones = [torch.sin(2 * math.pi * hz * time) for hz in 100 + 900 * torch.rand(channels, generator=generator)]
+        tones = [
+            torch.sin(2 * math.pi * hz * time) for hz in 100 + 900 * torch.rand(channels, generator=generator)
+        ]
         soundfile.write(music / name, 0.3 * torch.stack(tones, 1).numpy(), rate)
     (music / "broken.mp3").write_bytes(b"not audio")
     return music
@@ -50,7 +56,12 @@ def trainer(tmp_path: Path, **settings: object) -> L.Trainer:
 
 
 def data(folder: Path, **settings: object) -> AudioDataModule:
-    defaults: dict[str, object] = {"segment_seconds": 0.19, "batch_size": 2, "num_workers": 0, "validation_seconds": 1}
+    defaults: dict[str, object] = {
+        "segment_seconds": 0.19,
+        "batch_size": 2,
+        "num_workers": 0,
+        "validation_seconds": 1,
+    }
     return AudioDataModule(folder, folder, **(defaults | settings))  # type: ignore[arg-type]
 
 
@@ -62,7 +73,9 @@ def test_scan_reports_what_it_leaves_out(folder: Path, caplog: pytest.LogCapture
     ]
     assert "broken.mp3" in caplog.text
     assert "1 files shorter than 1.00 s" in caplog.text
-    with pytest.raises(EarVAEError, match=r"nothing to train on: 4 audio files, 3 of them readable, none at least 60"):
+    with pytest.raises(
+        EarVAEError, match=r"nothing to train on: 4 audio files, 3 of them readable, none at least 60"
+    ):
         scan_folder(folder, 60.0)
 
 
@@ -99,7 +112,11 @@ def test_augmentation_keeps_the_relation_of_the_channels(folder: Path) -> None:
     for index in range(8):
         before, after = plain[index], SegmentDataset(files, augment=True, **settings)[index]
         energies = [float((after @ version.T).abs().max()) for version in (before, before.flip(0))]
-        source = before if torch.corrcoef(torch.stack((after[0], before[0])))[0, 1].abs() > 0.999 else before.flip(0)
+        source = (
+            before
+            if torch.corrcoef(torch.stack((after[0], before[0])))[0, 1].abs() > 0.999
+            else before.flip(0)
+        )
         gain = (after * source).sum() / source.square().sum()
         torch.testing.assert_close(after, gain * source, rtol=1e-4, atol=1e-5)
         assert 10 ** (-6 / 20) <= abs(float(gain)) <= 1
@@ -132,8 +149,12 @@ def test_training_moves_every_weight_and_exports_what_it_reached(folder: Path, t
     assert run.global_step == 3
     assert all(not torch.equal(before[name], p) for name, p in module.vae.named_parameters())
     metrics = run.callback_metrics
-    assert {f"validation/{n}" for n in ("log_magnitude", "correlation", "kl", "total", "si_sdr_db")} <= set(metrics)
-    assert {f"train/{n}" for n in ("spectral_convergence", "group_delay", "instantaneous_frequency")} <= set(metrics)
+    assert {f"validation/{n}" for n in ("log_magnitude", "correlation", "kl", "total", "si_sdr_db")} <= set(
+        metrics
+    )
+    assert {f"train/{n}" for n in ("spectral_convergence", "group_delay", "instantaneous_frequency")} <= set(
+        metrics
+    )
     assert "train/waveform" not in metrics
     module.export(tmp_path / "model")
     audio = 0.1 * torch.randn(1, 2, 8192)
@@ -173,7 +194,9 @@ def test_a_hundred_steps_on_one_batch_lower_every_term() -> None:
             assert last < first, (name, first, last)
 
 
-def test_filter_bank_start_is_a_codec_and_a_checkpoint_is_not_overwritten_by_it(folder: Path, tmp_path: Path) -> None:
+def test_filter_bank_start_is_a_codec_and_a_checkpoint_is_not_overwritten_by_it(
+    folder: Path, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     config = EarVAEConfig(channels=16)
     module = EarVAEModule(config, initialization="filter_bank", optimizer=OptimizerConfig(learning_rate=0.0))
@@ -206,7 +229,14 @@ def test_fit_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     arguments = ["--config", "tiny", "--data.folder", str(folder), "--data.validation_folder", str(folder)]
     arguments += ["--model.config.channel_multipliers", "[1,1,2,8,16]", "--data.num_workers", "0"]
-    arguments += ["--data.batch_size", "1", "--data.segments_per_epoch", "2", "--data.validation_seconds", "1"]
+    arguments += [
+        "--data.batch_size",
+        "1",
+        "--data.segments_per_epoch",
+        "2",
+        "--data.validation_seconds",
+        "1",
+    ]
     arguments += ["--trainer.log_every_n_steps", "1", "--trainer.enable_progress_bar", "false"]
     arguments += ["--trainer.callbacks.init_args.every_n_train_steps", "1"]
     assert fit([*arguments, "--trainer.max_steps", "2"]) == 0
@@ -216,7 +246,10 @@ def test_fit_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with next(run.glob("log/*/metrics.csv")).open() as file:
         rows = list(csv.DictReader(file))
     assert {"train/log_magnitude", "train/waveform", "validation/si_sdr_db"} <= set(rows[0])
-    assert fit([*arguments, "--trainer.max_steps", "4", "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]) == 0
+    assert (
+        fit([*arguments, "--trainer.max_steps", "4", "--ckpt_path", str(run / "checkpoints" / "last.ckpt")])
+        == 0
+    )
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 4
 
@@ -235,12 +268,16 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(EarVAEError, match="unknown loss terms"):
         EarVAEModule(TINY, objective=ObjectiveConfig(weights={"mel": 1.0}))
     with pytest.raises(EarVAEError, match="data is at 48000 Hz, the model works at 44100 Hz"):
-        trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(EarVAEModule(TINY), data(folder, sample_rate=48_000))
+        trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(
+            EarVAEModule(TINY), data(folder, sample_rate=48_000)
+        )
     run = trainer(tmp_path, max_steps=1, limit_val_batches=0)
     run.fit(EarVAEModule(TINY), data(folder))
     run.save_checkpoint(tmp_path / "tiny.ckpt")
     other = EarVAEModule(EarVAEConfig(channels=4))
     with pytest.raises(EarVAEError, match="another architecture"):
-        trainer(tmp_path, max_steps=2).fit(other, data(folder), ckpt_path=tmp_path / "tiny.ckpt", weights_only=True)
+        trainer(tmp_path, max_steps=2).fit(
+            other, data(folder), ckpt_path=tmp_path / "tiny.ckpt", weights_only=True
+        )
     with pytest.raises(EarVAEError, match="nothing to train on"):
         trainer(tmp_path, max_steps=1).fit(EarVAEModule(TINY), data(tmp_path / "start"))

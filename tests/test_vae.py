@@ -77,13 +77,23 @@ def test_gradients_pass_encode_and_decode(vae: EarVAE) -> None:
     probe = torch.randn_like(latents)
     (gradient,) = torch.autograd.grad(double.decode(latents).square().sum(), latents)
     step = 1e-6
-    difference = double.decode(latents + step * probe).square().sum() - double.decode(latents - step * probe).square().sum()
-    assert float((gradient * probe).sum().detach()) == pytest.approx(float(difference.detach()) / (2 * step), rel=1e-5)
+    difference = (
+        double.decode(latents + step * probe).square().sum()
+        - double.decode(latents - step * probe).square().sum()
+    )
+    assert float((gradient * probe).sum().detach()) == pytest.approx(
+        float(difference.detach()) / (2 * step), rel=1e-5
+    )
     audio = torch.randn(1, 2, 3000, dtype=torch.float64, requires_grad=True)
     probe = torch.randn_like(audio)
     (gradient,) = torch.autograd.grad(double.encode(audio).mean.square().sum(), audio)
-    difference = double.encode(audio + step * probe).mean.square().sum() - double.encode(audio - step * probe).mean.square().sum()
-    assert float((gradient * probe).sum().detach()) == pytest.approx(float(difference.detach()) / (2 * step), rel=1e-5)
+    difference = (
+        double.encode(audio + step * probe).mean.square().sum()
+        - double.encode(audio - step * probe).mean.square().sum()
+    )
+    assert float((gradient * probe).sum().detach()) == pytest.approx(
+        float(difference.detach()) / (2 * step), rel=1e-5
+    )
 
 
 def test_a_frozen_model_still_gives_gradients_to_its_input(vae: EarVAE) -> None:

@@ -58,7 +58,10 @@ def test_a_short_signal_does_not_wrap_around() -> None:
 
 def test_gradient_is_the_filter_run_backwards() -> None:
     """The adjoint of a filter h is the correlation with h: ⟨Kx, y⟩ = ⟨x, Kᵀy⟩, and Kᵀ reverses time."""
-    x, y = torch.randn(2, 500, dtype=torch.float64, requires_grad=True), torch.randn(2, 500, dtype=torch.float64)
+    x, y = (
+        torch.randn(2, 500, dtype=torch.float64, requires_grad=True),
+        torch.randn(2, 500, dtype=torch.float64),
+    )
     (gradient,) = torch.autograd.grad((k_weight(x, 44_100) * y).sum(), x)
     torch.testing.assert_close(gradient, k_weight(y.flip(-1), 44_100).flip(-1), rtol=0, atol=1e-5)
 

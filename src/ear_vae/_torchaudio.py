@@ -30,7 +30,9 @@ def _absent_extension() -> types.ModuleType:
         """Decorates functions of the extension: they fail when called, not when imported."""
 
         def fail(*_: Any, **__: Any) -> None:
-            raise RuntimeError(f"{function.__name__} needs torchaudio's compiled extension, which does not fit this torch")
+            raise RuntimeError(
+                f"{function.__name__} needs torchaudio's compiled extension, which does not fit this torch"
+            )
 
         return fail
 

@@ -35,9 +35,38 @@ AudioSource = str | os.PathLike[str] | IO[bytes]
 PeakPolicy = Literal["keep", "scale", "clip"]
 
 LOWEST_RATE, HIGHEST_RATE = 8_000, 192_000
-_NATIVE_EXTENSIONS = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", ".rf64"}
+_NATIVE_EXTENSIONS = {
+    ".wav",
+    ".flac",
+    ".ogg",
+    ".oga",
+    ".opus",
+    ".mp3",
+    ".aif",
+    ".aiff",
+    ".aifc",
+    ".au",
+    ".caf",
+    ".w64",
+    ".rf64",
+}
 _FFMPEG_EXTENSIONS = {
-    *(".m4a", ".aac", ".wma", ".mp4", ".m4v", ".mov", ".mkv", ".mka", ".webm", ".avi", ".ac3", ".ape", ".wv", ".mp2"),
+    *(
+        ".m4a",
+        ".aac",
+        ".wma",
+        ".mp4",
+        ".m4v",
+        ".mov",
+        ".mkv",
+        ".mka",
+        ".webm",
+        ".avi",
+        ".ac3",
+        ".ape",
+        ".wv",
+        ".mp2",
+    ),
 }
 AUDIO_EXTENSIONS = frozenset(_NATIVE_EXTENSIONS | _FFMPEG_EXTENSIONS)
 
@@ -98,9 +127,7 @@ def audio_info(source: AudioSource) -> AudioInfo:
         return _info(file, _name(source))
 
 
-def read_audio(
-    source: AudioSource, *, start: int = 0, num_samples: int | None = None
-) -> tuple[Tensor, int]:
+def read_audio(source: AudioSource, *, start: int = 0, num_samples: int | None = None) -> tuple[Tensor, int]:
     """Reads audio at its own sample rate.
 
     A part of a file is read by seeking, sample for sample what reading the whole would give, except in
@@ -131,7 +158,9 @@ def read_audio(
         found = audio.shape[1]
         whole = start == 0 and wanted == info.num_samples
         if found < wanted and (info.format != "MP3" or (whole and found < _SHORTEST_MP3_FRACTION * wanted)):
-            raise EarVAEError(f"{name}: truncated: {start + found} of {info.num_samples} samples could be read")
+            raise EarVAEError(
+                f"{name}: truncated: {start + found} of {info.num_samples} samples could be read"
+            )
     if found == 0:
         raise EarVAEError(f"{name}: no samples could be read at {start}")
     if not bool(torch.isfinite(audio).all()):
@@ -171,7 +200,9 @@ def write_audio(
 
     name = _name(destination)
     if audio.ndim != 2 or audio.shape[0] not in (1, 2) or audio.shape[1] == 0:
-        raise EarVAEError(f"{name}: audio to write must be [C, T] with 1 or 2 channels, got {list(audio.shape)}")
+        raise EarVAEError(
+            f"{name}: audio to write must be [C, T] with 1 or 2 channels, got {list(audio.shape)}"
+        )
     kind = (format or (Path(name).suffix[1:] if isinstance(destination, (str, os.PathLike)) else "")).lower()
     kind = {"aif": "aiff", "oga": "ogg"}.get(kind, kind)
     if kind not in _WRITTEN:
@@ -233,7 +264,8 @@ def _info(file: Any, name: str) -> AudioInfo:
         )
     if not LOWEST_RATE <= info.sample_rate <= HIGHEST_RATE:
         raise EarVAEError(
-            f"{name}: sample rate {info.sample_rate} Hz, expected {LOWEST_RATE} to {HIGHEST_RATE}; resample it first"
+            f"{name}: sample rate {info.sample_rate} Hz, expected {LOWEST_RATE} to {HIGHEST_RATE}; "
+            "resample it first"
         )
     if info.num_samples < 1:
         raise EarVAEError(f"{name}: holds no audio samples")
@@ -258,7 +290,9 @@ def _read_frames(file: Any, name: str, start: int, wanted: int) -> Tensor:
             audio[:, position : position + len(block)] = torch.from_numpy(block.T)
             position += len(block)
     except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise EarVAEError(f"{name}: damaged or truncated after {start + position} samples: {_reason(error)}") from error
+        raise EarVAEError(
+            f"{name}: damaged or truncated after {start + position} samples: {_reason(error)}"
+        ) from error
     return audio[:, :position]
 
 
@@ -312,8 +346,8 @@ def _decoded_by_ffmpeg(source: AudioSource, name: str, reason: Exception) -> Ite
     ffmpeg = shutil.which(AudioSegment.converter)
     if ffmpeg is None:
         raise EarVAEError(
-            f"{name}: not a format that libsndfile reads ({_reason(reason)}), and ffmpeg, which may read it, is not "
-            "installed; install ffmpeg or convert the file to wav or flac"
+            f"{name}: not a format that libsndfile reads ({_reason(reason)}), and ffmpeg, which may read it, "
+            "is not installed; install ffmpeg or convert the file to wav or flac"
         )
     with tempfile.TemporaryDirectory(prefix="ear-vae-") as folder:
         if isinstance(source, (str, os.PathLike)):
@@ -374,7 +408,11 @@ def _peak_treatment(audio: Tensor, name: str, peak: str, *, bounded: bool) -> tu
 
 
 def _name(source: Any) -> str:
-    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else str(getattr(source, "name", "<stream>"))
+    return (
+        os.fspath(source)
+        if isinstance(source, (str, os.PathLike))
+        else str(getattr(source, "name", "<stream>"))
+    )
 
 
 def _reason(error: Exception) -> str:

@@ -65,7 +65,9 @@ class EarVAEConfig:
                 f"{len(self.channel_multipliers)} and {len(self.strides)}"
             )
         if min(self.channel_multipliers) < 1:
-            raise EarVAEError(f"config: channel_multipliers must be at least 1, got {self.channel_multipliers}")
+            raise EarVAEError(
+                f"config: channel_multipliers must be at least 1, got {self.channel_multipliers}"
+            )
         if any(stride < 2 or stride % 2 for stride in self.strides):
             raise EarVAEError(f"config: strides must be even and at least 2, got {self.strides}")
         if self.transformer_depth and (

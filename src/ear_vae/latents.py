@@ -36,7 +36,8 @@ class Latents:
         std: The posterior's standard deviations, [D, N], or None.
         sample_rate: Rate of the model that made them, in Hz.
         downsampling_ratio: Samples per latent frame.
-        num_samples: Samples at `sample_rate` that are not padding; N = ceil(num_samples / downsampling_ratio).
+        num_samples: Samples at `sample_rate` that are not padding; N is this over `downsampling_ratio`,
+            rounded up.
         audio_channels: Channels of the source, 1 or 2.
         source_sample_rate: Rate of the source, in Hz.
         source_num_samples: Length of the source at its own rate.
@@ -122,12 +123,13 @@ def load_latents(source: str | os.PathLike[str] | IO[bytes]) -> Latents:
     version = metadata.get("format_version")
     if version != str(FORMAT_VERSION):
         raise EarVAEError(
-            f"{name}: latent format version {version}, this ear-vae reads version {FORMAT_VERSION}; update ear-vae"
+            f"{name}: latent format version {version}, this ear-vae reads {FORMAT_VERSION}; update ear-vae"
         )
     missing = [k for k in (*_INTEGERS, "model_name", "weights_sha256", "sampled") if k not in metadata]
     if missing or "mean" not in tensors or set(tensors) - {"mean", "std"}:
         raise EarVAEError(
-            f"{name}: damaged latent file: missing metadata {missing}, tensors {sorted(tensors)} (expected mean, std)"
+            f"{name}: damaged latent file: missing metadata {missing}, tensors {sorted(tensors)} "
+            "(expected mean, std)"
         )
     try:
         integers = {key: int(metadata[key]) for key in _INTEGERS}
@@ -186,15 +188,17 @@ def _require_valid(latents: Latents, name: str) -> None:
     if mean.ndim != 2 or not mean.is_floating_point():
         raise EarVAEError(f"{name}: mean must be floating point [D, N], got {mean.dtype} {list(mean.shape)}")
     if std is not None and (std.shape != mean.shape or not std.is_floating_point()):
-        raise EarVAEError(f"{name}: std must be floating point {list(mean.shape)}, got {std.dtype} {list(std.shape)}")
+        raise EarVAEError(
+            f"{name}: std must be floating point {list(mean.shape)}, got {std.dtype} {list(std.shape)}"
+        )
     numbers = {key: getattr(latents, key) for key in _INTEGERS}
     if min(numbers.values()) < 1 or latents.audio_channels > 2:
         raise EarVAEError(f"{name}: numbers out of range: {numbers}")
     num_frames = -(-latents.num_samples // latents.downsampling_ratio)
     if num_frames != mean.shape[1]:
         raise EarVAEError(
-            f"{name}: {latents.num_samples} samples at {latents.downsampling_ratio} per frame are {num_frames} frames, "
-            f"the file holds {mean.shape[1]}"
+            f"{name}: {latents.num_samples} samples at {latents.downsampling_ratio} per frame are "
+            f"{num_frames} frames, the file holds {mean.shape[1]}"
         )
     for key, tensor in (("mean", mean), ("std", std)):
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
@@ -204,4 +208,8 @@ def _require_valid(latents: Latents, name: str) -> None:
 
 
 def _name(source: object) -> str:
-    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else str(getattr(source, "name", "<stream>"))
+    return (
+        os.fspath(source)
+        if isinstance(source, (str, os.PathLike))
+        else str(getattr(source, "name", "<stream>"))
+    )

@@ -69,7 +69,7 @@ def _context_samples(convert: object, width: int, original_rate: int) -> int:
 
 
 def _by_filter(audio: Tensor, old: int, new: int) -> Tensor:
-    return functional().resample(  # type: ignore[no-any-return]
+    return functional().resample(
         audio,
         old,
         new,
@@ -81,7 +81,7 @@ def _by_filter(audio: Tensor, old: int, new: int) -> Tensor:
 
 
 def _by_spectrum(audio: Tensor, old: int, new: int) -> Tensor:
-    """Cuts or extends the spectrum of the zero-padded signal: padding to whole periods keeps the ratio exact."""
+    """Cuts or extends the spectrum; zero padding to whole periods keeps the ratio of lengths exact."""
     periods = -(-audio.shape[-1] // old) + 1
     spectrum = torch.fft.rfft(audio, periods * old)
     num_bins = periods * new // 2 + 1
@@ -93,7 +93,7 @@ def _by_spectrum(audio: Tensor, old: int, new: int) -> Tensor:
 
 @lru_cache(maxsize=4)
 def _taper(num_bins: int) -> Tensor:
-    """1 up to the roll-off of the filter method, then a raised cosine to 0: a shorter echo of edges than a cliff."""
+    """1 up to the roll-off of the filter method, then a raised cosine to 0, which rings less than a cliff."""
     position = torch.linspace(0, 1, num_bins, dtype=torch.float64)
     ramp = ((position - _ROLLOFF) / (1 - _ROLLOFF)).clamp(0, 1)
     return 0.5 * (1 + torch.cos(math.pi * ramp))

@@ -138,7 +138,8 @@ class EarVAE(nn.Module):
         z = torch.as_tensor(latents)
         if z.ndim not in (2, 3) or z.shape[-2] != self.latent_dim:
             raise EarVAEError(
-                f"latents have shape {_shape(z)}; expected [{self.latent_dim}, N] or [B, {self.latent_dim}, N]"
+                f"latents have shape {_shape(z)}; "
+                f"expected [{self.latent_dim}, N] or [B, {self.latent_dim}, N]"
             )
         _require_floating("latents", z, "convert them with .float()")
         if z.numel() == 0:
@@ -164,7 +165,10 @@ class EarVAE(nn.Module):
             EarVAEError: As for `encode`.
         """
         batched, squeeze = self._as_batch(audio)
-        num_samples, mono_in_stereo = batched.shape[-1], torch.as_tensor(audio).shape[-2] < self.audio_channels
+        num_samples, mono_in_stereo = (
+            batched.shape[-1],
+            torch.as_tensor(audio).shape[-2] < self.audio_channels,
+        )
         batched = self._resampled(batched, sample_rate, self.sample_rate)
         model_samples = batched.shape[-1]
         parameters = self._encode_batch(batched)
@@ -298,7 +302,7 @@ class EarVAE(nn.Module):
 
     def half(self) -> EarVAE:
         """Refused, see `to`."""
-        return self.to(torch.float16)  # type: ignore[no-any-return]
+        return self.to(torch.float16)
 
     def _as_batch(self, audio: Tensor | np.ndarray) -> tuple[Tensor, bool]:
         """Audio as [B, C, T] with the model's channels, and whether a batch axis was added."""
@@ -355,7 +359,9 @@ class EarVAE(nn.Module):
         context_frames: tuple[int, int],
     ) -> Tensor:
         on_device = self._on_device(network)
-        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in network.parameters())):
+        if torch.is_grad_enabled() and (
+            x.requires_grad or any(p.requires_grad for p in network.parameters())
+        ):
             # A recorded graph holds every activation anyway: tiles would only add their contexts to it.
             return on_device(x).to(x.device)
         return run_tiled(

@@ -1,14 +1,13 @@
-"""Weights on disk: our own folder, the official state dicts, and the way from one to the other."""
+"""Weights on disk in our own layout: a folder with `config.json` and `model.safetensors`."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,7 +24,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
 _FORMAT = "ear-vae"
-_ROTARY_KEY = "transformers.rotary_pos_emb.inv_freq"
+_STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
     for name in sorted(state):
         values = state[name].detach().to(device="cpu", dtype=torch.float32).contiguous()
         digest.update(f"{name}{list(values.shape)}".encode())
-        digest.update(memoryview(values.numpy()).cast("B") if values.numel() else b"")
+        digest.update(values.numpy().reshape(-1).data)
     return digest.hexdigest()
 
 
@@ -55,14 +54,31 @@ def load_pretrained(cls: type[EarVAE], checkpoint: Checkpoint) -> EarVAE:
     config = EarVAEConfig.from_json(checkpoint.folder / CONFIG_FILE)
     path = checkpoint.folder / WEIGHTS_FILE
     state, metadata = read_safetensors(path)
-    with torch.device("meta"):
-        vae = cls(config, name=checkpoint.name)
-    require_fit(path, state, {name: tensor.shape for name, tensor in vae.state_dict().items()})
-    vae.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
-    vae.eval().requires_grad_(False)
+    vae = assemble(cls, config, state, name=checkpoint.name, path=path)
     if "weights_sha256" in metadata:
         vae._fingerprint = (metadata["weights_sha256"], sum(p._version for p in vae.parameters()))
     return vae
+
+
+def assemble(
+    cls: type[EarVAE], config: EarVAEConfig, state: Mapping[str, Tensor], *, name: str, path: Path
+) -> EarVAE:
+    """The model of a config and our state dict, in evaluation mode, frozen, in float32.
+
+    Args:
+        cls: The class to build.
+        config: The architecture.
+        state: Our state dict; float32 tensors become the parameters themselves.
+        name: What the model will be called.
+        path: Where `state` came from, for messages.
+
+    Raises:
+        EarVAEError: The tensors do not fit the config.
+    """
+    vae = _without_weights(cls, config, name=name, path=path)
+    require_fit(path, state, {key: tensor.shape for key, tensor in vae.state_dict().items()})
+    vae.load_state_dict({key: tensor.float() for key, tensor in state.items()}, assign=True)
+    return vae.eval().requires_grad_(False)
 
 
 def save_pretrained(vae: EarVAE, directory: Path, *, dtype: torch.dtype | None = None) -> None:
@@ -71,7 +87,8 @@ def save_pretrained(vae: EarVAE, directory: Path, *, dtype: torch.dtype | None =
     Args:
         vae: The model.
         directory: The folder, made if needed.
-        dtype: Dtype to store, the model's own by default; the fingerprint is that of the stored values.
+        dtype: Dtype to store, the model's own by default. With another one, the fingerprint becomes that
+            of the stored values.
 
     Raises:
         EarVAEError: The folder cannot be written to.
@@ -128,15 +145,15 @@ def require_fit(path: Path, state: Mapping[str, Tensor], shapes: Mapping[str, to
     """Refuses a state dict whose names, shapes or dtypes are not those of the network.
 
     Raises:
-        EarVAEError: Lists missing, unexpected, misshapen and non-floating tensors.
+        EarVAEError: Lists missing, unexpected, misshapen, non-floating and non-finite tensors.
     """
     problems = [f"missing {name}" for name in shapes if name not in state]
     problems += [f"unexpected {name}" for name in state if name not in shapes]
     for name in shapes.keys() & state.keys():
         if state[name].shape != shapes[name]:
             problems.append(f"{name} is {list(state[name].shape)} instead of {list(shapes[name])}")
-        elif not state[name].is_floating_point():
-            problems.append(f"{name} is {state[name].dtype} instead of a floating dtype")
+        elif state[name].dtype not in _STORED_DTYPES:
+            problems.append(f"{name} is {state[name].dtype} instead of float32 or another floating dtype")
         elif not state[name].isfinite().all():
             problems.append(f"{name} holds NaN or infinity")
     if problems:
@@ -144,202 +161,21 @@ def require_fit(path: Path, state: Mapping[str, Tensor], shapes: Mapping[str, to
         raise EarVAEError(f"{path}: the weights do not fit the config: {shown}")
 
 
-def read_official(path: Path) -> dict[str, Tensor]:
-    """The state dict of an official `.pyt`, unpickled with tensors only: nothing in it can run.
+def expected_shapes(config: EarVAEConfig, *, path: Path) -> dict[str, torch.Size]:
+    """Name and shape of every tensor of our state dict.
 
     Raises:
-        EarVAEError: The file is missing, damaged, or holds anything but a flat dict of tensors.
+        EarVAEError: The config, which came with `path`, asks for tensors beyond any memory.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise EarVAEError(f"{path}: the weights file is missing") from None
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise EarVAEError(f"{path}: refused, the pickle is damaged or holds more than tensors: {reason}") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
-        raise EarVAEError(f"{path}: not a readable PyTorch file: {error}") from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise EarVAEError(f"{path}: expected a flat dict of tensors, as the official weights are")
-    return dict(state)
-
-
-def official_config(values: Any, *, sample_rate: int, state: Mapping[str, Tensor]) -> EarVAEConfig:
-    """Our config for an official one; whether there is a transformer is decided by the weights.
-
-    Raises:
-        EarVAEError: A field is missing or asks for something the published networks do not have.
-    """
-    try:
-        encoder, decoder = values["encoder"]["config"], values["decoder"]["config"]
-        unsupported = [
-            name
-            for name, found in {
-                "encoder.use_snake": encoder.get("use_snake", True) is True,
-                "decoder.use_snake": decoder.get("use_snake", True) is True,
-                "decoder.use_nearest_upsample": decoder.get("use_nearest_upsample", False) is False,
-                "decoder.final_tanh": decoder.get("final_tanh", False) is False,
-                "encoder.latent_dim": encoder["latent_dim"] == 2 * values["latent_dim"],
-                "decoder.latent_dim": decoder["latent_dim"] == values["latent_dim"],
-                "encoder.in_channels": encoder["in_channels"] == values["io_channels"],
-                "decoder.out_channels": decoder["out_channels"] == values["io_channels"],
-                **{f"decoder.{n}": decoder[n] == encoder[n] for n in ("channels", "c_mults", "strides")},
-            }.items()
-            if not found
-        ]
-        transformer = values.get("transformer", {}).get("config", {})
-        depth = len({key.split(".")[2] for key in state if key.startswith("transformers.layers.")})
-        config = EarVAEConfig(
-            sample_rate=sample_rate,
-            audio_channels=values["io_channels"],
-            channels=encoder["channels"],
-            channel_multipliers=encoder["c_mults"],
-            strides=encoder["strides"],
-            latent_dim=values["latent_dim"],
-            transformer_depth=depth,
-            transformer_head_dim=transformer.get("dim_heads", EarVAEConfig.transformer_head_dim),
-        )
-        if values["downsampling_ratio"] != config.downsampling_ratio:
-            unsupported.append("downsampling_ratio")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise EarVAEError(f"official config: field missing or of the wrong type: {error!r}") from error
-    if unsupported:
-        raise EarVAEError(f"official config: unsupported or inconsistent values of {', '.join(unsupported)}")
-    return config
-
-
-def to_official_config(config: EarVAEConfig) -> dict[str, Any]:
-    """The official config of the same architecture."""
-    shared = {
-        "channels": config.channels,
-        "c_mults": list(config.channel_multipliers),
-        "strides": list(config.strides),
-        "use_snake": True,
-    }
-    encoder = {"in_channels": config.audio_channels, "latent_dim": 2 * config.latent_dim, **shared}
-    decoder = {
-        "out_channels": config.audio_channels,
-        "latent_dim": config.latent_dim,
-        "use_nearest_upsample": False,
-        "final_tanh": False,
-        **shared,
-    }
-    transformer = {
-        "depth": config.transformer_depth,
-        "config": {"rotary_pos_emb": True, "dim_heads": config.transformer_head_dim},
-    }
-    return {
-        **({"transformer": transformer} if config.transformer_depth else {}),
-        "encoder": {"config": encoder},
-        "decoder": {"config": decoder},
-        "latent_dim": config.latent_dim,
-        "downsampling_ratio": config.downsampling_ratio,
-        "io_channels": config.audio_channels,
-    }
-
-
-def from_official(path: Path, state: Mapping[str, Tensor], config: EarVAEConfig) -> dict[str, Tensor]:
-    """Our state dict for an official one: names changed, weight norm folded.
-
-    Args:
-        path: Where `state` came from, for messages.
-        state: The official tensors.
-        config: What they must fit.
-
-    Raises:
-        EarVAEError: Tensors are missing, unexpected or misshapen, or a norm has a bias.
-    """
-    for suffix in ("weight_g", "weight_v"):
-        if not any(name.endswith(suffix) for name in state):
-            raise EarVAEError(f"{path}: no {suffix} tensors: these are not official εar-VAE weights")
-    expected = to_official({name: torch.empty(s, device="meta") for name, s in _shapes(config).items()}, config)
-    require_fit(path, state, {name: tensor.shape for name, tensor in expected.items()})
-    ours: dict[str, Tensor] = {}
-    for name, official, kind in _names(config):
-        if kind == "weight_norm":
-            v = state[f"{official}.weight_v"].double()
-            g = state[f"{official}.weight_g"].double()
-            # In double precision: this runs once, and the folded weights then differ from the
-            # normalised ones by the last rounding only.
-            ours[f"{name}.weight"] = (v * (g / v.norm(dim=(1, 2), keepdim=True))).float()
-        else:
-            ours[name] = state[official].float()
-    if any(state[name].any() for name in state if name.startswith("transformers.") and name.endswith("norm.beta")):
-        raise EarVAEError(f"{path}: a norm of the transformer has a bias, which the published network has not")
-    return ours
-
-
-def to_official(state: Mapping[str, Tensor], config: EarVAEConfig) -> dict[str, Tensor]:
-    """The official state dict of our tensors, with weight norm (v the weight itself, g its norm)."""
-    official_state: dict[str, Tensor] = {}
-    for name, official, kind in _names(config):
-        if kind == "weight_norm":
-            weight = state[f"{name}.weight"]
-            norm = weight.norm(dim=(1, 2), keepdim=True)
-            official_state[f"{official}.weight_g"] = norm
-            # An all-zero kernel has no direction: with any other one, g = 0 still gives zeros, not 0/0.
-            official_state[f"{official}.weight_v"] = torch.where(norm == 0, torch.ones_like(weight), weight)
-        else:
-            official_state[official] = state[name]
-            if official.endswith("norm.gamma"):
-                official_state[official.replace("gamma", "beta")] = torch.zeros_like(state[name])
-    if config.transformer_depth:
-        from ear_vae.network.transformer import ROTARY_BASE
-
-        like = official_state["transformers.layers.0.pre_norm.gamma"]
-        exponents = torch.arange(0, config.transformer_head_dim, 2, device=like.device) / config.transformer_head_dim
-        official_state[_ROTARY_KEY] = ROTARY_BASE**-exponents
-    return official_state
-
-
-def _shapes(config: EarVAEConfig) -> dict[str, torch.Size]:
     from ear_vae.vae import EarVAE
 
-    with torch.device("meta"):
-        return {name: tensor.shape for name, tensor in EarVAE(config).state_dict().items()}
+    vae = _without_weights(EarVAE, config, name="", path=path)
+    return {name: tensor.shape for name, tensor in vae.state_dict().items()}
 
 
-def _names(config: EarVAEConfig) -> Iterator[tuple[str, str, str]]:
-    """(our name, official name, kind) of every tensor; for kind `weight_norm` both are prefixes."""
-
-    def conv(ours: str, official: str, *, bias: bool = True) -> Iterator[tuple[str, str, str]]:
-        yield ours, official, "weight_norm"
-        if bias:
-            yield f"{ours}.bias", f"{official}.bias", "plain"
-
-    def snake(ours: str, official: str) -> Iterator[tuple[str, str, str]]:
-        yield f"{ours}.log_alpha", f"{official}.alpha", "plain"
-        yield f"{ours}.log_beta", f"{official}.beta", "plain"
-
-    def residual(ours: str, official: str) -> Iterator[tuple[str, str, str]]:
-        yield from snake(f"{ours}.snake", f"{official}.layers.0")
-        # The shared Snake is stored twice; the second copy is written, and read, like the first.
-        yield from snake(f"{ours}.snake", f"{official}.layers.2")
-        yield from conv(f"{ours}.conv_dilated", f"{official}.layers.1")
-        yield from conv(f"{ours}.conv_pointwise", f"{official}.layers.3")
-
-    blocks = len(config.strides)
-    for half in ("encoder", "decoder"):
-        yield from conv(f"{half}.conv_in", f"{half}.layers.0")
-        for index in range(blocks):
-            ours, official = f"{half}.blocks.{index}", f"{half}.layers.{index + 1}.layers"
-            first_residual, first_conv = (0, 3) if half == "encoder" else (2, 0)
-            for unit in range(3):
-                yield from residual(f"{ours}.residual_units.{unit}", f"{official}.{first_residual + unit}")
-            yield from snake(f"{ours}.snake", f"{official}.{first_conv}")
-            yield from conv(f"{ours}.conv", f"{official}.{first_conv + 1}")
-        yield from snake(f"{half}.snake_out", f"{half}.layers.{blocks + 1}")
-        yield from conv(f"{half}.conv_out", f"{half}.layers.{blocks + 2}", bias=half == "encoder")
-    for index in range(config.transformer_depth):
-        ours, official = f"transformer.layers.{index}", f"transformers.layers.{index}"
-        for our_part, official_part in (
-            ("attention_norm.weight", "pre_norm.gamma"),
-            ("attention.qkv.weight", "self_attn.to_qkv.weight"),
-            ("attention.out.weight", "self_attn.to_out.weight"),
-            ("feed_forward_norm.weight", "ff_norm.gamma"),
-            ("feed_forward.value_gate.weight", "ff.ff.0.proj.weight"),
-            ("feed_forward.value_gate.bias", "ff.ff.0.proj.bias"),
-            ("feed_forward.out.weight", "ff.ff.2.weight"),
-            ("feed_forward.out.bias", "ff.ff.2.bias"),
-        ):
-            yield f"{ours}.{our_part}", f"{official}.{official_part}", "plain"
+def _without_weights(cls: type[EarVAE], config: EarVAEConfig, *, name: str, path: Path) -> EarVAE:
+    try:
+        with torch.device("meta"):
+            return cls(config, name=name)
+    except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond 64 bits
+        raise EarVAEError(f"{path}: its config asks for impossibly large tensors: {config}") from error

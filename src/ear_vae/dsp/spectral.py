@@ -13,7 +13,8 @@ from ear_vae.errors import EarVAEError
 class MultiResolutionSTFT(nn.Module):
     """Complex spectrograms of one signal at several window sizes.
 
-    Hann windows, a hop of a quarter window, frames centred on their time with reflected edges. Scaled by 1/√(Σ window²): white
+    Hann windows, a hop of a quarter window, frames centred on their time with
+    reflected edges. Scaled by 1/√(Σ window²): white
     noise of standard deviation σ has root-mean-square magnitude σ at every resolution, so that one
     floor fits them all.
 
@@ -31,7 +32,9 @@ class MultiResolutionSTFT(nn.Module):
         self.window_sizes = tuple(window_sizes)
         for size in self.window_sizes:
             window = torch.hann_window(size, dtype=torch.float64)
-            self.register_buffer(_name(size), (window / window.square().sum().sqrt()).float(), persistent=False)
+            self.register_buffer(
+                _name(size), (window / window.square().sum().sqrt()).float(), persistent=False
+            )
 
     def forward(self, audio: Tensor) -> list[Tensor]:
         """Transforms audio [..., T] to one complex spectrogram [..., F, frames] per window size.

@@ -91,13 +91,17 @@ def k_weight(audio: Tensor, sample_rate: int) -> Tensor:
     num_samples = audio.shape[-1]
     num_points = _fast_length(num_samples + int(_PADDING_SECONDS * sample_rate))
     response = _response_on_grid(sample_rate, num_points).to(audio.device)
-    spectrum = torch.fft.rfft(audio, num_points) * response.to(torch.promote_types(audio.dtype, torch.complex64))
+    spectrum = torch.fft.rfft(audio, num_points) * response.to(
+        torch.promote_types(audio.dtype, torch.complex64)
+    )
     return torch.fft.irfft(spectrum, num_points)[..., :num_samples]
 
 
 @lru_cache(maxsize=8)
 def _response_on_grid(sample_rate: int, num_points: int) -> Tensor:
-    return k_weighting_response(torch.fft.rfftfreq(num_points, 1 / sample_rate, dtype=torch.float64), sample_rate)
+    return k_weighting_response(
+        torch.fft.rfftfreq(num_points, 1 / sample_rate, dtype=torch.float64), sample_rate
+    )
 
 
 def _polynomial(coefficients: list[float], delay: Tensor) -> Tensor:

@@ -68,7 +68,9 @@ class ReconstructionObjective(nn.Module):
         self.weights = {**DEFAULT_LOSS_WEIGHTS, **(weights or {})}
         negative = [name for name, weight in self.weights.items() if not weight >= 0]
         if negative:
-            raise EarVAEError(f"loss weights must be 0 or more, got {[(n, self.weights[n]) for n in negative]}")
+            raise EarVAEError(
+                f"loss weights must be 0 or more, got {[(n, self.weights[n]) for n in negative]}"
+            )
         self.sample_rate = sample_rate
         self.stft = MultiResolutionSTFT(window_sizes)
 

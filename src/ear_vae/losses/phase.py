@@ -1,4 +1,4 @@
-"""Losses on phase, in its observable forms: coherence with the target, and derivatives in time and frequency."""
+"""Losses on phase in its observable forms: coherence, and derivatives in time and frequency."""
 
 from __future__ import annotations
 
@@ -67,5 +67,3 @@ def _phase_step_distance(estimate: Tensor, target: Tensor, dim: int) -> Tensor:
 def _neighbour_product(spectrum: Tensor, dim: int) -> Tensor:
     length = spectrum.shape[dim] - 1
     return spectrum.narrow(dim, 1, length) * spectrum.narrow(dim, 0, length).conj()
-
-

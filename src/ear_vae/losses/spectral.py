@@ -75,4 +75,6 @@ def safe_sqrt(power: Tensor) -> Tensor:
 def _relative_norm(difference: Tensor, target: Tensor) -> Tensor:
     axes = tuple(range(1, target.ndim))
     floor = ENERGY_FLOOR_RMS * target[0].numel() ** 0.5
-    return (safe_sqrt(difference.square().sum(axes)) / torch.linalg.vector_norm(target, dim=axes).clamp(min=floor)).mean()
+    return (
+        safe_sqrt(difference.square().sum(axes)) / torch.linalg.vector_norm(target, dim=axes).clamp(min=floor)
+    ).mean()

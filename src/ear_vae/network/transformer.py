@@ -99,6 +99,6 @@ def rotary_table(num_frames: int, head_dim: int, like: Tensor) -> tuple[Tensor, 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each pair (first half, second half) of the head channels of [B, heads, N, head_dim] by its angle."""
+    """Turns each pair (first half, second half) of the channels of [B, heads, N, head_dim] by its angle."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin

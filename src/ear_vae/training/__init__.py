@@ -1,4 +1,4 @@
-"""Training with Lightning: the module, the data, and the command line. The only package that imports lightning."""
+"""Training with Lightning: module, data, command line. The only package that imports lightning."""
 
 from ear_vae.training.data import AudioDataModule
 from ear_vae.training.module import EarVAEModule

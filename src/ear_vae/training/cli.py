@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from ear_vae.errors import EarVAEError
 from ear_vae.training.callbacks import ExportModel
@@ -16,6 +16,11 @@ from ear_vae.training.module import EarVAEModule
 
 class FitCLI(LightningCLI):
     """LightningCLI that gives the data the model's rate and frame length, and exports the model."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parses what it is given; the parent also looks at `sys.argv` and warns that the two differ."""
+        assert isinstance(args, list), "main passes a list"
+        self.config = parser.parse_args(args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Links what the model decides about the data, and adds the exported model."""

@@ -181,11 +181,15 @@ class AudioDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         if min(batch_size, segments_per_epoch, segment_multiple) < 1 or num_workers < 0:
-            raise EarVAEError("batch_size, segments_per_epoch and segment_multiple must be at least 1, num_workers 0")
+            raise EarVAEError(
+                "batch_size, segments_per_epoch and segment_multiple must be at least 1, num_workers 0"
+            )
         self.folder = Path(folder)
         self.validation_folder = Path(validation_folder) if validation_folder else None
         self.sample_rate = sample_rate
-        self.segment_samples = max(1, round(segment_seconds * sample_rate / segment_multiple)) * segment_multiple
+        self.segment_samples = (
+            max(1, round(segment_seconds * sample_rate / segment_multiple)) * segment_multiple
+        )
         self.validation_seconds = validation_seconds
         self.batch_size = batch_size
         self.segments_per_epoch = segments_per_epoch
@@ -202,7 +206,9 @@ class AudioDataModule(L.LightningDataModule):
         if self.validation_folder and not self.validation_files:
             self.validation_files = scan_folder(self.validation_folder, self.validation_seconds)
 
-    def train_dataset(self, *, segment_samples: int | None = None, augment: bool | None = None) -> SegmentDataset:
+    def train_dataset(
+        self, *, segment_samples: int | None = None, augment: bool | None = None
+    ) -> SegmentDataset:
         """The training segments, optionally of another length or without augmentation."""
         return SegmentDataset(
             self.train_files,

@@ -24,6 +24,9 @@ from torch import Tensor, nn
 from ear_vae.config import EarVAEConfig
 from ear_vae.errors import EarVAEError
 from ear_vae.network.blocks import ResidualUnit, Snake
+from ear_vae.network.decoder import DecoderBlock
+from ear_vae.network.encoder import EncoderBlock
+from ear_vae.network.transformer import TransformerLayer
 from ear_vae.vae import EarVAE
 
 # Linear-phase half-band filter: flat to -0.3 dB up to a third of the lower rate.
@@ -126,17 +129,16 @@ def initialize(vae: EarVAE, choice: FilterBankPlan) -> None:
     for module in vae.modules():
         if isinstance(module, ResidualUnit):
             module.conv_pointwise.weight.mul_(_BRANCH_GAIN)
-            nn.init.zeros_(module.conv_pointwise.bias)
+            _zero_bias(module.conv_pointwise)
         elif isinstance(module, Snake):
             module.log_alpha.fill_(_CARRIER_LOG_ALPHA)
             module.log_beta.zero_()
-    if vae.transformer is not None:
-        for layer in vae.transformer.layers:
-            nn.init.zeros_(layer.attention.out.weight)
-            nn.init.zeros_(layer.feed_forward.out.weight)
-            nn.init.zeros_(layer.feed_forward.out.bias)
-    strided = [block.conv for block in vae.encoder.blocks]
-    transposed = [block.conv for block in reversed(vae.decoder.blocks)]
+        elif isinstance(module, TransformerLayer):
+            nn.init.zeros_(module.attention.out.weight)
+            nn.init.zeros_(module.feed_forward.out.weight)
+            nn.init.zeros_(module.feed_forward.out.bias)
+    strided = [m.conv for m in vae.encoder.modules() if isinstance(m, EncoderBlock)]
+    transposed = [m.conv for m in vae.decoder.modules() if isinstance(m, DecoderBlock)][::-1]
 
     mix = torch.tensor([[0.5, 0.5], [0.5, -0.5]])
     _carry(vae.encoder.conv_in, _centred(mix, 7))
@@ -175,12 +177,13 @@ def initialize(vae: EarVAE, choice: FilterBankPlan) -> None:
     conv_out.weight.mul_(_SCALE_WEIGHT)
     conv_out.weight[: config.latent_dim] = 0
     conv_out.weight[: config.latent_dim, : 2 * num_bins, 1] = selection
-    nn.init.zeros_(conv_out.bias[: config.latent_dim])
-    nn.init.constant_(conv_out.bias[config.latent_dim :], _SCALE_BIAS)
+    assert conv_out.bias is not None
+    conv_out.bias[: config.latent_dim] = 0
+    conv_out.bias[config.latent_dim :] = _SCALE_BIAS
     back = torch.zeros(2 * num_bins, config.latent_dim, 7)
     back[choice.indices, torch.arange(config.latent_dim), 3] = _COEFFICIENT_GAIN / scales
     vae.decoder.conv_in.weight[: 2 * num_bins] = back
-    nn.init.zeros_(vae.decoder.conv_in.bias)
+    _zero_bias(vae.decoder.conv_in)
 
 
 def mdct(hop: int, num_bins: int) -> Tensor:
@@ -242,5 +245,9 @@ def _carry(conv: nn.Conv1d | nn.ConvTranspose1d, kernel: Tensor) -> None:
     else:
         conv.weight[:first] = 0
     conv.weight[:first, :second] = kernel
+    _zero_bias(conv)
+
+
+def _zero_bias(conv: nn.Conv1d | nn.ConvTranspose1d) -> None:
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ear_vae.config import EarVAEConfig
-from ear_vae.errors import EarVAEError
 from ear_vae.dsp.distortion import si_sdr_db
+from ear_vae.errors import EarVAEError
 from ear_vae.losses import ReconstructionObjective
 from ear_vae.losses.objective import DEFAULT_WINDOW_SIZES
 from ear_vae.training import filter_bank
@@ -174,7 +174,9 @@ class EarVAEModule(L.LightningModule):
         """
         saved = checkpoint.get("ear_vae_config")
         if saved != self.vae.config.to_dict():
-            raise EarVAEError(f"the checkpoint holds another architecture: {saved}, not {self.vae.config.to_dict()}")
+            raise EarVAEError(
+                f"the checkpoint holds another architecture: {saved}, not {self.vae.config.to_dict()}"
+            )
 
     def _start_from_filter_bank(self, data: Any) -> None:
         if not isinstance(data, AudioDataModule):
@@ -192,4 +194,10 @@ class EarVAEModule(L.LightningModule):
 
     def _log_terms(self, stage: str, terms: Mapping[str, Tensor]) -> None:
         values = {f"{stage}/{name}": value.detach() for name, value in terms.items()}
-        self.log_dict(values, on_step=stage == "train", on_epoch=stage != "train", batch_size=1, sync_dist=stage != "train")
+        self.log_dict(
+            values,
+            on_step=stage == "train",
+            on_epoch=stage != "train",
+            batch_size=1,
+            sync_dist=stage != "train",
+        )
