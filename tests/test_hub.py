@@ -20,7 +20,8 @@ from huggingface_hub import constants
 
 from ear_vae import EarVAE, EarVAEConfig, EarVAEError
 from ear_vae import hub as hub_module
-from ear_vae.hub import convert_to_official, resolve
+from ear_vae.export import convert_to_official
+from ear_vae.hub import resolve
 
 TINY = EarVAEConfig(
     channels=4, channel_multipliers=(1, 2), strides=(2, 4), latent_dim=32, transformer_depth=1
@@ -49,6 +50,7 @@ class LoopbackHub(ThreadingHTTPServer):
         self.requests: list[tuple[str, str, str | None, str | None]] = []
         self.move_main_after_config: str | None = None
         self.refusal: int | None = None
+        self.gated: set[str] = set()
         self.address = f"http://127.0.0.1:{self.server_port}"
         # By another name, as the Hub's large files lie on other hosts.
         self.cdn_address = f"http://localhost:{self.server_port}"
@@ -101,7 +103,14 @@ class Handler(BaseHTTPRequestHandler):
         repo_id = f"{owner}/{name}"
         hub = self.server
         if repo_id not in hub.commits:
-            self.answer(404, X_Error_Code="RepoNotFound")
+            # Without a token the Hub does not tell a missing repository from a private one.
+            if self.headers["Authorization"]:
+                self.answer(404, X_Error_Code="RepoNotFound")
+            else:
+                self.answer(401)
+            return
+        if repo_id in hub.gated:
+            self.answer(403, X_Error_Code="GatedRepo")
             return
         commit = hub.refs[repo_id].get(revision, revision)
         if commit not in hub.commits[repo_id]:
@@ -349,12 +358,17 @@ def test_force_download_fetches_again(ours: EarVAE, hub: LoopbackHub) -> None:
 
 
 def test_what_the_hub_does_not_have(ours: EarVAE, hub: LoopbackHub) -> None:
-    with pytest.raises(EarVAEError, match=r"someone/else: no such folder, and no such repository"):
-        EarVAE.from_pretrained("someone/else")
+    for token in (None, "hf_secret"):
+        with pytest.raises(EarVAEError, match=r"someone/else: no such folder, and no such repository"):
+            EarVAE.from_pretrained("someone/else", token=token)
     with pytest.raises(EarVAEError, match=r"no such repository"):
         EarVAE.from_pretrained("someone/else", force_download=True)
     with pytest.raises(EarVAEError, match=r"someone/ours: the repository has no revision 'v9'"):
         EarVAE.from_pretrained(OURS, revision="v9")
+    hub.gated = {OURS}
+    with pytest.raises(EarVAEError, match=r"someone/ours: access is restricted"):
+        EarVAE.from_pretrained(OURS)
+    hub.gated.clear()
     del hub.commits[OURS][FIRST]["model.safetensors"]
     with pytest.raises(EarVAEError, match=r"someone/ours: the repository has no file model\.safetensors"):
         EarVAE.from_pretrained(OURS)
@@ -475,9 +489,10 @@ def test_other_names_list_what_would_do(name: str, tmp_path: Path, monkeypatch: 
 def test_folders_and_files_that_are_no_models(tmp_path: Path) -> None:
     with pytest.raises(EarVAEError, match=r"config\.json: the file is missing"):
         resolve(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(EarVAEError, match=r"config\.json: cannot read the config"):
-        resolve(tmp_path)
+    for content in ("{", "[" * 100_000, "1" * 5000):  # too deep and too long for Python's parser
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(EarVAEError, match=r"config\.json: cannot read the config"):
+            resolve(tmp_path)
     with pytest.raises(EarVAEError, match=r"config\.json: is a file"):
         resolve(tmp_path / "config.json")
     (tmp_path / "config.json").write_text(json.dumps(TINY.to_dict()))

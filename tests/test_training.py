@@ -279,5 +279,6 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
         trainer(tmp_path, max_steps=2).fit(
             other, data(folder), ckpt_path=tmp_path / "tiny.ckpt", weights_only=True
         )
-    with pytest.raises(EarVAEError, match="nothing to train on"):
-        trainer(tmp_path, max_steps=1).fit(EarVAEModule(TINY), data(tmp_path / "start"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(EarVAEError, match="nothing to train on: 0 audio files"):
+        trainer(tmp_path, max_steps=1).fit(EarVAEModule(TINY), data(tmp_path / "empty"))

@@ -21,13 +21,10 @@ from ear_vae.conversion import (
     read_json,
 )
 from ear_vae.errors import EarVAEError
-from ear_vae.export import convert_to_folder, convert_to_official
 from ear_vae.weights import CONFIG_FILE, WEIGHTS_FILE, Checkpoint
 
 if TYPE_CHECKING:
     from ear_vae.vae import EarVAE
-
-__all__ = ["convert_to_folder", "convert_to_official", "push", "resolve"]
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -224,7 +221,8 @@ def _hub_problem(
     at_revision = f" at revision {revision!r}" if revision else ""
     if isinstance(error, errors.GatedRepoError):
         return f"{repo_id}: access is restricted; ask for it on the repository's page and give a token"
-    if isinstance(error, errors.RepositoryNotFoundError):
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
         return (
             f"{repo_id}: no such folder, and no such repository on the Hub (or a private one); check the "
             "spelling, or give the token of an account that may read it"

@@ -11,7 +11,9 @@ Pieces start on the grid of latent frames, so that strided convolutions keep the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,18 @@ from torch import Tensor, nn
 # context, smaller ones fit caches better.
 _ACTIVATION_BYTES = 2**26
 _BYTES_PER_VALUE = 4
+
+_observer: ContextVar[Callable[[int], None] | None] = ContextVar("observer", default=None)
+
+
+@contextmanager
+def observe_tiles(callback: Callable[[int], None]) -> Iterator[None]:
+    """Calls `callback(latent_frames)` after every tile of every network that runs within the block."""
+    token = _observer.set(callback)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
 
 
 def encoder_reach(encoder: nn.Module, downsampling_ratio: int) -> tuple[int, int]:
@@ -90,6 +104,8 @@ def run_tiled(
                 output = torch.empty(shape, dtype=tile.dtype, device=x.device)
             kept = tile[..., (start - first) * outputs_per_frame : (stop - first) * outputs_per_frame]
             output[row : row + items, :, start * outputs_per_frame : stop * outputs_per_frame] = kept
+            if (callback := _observer.get()) is not None:
+                callback(stop - start)
     assert output is not None, "an empty input is refused before it comes here"
     return output
 

@@ -1,0 +1,3 @@
+from ear_vae.cli import main
+
+raise SystemExit(main())

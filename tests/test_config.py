@@ -1,0 +1,114 @@
+"""The architecture's config: what is accepted, what is refused, what is derived."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ear_vae import EarVAEConfig, EarVAEError
+
+
+def test_the_defaults_are_the_published_44k() -> None:
+    config = EarVAEConfig()
+    assert config.downsampling_ratio == 1024
+    assert config.latent_rate == pytest.approx(43.0664, abs=1e-4)
+    assert config.block_widths == ((128, 128), (128, 256), (256, 512), (512, 1024), (1024, 2048))
+
+
+def test_the_published_48k() -> None:
+    config = EarVAEConfig(sample_rate=48_000, strides=(2, 2, 4, 6, 10), transformer_depth=0)
+    assert config.downsampling_ratio == 960
+    assert config.latent_rate == 50
+
+
+def test_values_are_compared_hashed_and_immutable() -> None:
+    config = EarVAEConfig(strides=[2, 4, 4, 4, 8])  # type: ignore[arg-type] - as JSON gives it
+    assert config == EarVAEConfig()
+    assert hash(config) == hash(EarVAEConfig())
+    assert config != EarVAEConfig(channels=64)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.channels = 2  # type: ignore[misc]
+
+
+def test_round_trips_through_json(tmp_path: Path) -> None:
+    config = EarVAEConfig(
+        sample_rate=48_000, audio_channels=1, channels=6, channel_multipliers=(1, 3), strides=(2, 6)
+    )
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config.to_dict()))
+    assert EarVAEConfig.from_json(path) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"channels": "128"}, "channels must be an integer, got '128'"),
+        ({"channels": 128.0}, "channels must be an integer, got 128.0"),
+        ({"channels": True}, "channels must be an integer, got True"),
+        ({"channels": None}, "channels must be an integer, got None"),
+        ({"channels": 0}, "channels must be at least 1, got 0"),
+        ({"sample_rate": float("nan")}, "sample_rate must be an integer, got nan"),
+        ({"sample_rate": -44_100}, "sample_rate must be at least 1"),
+        ({"latent_dim": 0}, "latent_dim must be at least 1"),
+        ({"audio_channels": 6}, "audio_channels must be 1 or 2, got 6"),
+        ({"strides": 8}, "strides must be a list of integers, got 8"),
+        ({"strides": "24448"}, "strides must be a list of integers"),
+        ({"strides": []}, "strides must be a list of integers, got []"),
+        ({"strides": [2, 4, 4, 4, True]}, "strides must be a list of integers"),
+        ({"strides": [2, 4, 4, 4, 8.0]}, "strides must be a list of integers"),
+        ({"strides": [2, 4, 4, 4, 5]}, "strides must be even and at least 2"),
+        ({"strides": [2, 4, 4, 4, 0]}, "strides must be even and at least 2"),
+        ({"strides": [2, 4, 4, 4, -2]}, "strides must be even and at least 2"),
+        ({"strides": [2, 4]}, "equally long, got 5 and 2"),
+        ({"channel_multipliers": [1, 2, 4, 8, 0]}, "channel_multipliers must be at least 1"),
+        ({"channel_multipliers": {"a": 1}}, "channel_multipliers must be a list of integers"),
+        ({"transformer_depth": -1}, "transformer_depth must be 0 or more"),
+        (
+            {"transformer_head_dim": 48},
+            "transformer_head_dim must be even and divide latent_dim (64), got 48",
+        ),
+        ({"transformer_head_dim": 1}, "transformer_head_dim must be even"),
+    ],
+)
+def test_bad_values_are_named(changes: dict[str, Any], problem: str) -> None:
+    values = {**EarVAEConfig().to_dict(), **changes}
+    with pytest.raises(EarVAEError) as caught:
+        EarVAEConfig.from_dict(values)
+    assert problem in str(caught.value)
+
+
+def test_the_head_size_is_free_without_a_transformer() -> None:
+    assert EarVAEConfig(latent_dim=10, transformer_depth=0).latent_dim == 10
+
+
+def test_unknown_and_missing_fields_are_named() -> None:
+    values = EarVAEConfig().to_dict()
+    with pytest.raises(EarVAEError, match=r"config: unknown \['dilation'\]; the fields are"):
+        EarVAEConfig.from_dict({**values, "dilation": 3})
+    values["hop_length"] = values.pop("strides")
+    with pytest.raises(
+        EarVAEError, match=r"unknown \['hop_length'\] and missing \['strides'\]; the fields are"
+    ):
+        EarVAEConfig.from_dict(values)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", "null", '"config"', "\x00"])
+def test_files_that_are_no_config(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(EarVAEError, match=r"config\.json: "):
+        EarVAEConfig.from_json(path)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(EarVAEError, match=r"nowhere\.json: cannot read the config"):
+        EarVAEConfig.from_json(tmp_path / "nowhere.json")
+    with pytest.raises(EarVAEError, match="cannot read the config"):
+        EarVAEConfig.from_json(tmp_path)
+    (tmp_path / "latin.json").write_bytes(b'{"\xe9": 1}')
+    with pytest.raises(EarVAEError, match=r"latin\.json: cannot read the config"):
+        EarVAEConfig.from_json(tmp_path / "latin.json")
