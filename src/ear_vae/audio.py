@@ -364,7 +364,8 @@ def _decoded_by_ffmpeg(source: AudioSource, name: str, reason: Exception) -> Ite
         result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if result.returncode or not decoded.exists():
             lines = [line for line in result.stderr.strip().splitlines() if line] or [_reason(reason)]
-            raise EarVAEError(f"{name}: not audio, or damaged: {lines[-1].replace(f"file:{original}", "").lstrip(": ")}")
+            reason_given = lines[-1].replace(f"file:{original}", "").lstrip(": ")
+            raise EarVAEError(f"{name}: not audio, or damaged: {reason_given}")
         yield str(decoded)
 
 

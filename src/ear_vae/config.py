@@ -12,6 +12,10 @@ from typing import Any
 from ear_vae.errors import EarVAEError
 
 
+# A config from a stranger must not build a million layers.
+_MAX_TRANSFORMER_DEPTH = 256
+
+
 @dataclass(frozen=True)
 class EarVAEConfig:
     """Everything that fixes the shapes of the network's tensors.
@@ -27,7 +31,7 @@ class EarVAEConfig:
         strides: Downsampling of each block. Even: with an odd stride the published padding would
             change the length.
         latent_dim: Channels of the latents.
-        transformer_depth: Layers of the transformer on the latents; 0 for none.
+        transformer_depth: Layers of the transformer on the latents, at most 256; 0 for none.
         transformer_head_dim: Channels of one attention head; divides `latent_dim` and is even.
 
     Raises:
@@ -57,8 +61,10 @@ class EarVAEConfig:
                 raise EarVAEError(f"config: {name} must be at least 1, got {getattr(self, name)}")
         if self.audio_channels > 2:
             raise EarVAEError(f"config: audio_channels must be 1 or 2, got {self.audio_channels}")
-        if self.transformer_depth < 0:
-            raise EarVAEError(f"config: transformer_depth must be 0 or more, got {self.transformer_depth}")
+        if not 0 <= self.transformer_depth <= _MAX_TRANSFORMER_DEPTH:
+            raise EarVAEError(
+                f"config: transformer_depth must be 0 to {_MAX_TRANSFORMER_DEPTH}, got {self.transformer_depth}"
+            )
         if len(self.channel_multipliers) != len(self.strides):
             raise EarVAEError(
                 f"config: channel_multipliers and strides must be equally long, got "
@@ -123,7 +129,7 @@ class EarVAEConfig:
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise EarVAEError(f"{path}: cannot read the config: {error}") from error
         try:
             return cls.from_dict(values)

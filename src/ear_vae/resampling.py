@@ -86,14 +86,14 @@ def _by_spectrum(audio: Tensor, old: int, new: int) -> Tensor:
     spectrum = torch.fft.rfft(audio, periods * old)
     num_bins = periods * new // 2 + 1
     kept = spectrum[..., :num_bins]
-    taper = _taper(min(num_bins, spectrum.shape[-1])).to(audio.device, audio.dtype)
-    padded = torch.nn.functional.pad(kept * taper, (0, num_bins - kept.shape[-1]))
+    kept = kept * _taper(kept.shape[-1], periods * min(old, new)).to(audio.device, audio.dtype)
+    padded = torch.nn.functional.pad(kept, (0, num_bins - kept.shape[-1]))
     return torch.fft.irfft(padded, periods * new) * (new / old)
 
 
 @lru_cache(maxsize=4)
-def _taper(num_bins: int) -> Tensor:
+def _taper(num_bins: int, num_points: int) -> Tensor:
     """1 up to the roll-off of the filter method, then a raised cosine to 0, which rings less than a cliff."""
-    position = torch.linspace(0, 1, num_bins, dtype=torch.float64)
+    position = torch.arange(num_bins, dtype=torch.float64) / (num_points / 2)
     ramp = ((position - _ROLLOFF) / (1 - _ROLLOFF)).clamp(0, 1)
     return 0.5 * (1 + torch.cos(math.pi * ramp))

@@ -1,0 +1,128 @@
+"""The latent file: what comes back, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ear_vae import EarVAEError
+from ear_vae.latents import Latents, is_latent_file, load_latents, save_latents
+
+
+def example(**changes: object) -> Latents:
+    generator = torch.Generator().manual_seed(0)
+    latents = Latents(
+        mean=torch.randn(64, 10, generator=generator),
+        std=torch.rand(64, 10, generator=generator),
+        sample_rate=44_100,
+        downsampling_ratio=1024,
+        num_samples=9 * 1024 + 1,
+        audio_channels=1,
+        source_sample_rate=48_000,
+        source_num_samples=10_032,
+        model_name="a model",
+        weights_sha256="0" * 64,
+    )
+    return dataclasses.replace(latents, **changes)  # type: ignore[arg-type]
+
+
+def same(one: Latents, other: Latents) -> bool:
+    plain = {field.name for field in dataclasses.fields(Latents)} - {"mean", "std"}
+    tensors = torch.equal(one.mean, other.mean) and (
+        one.std is other.std is None or torch.equal(one.std, other.std)  # type: ignore[arg-type]
+    )
+    return tensors and all(getattr(one, name) == getattr(other, name) for name in plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_round_trip(tmp_path: Path, dtype: torch.dtype) -> None:
+    for latents in (example(), example(std=None, sampled=True)):
+        latents = dataclasses.replace(latents, mean=latents.mean.to(dtype))
+        save_latents(tmp_path / "a.safetensors", latents, overwrite=True)
+        assert same(load_latents(tmp_path / "a.safetensors"), latents)
+        stream = io.BytesIO()
+        save_latents(stream, latents)
+        stream.seek(0)
+        assert same(load_latents(stream), latents)
+
+
+def test_facts() -> None:
+    assert example().latent_rate == pytest.approx(43.066, abs=1e-3)
+    assert example().duration_seconds == pytest.approx(9217 / 44_100)
+
+
+def test_existing_files_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_latents(path, example())
+    before = path.read_bytes()
+    with pytest.raises(EarVAEError, match="exists already"):
+        save_latents(path, example(std=None))
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mean": torch.zeros(64)}, r"\[D, N\]"),
+        ({"mean": torch.zeros(64, 10, dtype=torch.int32)}, "floating point"),
+        ({"std": torch.zeros(64, 9)}, r"std must be floating point \[64, 10\]"),
+        ({"num_samples": 1024}, "1024 samples at 1024 per frame are 1 frames, the file holds 10"),
+        ({"audio_channels": 6}, "out of range"),
+        ({"sample_rate": 0}, "out of range"),
+        ({"mean": torch.full((64, 10), torch.nan)}, "mean holds NaN"),
+        ({"std": torch.full((64, 10), -1.0)}, "std holds negative"),
+    ],
+)
+def test_inconsistent_latents(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(EarVAEError, match=message):
+        save_latents(tmp_path / "a.safetensors", example(**changes))
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    good = tmp_path / "good.safetensors"
+    save_latents(good, example())
+    tensors, data = load_file(good), good.read_bytes()
+    (tmp_path / "zero").write_bytes(b"")
+    (tmp_path / "cut").write_bytes(data[: len(data) // 2])
+    (tmp_path / "text").write_text("hello " * 100)
+    save_file(tensors, tmp_path / "weights", metadata={"format": "pt"})
+    from safetensors import safe_open
+
+    with safe_open(good, framework="pt") as file:
+        metadata = dict(file.metadata())
+    save_file(tensors, tmp_path / "version", metadata=metadata | {"format_version": "2"})
+    save_file(tensors, tmp_path / "words", metadata=metadata | {"sample_rate": "fast"})
+    save_file(
+        tensors, tmp_path / "lacking", metadata={k: v for k, v in metadata.items() if k != "num_samples"}
+    )
+    save_file({"std": tensors["std"]}, tmp_path / "meanless", metadata=metadata)
+    save_file({**tensors, "mean": tensors["mean"] * torch.inf}, tmp_path / "inf", metadata=metadata)
+    expected = {
+        "missing": "no such file",
+        "": "is a folder",
+        "zero": r"empty \(0 bytes\)",
+        "cut": "truncated",
+        "text": "not a readable latent file",
+        "weights": "not a latent file of ear-vae",
+        "version": "format version 2, this ear-vae reads 1",
+        "words": "unreadable metadata",
+        "lacking": r"missing metadata \['num_samples'\]",
+        "meanless": r"tensors \['std'\]",
+        "inf": "NaN or infinity",
+    }
+    for name, message in expected.items():
+        with pytest.raises(EarVAEError, match=message) as caught:
+            load_latents(tmp_path / name)
+        assert str(tmp_path / name) in str(caught.value)
+    with pytest.raises(EarVAEError, match="truncated"):
+        load_latents(io.BytesIO(data[:100]))
+    assert is_latent_file(good)
+    assert not is_latent_file(tmp_path / "weights")
+    assert not is_latent_file(tmp_path / "text")
