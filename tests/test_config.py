@@ -66,7 +66,8 @@ def test_round_trips_through_json(tmp_path: Path) -> None:
         ({"strides": [2, 4]}, "equally long, got 5 and 2"),
         ({"channel_multipliers": [1, 2, 4, 8, 0]}, "channel_multipliers must be at least 1"),
         ({"channel_multipliers": {"a": 1}}, "channel_multipliers must be a list of integers"),
-        ({"transformer_depth": -1}, "transformer_depth must be 0 or more"),
+        ({"transformer_depth": -1}, "transformer_depth must be 0 to 256"),
+        ({"transformer_depth": 10**9}, "transformer_depth must be 0 to 256"),
         (
             {"transformer_head_dim": 48},
             "transformer_head_dim must be even and divide latent_dim (64), got 48",

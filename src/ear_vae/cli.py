@@ -129,6 +129,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--to", choices=("folder", "official"), default="folder", help="layout (%(default)s)"
     )
+    command.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float32",
+        help="to store (%(default)s)",
+    )
     command.add_argument("--force", action="store_true", help="replace what exists")
     command.set_defaults(command=_convert)
 
@@ -284,10 +290,18 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
+    import torch
+
     from ear_vae.export import convert_to_folder, convert_to_official
 
-    convert = convert_to_folder if options.to == "folder" else convert_to_official
-    convert(options.source, options.destination, variant=options.variant, overwrite=options.force)
+    common = {"variant": options.variant, "overwrite": options.force}
+    if options.to == "folder":
+        dtype = getattr(torch, options.dtype)
+        convert_to_folder(options.source, options.destination, dtype=dtype, **common)
+    elif options.dtype == "float32":
+        convert_to_official(options.source, options.destination, **common)
+    else:
+        raise EarVAEError("--dtype is for our own folders; official weights are float32")
     return 0
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from ear_vae.errors import EarVAEError
 
-
 # A config from a stranger must not build a million layers.
 _MAX_TRANSFORMER_DEPTH = 256
 
@@ -63,7 +62,8 @@ class EarVAEConfig:
             raise EarVAEError(f"config: audio_channels must be 1 or 2, got {self.audio_channels}")
         if not 0 <= self.transformer_depth <= _MAX_TRANSFORMER_DEPTH:
             raise EarVAEError(
-                f"config: transformer_depth must be 0 to {_MAX_TRANSFORMER_DEPTH}, got {self.transformer_depth}"
+                f"config: transformer_depth must be 0 to {_MAX_TRANSFORMER_DEPTH}, "
+                f"got {self.transformer_depth}"
             )
         if len(self.channel_multipliers) != len(self.strides):
             raise EarVAEError(

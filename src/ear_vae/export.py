@@ -19,7 +19,7 @@ from ear_vae.conversion import VARIANTS_KEY
 from ear_vae.errors import EarVAEError
 from ear_vae.official import to_official, to_official_config
 from ear_vae.vae import EarVAE
-from ear_vae.weights import CONFIG_FILE
+from ear_vae.weights import CONFIG_FILE, save_pretrained
 
 OFFICIAL_WEIGHTS_SUFFIX = ".pyt"
 
@@ -31,9 +31,10 @@ def convert_to_folder(
     variant: str | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Writes any model that `resolve` finds as a folder in our layout.
+    """Writes any model that `resolve` finds as a folder in our layout, named after the folder.
 
     Args:
         source: As for `resolve`.
@@ -41,6 +42,8 @@ def convert_to_folder(
         variant: As for `resolve`.
         revision: As for `resolve`.
         cache_dir: As for `resolve`.
+        dtype: Dtype to store the weights in, float32 by default; float16 halves the file, and loads as
+            float32.
         overwrite: Replace the model in a folder that exists; its other files, and its README.md, stay.
 
     Returns:
@@ -52,8 +55,9 @@ def convert_to_folder(
     destination = Path(destination)
     _require_free(destination, overwrite)
     vae = EarVAE.from_pretrained(source, variant=variant, revision=revision, cache_dir=cache_dir)
+    vae.name = destination.resolve().name
     with _folder(destination) as folder:
-        vae.save_pretrained(folder)
+        save_pretrained(vae, folder, dtype=dtype)
     return destination
 
 
