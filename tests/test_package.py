@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -72,29 +73,24 @@ def test_one_version() -> None:
 @in_checkout
 def test_wheel_is_complete(tmp_path: Path) -> None:
     """Built from the checkout without network: everything in src, the configs, the bundled checkpoints."""
-    pytest.importorskip("setuptools")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        tmp_path,
-        ROOT,
-    ]
-    subprocess.run([str(part) for part in command], check=True, capture_output=True)
+    pytest.importorskip("setuptools", minversion="77")
+    # A build leaves its own folders behind, which have no place in the checkout.
+    source = tmp_path / "source"
+    source.mkdir()
+    for folder in ("src", "checkpoints"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("*.egg-info"))
+    for file in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
+        shutil.copy2(ROOT / file, source / file)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "-w", str(tmp_path), str(source)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     sources = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src" / "ear_vae").rglob("*.py")}
     assert sources <= names
-    for folder in (path.parent for path in (ROOT / "checkpoints").glob("*/model.safetensors")):
+    for model in (path.parent for path in (ROOT / "checkpoints").glob("*/model.safetensors")):
         for file in ("config.json", "model.safetensors", "README.md"):
-            assert f"ear_vae/checkpoints/{folder.name}/{file}" in names
+            assert f"ear_vae/checkpoints/{model.name}/{file}" in names
     assert {"ear_vae/py.typed", "ear_vae/training/configs/tiny.yaml"} <= names
     metadata = zipfile.ZipFile(wheel).read(f"ear_vae-{ear_vae.__version__}.dist-info/METADATA").decode()
     assert "Requires-Dist: torch>=2.4\n" in metadata
-    # Left by the build in the checkout.
     assert not any(name.startswith(("tests/", "examples/")) for name in names)
