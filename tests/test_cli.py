@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -338,24 +337,45 @@ def test_places_that_cannot_be_written(
 
 
 def test_usage_and_version() -> None:
-    for arguments, code in ((["reconstruct"], 2), (["nonsense"], 2), (["--help"], 0), (["--version"], 0)):
+    for arguments, code in (
+        (["reconstruct"], 2),
+        (["nonsense"], 2),
+        (["--help"], 0),
+        (["--version"], 0),
+        (["fit", "--help"], 0),
+    ):
         result = process(*arguments)
         assert result.returncode == code
         assert b"Traceback" not in result.stderr
+
+
+INTERRUPTED = """
+import signal, sys
+from ear_vae.cli import main
+from ear_vae.vae import EarVAE
+signal.signal(signal.SIGINT, signal.default_int_handler)
+whole = EarVAE.reconstruct
+def announced(*arguments, **options):
+    print("at work", flush=True)
+    return whole(*arguments, **options)
+EarVAE.reconstruct = announced
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_command_leaves_nothing(
     tmp_path: Path, small_model: Path, sent: signal.Signals
 ) -> None:
-    source = write(tmp_path / "in" / "a.wav", seconds=300)
-    target = tmp_path / "b.wav"
-    command = [sys.executable, "-m", "ear_vae", "reconstruct", source, target, "--model", small_model]
-    running = subprocess.Popen(command, stderr=subprocess.PIPE)
-    # Long enough to be at work, far from enough to be done.
-    time.sleep(8)
+    source = write(tmp_path / "in" / "a.wav", seconds=600)
+    command = [sys.executable, "-c", INTERRUPTED, "reconstruct", source, tmp_path / "b.wav"]
+    running = subprocess.Popen(
+        [*command, "--model", small_model], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert running.stdout is not None
+    assert running.stdout.readline() == b"at work\n"
     running.send_signal(sent)
-    _, errors = running.communicate(timeout=60)
+    _, errors = running.communicate(timeout=120)
     assert running.returncode == 130, errors
     assert errors.decode().strip() == "ear-vae: interrupted"
     assert sorted(os.listdir(tmp_path)) == ["in"]

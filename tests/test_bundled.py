@@ -1,0 +1,72 @@
+"""The bundled checkpoint, offline, on the example piece."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ear_vae import EarVAE
+from ear_vae.audio import read_audio
+from ear_vae.bundled import bundled_checkpoints
+from ear_vae.dsp.distortion import si_sdr_db
+
+PIECE = Path(__file__).parents[1] / "examples" / "piece.ogg"
+pytestmark = pytest.mark.skipif(
+    "ear-vae-tiny" not in bundled_checkpoints() or not PIECE.exists(), reason="needs the source checkout"
+)
+
+
+@pytest.fixture(scope="module")
+def vae() -> EarVAE:
+    return EarVAE.from_pretrained("ear-vae-tiny")
+
+
+def test_it_is_small_and_whole(vae: EarVAE) -> None:
+    folder = bundled_checkpoints()["ear-vae-tiny"]
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 12e6
+    assert (vae.name, vae.sample_rate, vae.downsampling_ratio, vae.latent_dim) == (
+        "ear-vae-tiny",
+        44_100,
+        1024,
+        64,
+    )
+    # What the file says of its weights is what they are.
+    said = vae.weights_sha256
+    vae._fingerprint = None
+    assert vae.weights_sha256 == said
+
+
+def test_it_rebuilds_the_example(vae: EarVAE) -> None:
+    audio, sample_rate = read_audio(PIECE)
+    rebuilt = vae.reconstruct(audio, sample_rate=sample_rate)
+    assert si_sdr_db(rebuilt, audio) > 5
+
+
+def test_latents_have_a_usable_scale_and_survive_a_draw(vae: EarVAE) -> None:
+    audio, sample_rate = read_audio(PIECE)
+    posterior = vae.encode(audio, sample_rate=sample_rate)
+    assert 0.3 < float(posterior.mean.std()) < 5
+    drawn = vae.decode(posterior.sample(torch.Generator().manual_seed(0)), num_samples=audio.shape[1])
+    kept = vae.decode(posterior.mode(), num_samples=audio.shape[1])
+    assert si_sdr_db(drawn, kept) > 10
+
+
+def test_it_loads_without_a_network(tmp_path: Path) -> None:
+    code = """
+import socket
+def refuse(*_): raise OSError("the network was asked")
+socket.socket.connect = refuse
+from ear_vae import EarVAE
+print(EarVAE.from_pretrained("ear-vae-tiny").name)
+"""
+    environment = {**os.environ, "HF_HOME": str(tmp_path)}
+    found = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment
+    )
+    assert found.stdout.strip() == "ear-vae-tiny"
+    assert not list(tmp_path.iterdir())
