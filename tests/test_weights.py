@@ -334,7 +334,7 @@ def test_existing_destinations_need_overwrite(folder: Path, tmp_path: Path) -> N
             destination = tmp_path / name
         convert(folder, destination)
         before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-        with pytest.raises(EarVAEError, match=rf"{name}: exists already; remove it or ask to overwrite it"):
+        with pytest.raises(EarVAEError, match=rf"{name}: exists already; remove it, or overwrite it"):
             convert(tmp_path / "other", destination)
         assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
         convert(tmp_path / "other", destination, overwrite=True)

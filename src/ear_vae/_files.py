@@ -30,7 +30,9 @@ def atomic_path(destination: str | os.PathLike[str], overwrite: bool) -> Iterato
     if destination.is_dir():
         raise EarVAEError(f"{destination}: is a folder, expected the path of a file to write")
     if destination.exists() and not overwrite:
-        raise EarVAEError(f"{destination}: exists already; remove it or ask to overwrite it")
+        raise EarVAEError(
+            f"{destination}: exists already; remove it, or overwrite it (overwrite=True, --force)"
+        )
     try:
         handle, name = tempfile.mkstemp(prefix=".ear-vae-", suffix=destination.suffix, dir=destination.parent)
     except FileNotFoundError:
