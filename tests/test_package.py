@@ -92,5 +92,5 @@ def test_wheel_is_complete(tmp_path: Path) -> None:
             assert f"ear_vae/checkpoints/{model.name}/{file}" in names
     assert {"ear_vae/py.typed", "ear_vae/training/configs/tiny.yaml"} <= names
     metadata = zipfile.ZipFile(wheel).read(f"ear_vae-{ear_vae.__version__}.dist-info/METADATA").decode()
-    assert "Requires-Dist: torch>=2.4\n" in metadata
+    assert "Requires-Dist: torch>=2.7\n" in metadata
     assert not any(name.startswith(("tests/", "examples/")) for name in names)
