@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ear_vae.errors import EarVAEError
 
@@ -27,13 +28,13 @@ def atomic_path(destination: str | os.PathLike[str], overwrite: bool) -> Iterato
             folder that is missing or cannot be written to.
     """
     destination = Path(destination)
-    if destination.is_dir():
-        raise EarVAEError(f"{destination}: is a folder, expected the path of a file to write")
-    if destination.exists() and not overwrite:
-        raise EarVAEError(
-            f"{destination}: exists already; remove it, or overwrite it (overwrite=True, --force)"
-        )
     try:
+        if destination.is_dir():
+            raise EarVAEError(f"{destination}: is a folder, expected the path of a file to write")
+        if destination.exists() and not overwrite:
+            raise EarVAEError(
+                f"{destination}: exists already; remove it, or overwrite it (overwrite=True, --force)"
+            )
         handle, name = tempfile.mkstemp(prefix=".ear-vae-", suffix=destination.suffix, dir=destination.parent)
     except FileNotFoundError:
         raise EarVAEError(f"{destination}: the folder {destination.parent} does not exist") from None
@@ -50,3 +51,10 @@ def atomic_path(destination: str | os.PathLike[str], overwrite: bool) -> Iterato
         temporary.replace(destination)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def name_of(source: Any) -> str:
+    """What to call a path or an open file in a message."""
+    if isinstance(source, (str, os.PathLike)):
+        return str(os.fspath(source))
+    return str(getattr(source, "name", "<stream>"))

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import io
+import math
 import os
-import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -15,7 +13,8 @@ from typing import IO, Any, Literal
 import torch
 from torch import Tensor
 
-from ear_vae._files import atomic_path
+from ear_vae._decoding import AudioSource, OpenedAudio, one_line, opened_audio
+from ear_vae._files import atomic_path, name_of
 from ear_vae.errors import EarVAEError
 from ear_vae.resampling import resample
 
@@ -31,7 +30,6 @@ __all__ = [
     "write_audio",
 ]
 
-AudioSource = str | os.PathLike[str] | IO[bytes]
 PeakPolicy = Literal["keep", "scale", "clip"]
 
 LOWEST_RATE, HIGHEST_RATE = 8_000, 192_000
@@ -81,9 +79,12 @@ _WRITTEN = {
 _UNBOUNDED_SUBTYPES = {"FLOAT", "DOUBLE"}
 # A plain RIFF file counts its bytes in 32 bits.
 _RIFF_BYTES = 2**32 - 2**16
-_BLOCK_FRAMES = 2**18
-# Lengths in mp3 headers are estimates, sometimes several seconds off in whole files.
-_SHORTEST_MP3_FRACTION = 0.9
+_BLOCK_FRAMES = 2**20
+# Whole mp3 files may lack a frame or two of what they state.
+_MISSING_MP3_SAMPLES = 3 * 1152
+# The data of an mp3 frame begin in up to 511 bytes of frames before it. libsndfile goes back too little for
+# quiet passages of varying bit rate, where these are many frames, and returns silence.
+_MP3_RUN_UP = 50 * 1152
 
 
 class PeakWarning(UserWarning):
@@ -97,9 +98,9 @@ class AudioInfo:
     Attributes:
         sample_rate: In Hz.
         channels: 1 or 2.
-        num_samples: Per channel; an estimate for mp3 and for what ffmpeg reads.
-        format: Such as `WAV` or `MP3`.
-        subtype: Such as `PCM_16` or `VORBIS`.
+        num_samples: Per channel; an estimate for an mp3 that does not state its length.
+        format: Such as `WAV`, `MP3` or `M4A`.
+        subtype: Such as `PCM_16` or `VORBIS`; `FFMPEG` for what only ffmpeg reads.
     """
 
     sample_rate: int
@@ -115,7 +116,7 @@ class AudioInfo:
 
 
 def audio_info(source: AudioSource) -> AudioInfo:
-    """Reads the header of an audio file.
+    """Reads the header of an audio file; what only ffmpeg reads is decoded for it.
 
     Args:
         source: Path or open binary file, of a format that soundfile or ffmpeg reads.
@@ -123,8 +124,8 @@ def audio_info(source: AudioSource) -> AudioInfo:
     Raises:
         EarVAEError: As `read_audio`, as far as the header shows it.
     """
-    with _opened(source) as file:
-        return _info(file, _name(source))
+    with opened_audio(source) as opened:
+        return _info(opened, name_of(source))
 
 
 def read_audio(source: AudioSource, *, start: int = 0, num_samples: int | None = None) -> tuple[Tensor, int]:
@@ -146,18 +147,17 @@ def read_audio(source: AudioSource, *, start: int = 0, num_samples: int | None =
             has more than two channels, a rate outside 8 to 192 kHz, no samples, or NaN or infinity in it;
             `start` is past its end.
     """
-    name = _name(source)
-    with _opened(source) as file:
-        info = _info(file, name)
+    name = name_of(source)
+    with opened_audio(source) as opened:
+        info = _info(opened, name)
         if start < 0 or (num_samples is not None and num_samples < 1):
             raise EarVAEError(f"{name}: start must be 0 or more and num_samples 1 or more")
         if start >= info.num_samples:
             raise EarVAEError(f"{name}: start {start} is past the end, at {info.num_samples} samples")
         wanted = min(info.num_samples - start, num_samples or info.num_samples)
-        audio = _read_frames(file, name, start, wanted)
+        audio = _read_frames(opened.file, name, start, wanted)
         found = audio.shape[1]
-        whole = start == 0 and wanted == info.num_samples
-        if found < wanted and (info.format != "MP3" or (whole and found < _SHORTEST_MP3_FRACTION * wanted)):
+        if opened.exact and found < wanted - (_MISSING_MP3_SAMPLES if info.format == "MP3" else 0):
             raise EarVAEError(
                 f"{name}: truncated: {start + found} of {info.num_samples} samples could be read"
             )
@@ -193,12 +193,15 @@ def write_audio(
         overwrite: Replace an existing file.
 
     Raises:
-        EarVAEError: Unknown format or subtype, wrong shape, an existing or unwritable destination, a full
-            disk.
+        EarVAEError: Unknown format or subtype, a rate that the format cannot hold, wrong shape, NaN or
+            infinity in the audio, an existing or unwritable destination, a full disk.
     """
     import soundfile
 
-    name = _name(destination)
+    name = name_of(destination)
+    audio = audio.detach()
+    if isinstance(sample_rate, bool) or not isinstance(sample_rate, int) or sample_rate < 1:
+        raise EarVAEError(f"{name}: the sample rate must be a positive integer in Hz, got {sample_rate!r}")
     if audio.ndim != 2 or audio.shape[0] not in (1, 2) or audio.shape[1] == 0:
         raise EarVAEError(
             f"{name}: audio to write must be [C, T] with 1 or 2 channels, got {list(audio.shape)}"
@@ -218,10 +221,17 @@ def write_audio(
 
     def write(target: Any) -> None:
         try:
-            with soundfile.SoundFile(
+            file = soundfile.SoundFile(
                 target, "w", sample_rate, audio.shape[0], subtype=encoding, format=container
-            ) as file:
-                for block in audio.detach().split(_BLOCK_FRAMES, dim=1):
+            )
+        except soundfile.LibsndfileError as error:
+            raise EarVAEError(
+                f"{name}: cannot write {kind} at {sample_rate} Hz: {error.error_string.strip()} "
+                "Choose another format or resample first."
+            ) from error
+        try:
+            with file:
+                for block in audio.split(_BLOCK_FRAMES, dim=1):
                     block = block.float().cpu() * gain
                     file.write((block.clamp(-1, 1) if limit else block).T.contiguous().numpy())
         except (soundfile.LibsndfileError, OSError, AssertionError) as error:
@@ -231,10 +241,13 @@ def write_audio(
     if isinstance(destination, (str, os.PathLike)):
         with atomic_path(destination, overwrite) as temporary:
             write(str(temporary))
-    else:
-        buffer = io.BytesIO()
-        write(buffer)
+        return
+    buffer = io.BytesIO()
+    write(buffer)
+    try:
         destination.write(buffer.getbuffer())
+    except OSError as error:
+        raise EarVAEError(f"{name}: could not be written: {error.strerror or error}") from error
 
 
 def find_audio_files(folder: str | os.PathLike[str]) -> list[Path]:
@@ -255,8 +268,10 @@ def find_audio_files(folder: str | os.PathLike[str]) -> list[Path]:
     )
 
 
-def _info(file: Any, name: str) -> AudioInfo:
-    info = AudioInfo(file.samplerate, file.channels, file.frames, file.format, file.subtype)
+def _info(opened: OpenedAudio, name: str) -> AudioInfo:
+    info = AudioInfo(
+        opened.file.samplerate, opened.file.channels, opened.file.frames, opened.format, opened.subtype
+    )
     if info.channels > 2:
         raise EarVAEError(
             f"{name}: {info.channels} channels, expected 1 or 2; downmix it first, for example with "
@@ -269,8 +284,6 @@ def _info(file: Any, name: str) -> AudioInfo:
         )
     if info.num_samples < 1:
         raise EarVAEError(f"{name}: holds no audio samples")
-    if info.format in ("WAV", "WAVEX") and "(should be" in file.extra_info.split("data :")[-1]:
-        raise EarVAEError(f"{name}: truncated: its header promises more audio than there is")
     return info
 
 
@@ -279,126 +292,41 @@ def _read_frames(file: Any, name: str, start: int, wanted: int) -> Tensor:
     import soundfile
 
     audio = torch.empty(file.channels, wanted)
+    longest_run_up = _MP3_RUN_UP if file.format == "MP3" else 0
     position = 0
     try:
-        if start:
-            file.seek(start)
         while position < wanted:
-            block = file.read(min(_BLOCK_FRAMES, wanted - position), dtype="float32", always_2d=True)
+            # soundfile seeks after every read, so that each block of an mp3 needs its run-up.
+            run_up = min(start + position, longest_run_up)
+            if run_up or position == 0:
+                file.seek(start + position - run_up)
+            size = min(_BLOCK_FRAMES, wanted - position)
+            block = file.read(run_up + size, dtype="float32", always_2d=True)[run_up:]
             if not len(block):
                 break
             audio[:, position : position + len(block)] = torch.from_numpy(block.T)
             position += len(block)
     except (soundfile.LibsndfileError, RuntimeError) as error:
         raise EarVAEError(
-            f"{name}: damaged or truncated after {start + position} samples: {_reason(error)}"
+            f"{name}: damaged or truncated after {start + position} samples: {one_line(error)}"
         ) from error
     return audio[:, :position]
-
-
-@contextmanager
-def _opened(source: AudioSource) -> Iterator[Any]:
-    """A soundfile.SoundFile of the source, through ffmpeg where libsndfile does not know the format."""
-    import soundfile
-
-    name = _name(source)
-    if isinstance(source, (str, os.PathLike)):
-        _require_readable(Path(source))
-    try:
-        file = soundfile.SoundFile(source if not isinstance(source, os.PathLike) else str(source))
-    except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:
-        with _decoded_by_ffmpeg(source, name, error) as decoded, soundfile.SoundFile(decoded) as file:
-            yield file
-        return
-    with file:
-        if (
-            file.format == "OGG"
-            and isinstance(source, (str, os.PathLike))
-            and not _last_ogg_page_is_whole(Path(source))
-        ):
-            raise EarVAEError(f"{name}: truncated: the last page of the ogg stream is cut off")
-        yield file
-
-
-def _require_readable(path: Path) -> None:
-    if path.is_dir():
-        raise EarVAEError(f"{path}: is a folder, expected an audio file")
-    try:
-        with path.open("rb") as file:
-            if not file.read(1):
-                raise EarVAEError(f"{path}: is empty (0 bytes)")
-    except FileNotFoundError:
-        raise EarVAEError(f"{path}: no such file") from None
-    except OSError as error:
-        raise EarVAEError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-@contextmanager
-def _decoded_by_ffmpeg(source: AudioSource, name: str, reason: Exception) -> Iterator[str]:
-    """A temporary float wav of what libsndfile could not open, at the source's own rate and channels."""
-    import shutil
-    import subprocess
-
-    with warnings.catch_warnings():
-        # pydub warns at import when ffmpeg is missing; the error below says it better.
-        warnings.simplefilter("ignore")
-        from pydub import AudioSegment
-    ffmpeg = shutil.which(AudioSegment.converter)
-    if ffmpeg is None:
-        raise EarVAEError(
-            f"{name}: not a format that libsndfile reads ({_reason(reason)}), and ffmpeg, which may read it, "
-            "is not installed; install ffmpeg or convert the file to wav or flac"
-        )
-    with tempfile.TemporaryDirectory(prefix="ear-vae-") as folder:
-        if isinstance(source, (str, os.PathLike)):
-            # An absolute path, so that a name with a leading dash is not taken for an option.
-            original = Path(source).absolute()
-        else:
-            original = Path(folder) / "input"
-            source.seek(0)
-            with original.open("wb") as copy:
-                shutil.copyfileobj(source, copy)
-        decoded = Path(folder) / "decoded.wav"
-        command = [ffmpeg, "-nostdin", "-v", "error", "-xerror", "-i", f"file:{original}", "-map", "0:a:0"]
-        command += ["-c:a", "pcm_f32le", "-rf64", "auto", str(decoded)]
-        result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-        if result.returncode or not decoded.exists():
-            lines = [line for line in result.stderr.strip().splitlines() if line] or [_reason(reason)]
-            reason_given = lines[-1].replace(f"file:{original}", "").lstrip(": ")
-            raise EarVAEError(f"{name}: not audio, or damaged: {reason_given}")
-        yield str(decoded)
-
-
-def _last_ogg_page_is_whole(path: Path) -> bool:
-    """Whether the file ends with a complete page (RFC 3533, section 6); a cut one hardly ever does.
-
-    The end-of-stream mark is no help: many encoders do not write it.
-    """
-    largest_page = 65_307
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        file.seek(max(0, size - 2 * largest_page))
-        tail = file.read()
-    header = tail.rfind(b"OggS")
-    table = header + 27
-    if header < 0 or table > len(tail):
-        return False
-    num_segments = tail[table - 1]
-    lacing = tail[table : table + num_segments]
-    return len(lacing) == num_segments and table + num_segments + sum(lacing) <= len(tail)
 
 
 def _peak_treatment(audio: Tensor, name: str, peak: str, *, bounded: bool) -> tuple[float, bool]:
     """The gain to write with, and whether to limit to full scale."""
     if peak not in ("keep", "scale", "clip"):
         raise EarVAEError(f"{name}: peak must be keep, scale or clip, got {peak!r}")
-    highest = max(float(block.abs().max()) for block in audio.split(_BLOCK_FRAMES, dim=1))
+    peaks = [float(block.abs().max()) for block in audio.split(_BLOCK_FRAMES, dim=1)]
+    if not all(map(math.isfinite, peaks)):
+        raise EarVAEError(f"{name}: the audio to write holds NaN or infinite samples; nothing was written")
+    highest = max(peaks)
     if highest <= 1 or (peak == "keep" and not bounded):
         return 1.0, False
     if peak == "scale":
         return 1 / highest, False
     if peak == "keep":
-        above_db = 20 * torch.tensor(highest).log10().item()
+        above_db = 20 * math.log10(highest)
         warnings.warn(
             f"{name}: peaks reach {above_db:+.2f} dBFS and are cut off in this format; write float wav, or "
             "choose peak 'scale' (lower the whole file) or 'clip' (cut off knowingly)",
@@ -406,15 +334,3 @@ def _peak_treatment(audio: Tensor, name: str, peak: str, *, bounded: bool) -> tu
             stacklevel=3,
         )
     return 1.0, True
-
-
-def _name(source: Any) -> str:
-    return (
-        os.fspath(source)
-        if isinstance(source, (str, os.PathLike))
-        else str(getattr(source, "name", "<stream>"))
-    )
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
