@@ -16,7 +16,7 @@ import soundfile
 import torch
 from safetensors.torch import load_file
 
-from ear_vae import EarVAE, EarVAEConfig
+from ear_vae import EarVAE, __version__
 from ear_vae.cli import main
 from ear_vae.latents import load_latents
 
@@ -130,36 +130,6 @@ def test_two_inputs_for_one_output_stop_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
-def test_existing_output_of_one_file(
-    tmp_path: Path, small_model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source, target = write(tmp_path / "a.wav"), tmp_path / "b.wav"
-    target.write_bytes(b"mine")
-    arguments = ["reconstruct", str(source), str(target), "--model", str(small_model)]
-    assert main(arguments) == 1
-    assert "b.wav: exists already" in capsys.readouterr().err
-    assert target.read_bytes() == b"mine"
-    assert main([*arguments, "--force"]) == 0
-    assert soundfile.info(target).frames == RATE // 2
-
-
-def test_latents_of_another_model_are_refused(
-    tmp_path: Path, small_model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    torch.manual_seed(1)
-    EarVAE(EarVAEConfig(channels=4)).save_pretrained(tmp_path / "other")
-    EarVAE(EarVAEConfig(channels=4, latent_dim=32)).save_pretrained(tmp_path / "narrow")
-    source, latents = str(write(tmp_path / "a.wav")), str(tmp_path / "a.safetensors")
-    assert main(["encode", source, latents, "--model", str(small_model)]) == 0
-    decode = ["decode", latents, str(tmp_path / "b.wav"), "--model"]
-    assert main([*decode, str(tmp_path / "other")]) == 1
-    assert "made by small (weights" in capsys.readouterr().err
-    assert not (tmp_path / "b.wav").exists()
-    assert main([*decode, str(tmp_path / "other"), "--force"]) == 0
-    assert main([*decode, str(tmp_path / "narrow"), "--force"]) == 1
-    assert "cannot decode" in capsys.readouterr().err
-
-
 def test_streams(tmp_path: Path, small_model: Path) -> None:
     source = write(tmp_path / "a.wav")
     model = ("--model", small_model)
@@ -244,59 +214,6 @@ def test_peaks(tmp_path: Path, small_model: Path, capsys: pytest.CaptureFixture[
     assert np.abs(soundfile.read(tmp_path / "b.flac")[0]).max() == pytest.approx(1, abs=1e-5)
 
 
-BAD = {
-    "missing.wav": "no such file",
-    "zero.wav": "is empty",
-    "text.wav": "not audio|not a format",
-    "empty.wav": "no audio samples",
-    "six.wav": "6 channels",
-    "slow.wav": "sample rate 1000",
-    "fast.wav": "sample rate 768000",
-    "nan.wav": "NaN or infinite",
-    "cut.wav": "truncated",
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_audio_gives_one_line_and_leaves_nothing(
-    tmp_path: Path, small_model: Path, name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import re
-
-    path = tmp_path / name
-    silence = np.zeros((1000, 2))
-    if name == "zero.wav":
-        path.touch()
-    elif name == "text.wav":
-        path.write_text("hello " * 50)
-    elif name == "cut.wav":
-        write(path)
-        path.write_bytes(path.read_bytes()[:9000])
-    elif name != "missing.wav":
-        samples = {"empty.wav": silence[:0], "six.wav": np.zeros((1000, 6)), "nan.wav": silence * np.nan}
-        rates = {"slow.wav": 1000, "fast.wav": 768_000}
-        soundfile.write(path, samples.get(name, silence), rates.get(name, RATE), "FLOAT")
-    before = set(tmp_path.iterdir())
-    assert main(["reconstruct", str(path), str(tmp_path / "out.wav"), "--model", str(small_model)]) == 1
-    error = capsys.readouterr().err.strip()
-    assert re.fullmatch(rf"ear-vae: {re.escape(str(path))}: .*({BAD[name]}).*", error)
-    assert set(tmp_path.iterdir()) == before
-
-
-def test_bad_latents(tmp_path: Path, small_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source, latents = write(tmp_path / "a.wav"), tmp_path / "a.safetensors"
-    assert main(["encode", str(source), str(latents), "--model", str(small_model)]) == 0
-    (tmp_path / "cut.safetensors").write_bytes(latents.read_bytes()[:-10])
-    for path, message in (
-        (tmp_path / "cut.safetensors", "truncated"),
-        (small_model / "model.safetensors", "not a latent"),
-    ):
-        capsys.readouterr()
-        assert main(["decode", str(path), str(tmp_path / "b.wav"), "--model", str(small_model)]) == 1
-        assert message in capsys.readouterr().err
-    assert not (tmp_path / "b.wav").exists()
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -316,37 +233,31 @@ def test_bad_options(
     assert not (tmp_path / "b.wav").exists()
 
 
-def test_places_that_cannot_be_written(
-    tmp_path: Path, small_model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = str(write(tmp_path / "a.wav"))
-    (tmp_path / "folder").mkdir()
-    for target, message in (
-        (tmp_path / "no" / "b.wav", "does not exist"),
-        (tmp_path / "folder", "is a folder"),
-    ):
-        assert main(["reconstruct", source, str(target), "--model", str(small_model)]) == 1
-        assert message in capsys.readouterr().err
-    (tmp_path / "in").mkdir()
-    assert (
-        main(["reconstruct", str(tmp_path / "in"), str(tmp_path / "out"), "--model", str(small_model)]) == 1
-    )
-    assert "holds no files" in capsys.readouterr().err
-    assert main(["reconstruct", str(tmp_path / "in"), source, "--model", str(small_model)]) == 1
-    assert "give a folder" in capsys.readouterr().err
-
-
-def test_usage_and_version() -> None:
+def test_usage_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, code in (
         (["reconstruct"], 2),
         (["nonsense"], 2),
-        (["--help"], 0),
+        (["encode", "a", "b", "--seed", str(2**63)], 2),
+        (["encode", "a", "b", "--quiet", "--progress"], 2),
         (["--version"], 0),
         (["fit", "--help"], 0),
     ):
-        result = process(*arguments)
-        assert result.returncode == code
-        assert b"Traceback" not in result.stderr
+        with pytest.raises(SystemExit) as left:
+            main(arguments)
+        assert left.value.code == code, arguments
+    assert f"ear-vae {__version__}" in capsys.readouterr().out
+
+
+def test_help_is_there_before_torch_would_be() -> None:
+    script = (
+        "import sys; from ear_vae.cli import main\n"
+        "try: main(['reconstruct', '--help'])\n"
+        "except SystemExit as left: assert left.code == 0\n"
+        "assert not {'torch', 'numpy', 'soundfile'} & set(sys.modules), sorted(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert b"--peak" in result.stdout
 
 
 INTERRUPTED = """
@@ -388,12 +299,156 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert b"EarVAEError" in result.stderr
 
 
-def test_silence_and_one_sample_simply_work(tmp_path: Path, small_model: Path) -> None:
-    for name, samples in (("silence", np.zeros((5000, 2))), ("one", np.full((1, 1), 0.5))):
-        soundfile.write(tmp_path / f"{name}.wav", samples, RATE)
-        out = tmp_path / f"{name} out.wav"
-        assert (
-            main(["reconstruct", str(tmp_path / f"{name}.wav"), str(out), "--model", str(small_model)]) == 0
-        )
-        assert soundfile.info(out).frames == len(samples)
-        assert soundfile.info(out).channels == samples.shape[1]
+def test_debug_goes_on_after_the_traceback(
+    tmp_path: Path, small_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.wav").touch()
+    write(tmp_path / "in" / "b.wav")
+    arguments = ["reconstruct", str(tmp_path / "in"), str(tmp_path / "out"), "--model", str(small_model)]
+    assert main([*arguments, "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["b.wav"]
+
+
+@pytest.mark.parametrize("source", ["music/album", "music/album/.."])
+def test_a_single_song_goes_to_a_new_folder_wherever_it_is(
+    tmp_path: Path, small_model: Path, source: str
+) -> None:
+    """Also to the parent of the input, which holds the inputs but is no output of an earlier run."""
+    write(tmp_path / "music" / "album" / "a.flac", seconds=0.1)
+    options = ["--model", str(small_model), "--quiet"]
+    assert main(["reconstruct", str(tmp_path / source), str(tmp_path / "new" / "er"), *options]) == 0
+    name = "a.wav" if source.endswith("album") else "album/a.wav"
+    assert soundfile.info(tmp_path / "new" / "er" / name).frames == RATE // 10
+    assert main(["encode", str(tmp_path / source), str(tmp_path / "music"), *options]) == 0
+    assert (tmp_path / "music" / name).with_suffix(".safetensors").is_file()
+
+
+def test_no_output_replaces_another_input(
+    tmp_path: Path, small_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """in/a.wav goes to a.wav in the parent; in/in/a.wav would go to in/a.wav."""
+    for folder in ("in", "in/in"):
+        write(tmp_path / folder / "a.wav", seconds=0.1)
+    before = (tmp_path / "in" / "a.wav").read_bytes()
+    arguments = [str(tmp_path / "in"), str(tmp_path), "--force", "--model", str(small_model)]
+    assert main(["reconstruct", *arguments]) == 1
+    assert "would replace an input" in capsys.readouterr().err
+    assert (tmp_path / "in" / "a.wav").read_bytes() == before
+    assert not (tmp_path / "a.wav").exists()
+
+
+def test_decode_of_a_folder_takes_latent_files_only(tmp_path: Path, small_model: Path) -> None:
+    source, model = str(write(tmp_path / "a.wav", seconds=0.1)), ["--model", str(small_model), "--quiet"]
+    latents = tmp_path / "latents"
+    (latents / ".hidden").mkdir(parents=True)
+    for name in ("one.safetensors", "TWO.SAFETENSORS", "._one.safetensors", ".hidden/b.safetensors"):
+        assert main(["encode", source, str(latents / name), *model]) == 0
+    (latents / "folder.safetensors").mkdir()
+    arguments = [str(latents), str(tmp_path / "out"), *model, "--format", "flac", "--peak", "scale"]
+    assert main(["decode", *arguments]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*")) == ["TWO.flac", "one.flac"]
+
+
+def test_the_model_is_loaded_once_and_only_for_work_that_can_succeed(
+    tmp_path: Path,
+    small_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded = []
+    original = EarVAE.from_pretrained.__func__  # type: ignore[attr-defined]
+
+    def counted(cls: type[EarVAE], name: str, **options: object) -> EarVAE:
+        loaded.append(name)
+        return original(cls, name, **options)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(EarVAE, "from_pretrained", classmethod(counted))
+    for name in ("a", "b"):
+        write(tmp_path / "in" / f"{name}.wav", seconds=0.1)
+    song, model = str(tmp_path / "in" / "a.wav"), ["--model", str(small_model), "--quiet"]
+    assert main(["reconstruct", song, str(tmp_path / "a.xyz"), *model]) == 1
+    assert main(["reconstruct", song, str(tmp_path / "a.flac"), *model, "--subtype", "FLOAT"]) == 1
+    assert main(["reconstruct", song, song, *model]) == 1
+    assert main(["reconstruct", song, str(tmp_path / "no" / "a.wav"), *model]) == 1
+    assert loaded == []
+    folders = ["reconstruct", str(tmp_path / "in"), str(tmp_path / "out"), *model]
+    assert main(folders) == 0
+    assert main(folders) == 0
+    assert loaded == [str(small_model)]
+
+
+def test_format_of_a_single_file(tmp_path: Path, small_model: Path) -> None:
+    source = str(write(tmp_path / "a.wav", seconds=0.1))
+    target = tmp_path / "no extension"
+    options = ["--format", "flac", "--subtype", "PCM_16", "--peak", "clip", "--model", str(small_model)]
+    assert main(["reconstruct", source, str(target), *options]) == 0
+    info = soundfile.info(target)
+    assert (info.format, info.subtype, info.frames) == ("FLAC", "PCM_16", RATE // 10)
+
+
+def test_seeds(tmp_path: Path, small_model: Path) -> None:
+    """A seed gives one file the library's draw, and every file of a folder another one, repeatably."""
+    for name in ("a", "b"):
+        source = write(tmp_path / "in" / f"{name}.wav")
+    model = ["--model", str(small_model), "--quiet", "--sample"]
+
+    def drawn(source: Path, target: str, *seed: str) -> torch.Tensor:
+        assert main(["encode", str(source), str(tmp_path / target), *model, *seed]) == 0
+        return torch.stack([load_latents(path).mean for path in _latent_files(tmp_path / target)])
+
+    one = drawn(source, "one.safetensors", "--seed", "7")[0]
+    audio = torch.from_numpy(soundfile.read(source, dtype="float32")[0].T.copy())
+    posterior = EarVAE.from_pretrained(small_model).encode(audio)
+    torch.testing.assert_close(one, posterior.sample(torch.Generator().manual_seed(7)), rtol=0, atol=1e-5)
+    folder = drawn(tmp_path / "in", "folder", "--seed", "7")
+    assert not torch.equal(folder[0], folder[1])
+    (tmp_path / "in" / "a.wav").unlink()
+    assert torch.equal(drawn(tmp_path / "in", "again", "--seed", "7")[0], folder[1])
+    assert not torch.equal(drawn(source, "x.safetensors"), drawn(source, "y.safetensors"))
+
+
+def _latent_files(place: Path) -> list[Path]:
+    return sorted(place.iterdir()) if place.is_dir() else [place]
+
+
+def test_bfloat16_is_near_float32(tmp_path: Path, small_model: Path) -> None:
+    source, model = str(write(tmp_path / "a.wav")), ["--model", str(small_model)]
+    assert main(["reconstruct", source, str(tmp_path / "one.wav"), *model]) == 0
+    assert main(["reconstruct", source, str(tmp_path / "two.wav"), *model, "--dtype", "bfloat16"]) == 0
+    one, two = (soundfile.read(tmp_path / name)[0] for name in ("one.wav", "two.wav"))
+    difference = np.linalg.norm(one - two) / np.linalg.norm(one)
+    assert 1e-5 < difference < 0.1
+
+
+def test_bars_are_for_terminals_and_for_those_who_ask(
+    tmp_path: Path, small_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = str(write(tmp_path / "a.wav", seconds=10))
+    arguments = ["reconstruct", source, str(tmp_path / "b.wav"), "--force", "--model", str(small_model)]
+    assert main(arguments) == 0
+    assert "%|" not in capsys.readouterr().err
+    assert main([*arguments, "--progress"]) == 0
+    printed = capsys.readouterr()
+    assert "a.wav:   0%|" in printed.err
+    assert printed.out == ""
+
+
+def test_the_callers_signal_handler_comes_back(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["info", str(tmp_path / "missing.wav")]) == 1
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_reader_that_leaves_is_no_traceback(tmp_path: Path, small_model: Path) -> None:
+    source = write(tmp_path / "a.wav")
+    command = [sys.executable, "-m", "ear_vae", "reconstruct", source, "-", "--model", small_model]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert running.stdout is not None
+    running.stdout.close()
+    assert running.stderr is not None
+    with running.stderr:
+        errors = running.stderr.read().decode()
+    assert running.wait(timeout=120) == 1
+    assert len(errors.splitlines()) == 1, errors
+    assert "Broken pipe" in errors

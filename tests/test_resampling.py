@@ -62,6 +62,17 @@ def test_blocks_equal_the_whole(old: int, new: int, monkeypatch: pytest.MonkeyPa
     assert (blocks - whole).abs().max() < 1e-6
 
 
+def test_gradients_through_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(1, 5 * 48_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for seconds in (1000, 1):
+        monkeypatch.setattr("ear_vae.resampling._BLOCK_SECONDS", seconds)
+        audio = torch.zeros(1, 5 * 44_100, dtype=torch.float64, requires_grad=True)
+        (resample(audio, 44_100, 48_000) * weight).sum().backward()
+        gradients.append(audio.grad)
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
 def test_against_another_library() -> None:
     signal = pytest.importorskip("scipy.signal")
     audio = resample(torch.randn(1, 20_000, dtype=torch.float64), 22_050, 44_100)

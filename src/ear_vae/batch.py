@@ -5,22 +5,44 @@ from __future__ import annotations
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from ear_vae.errors import EarVAEError
 
 STREAM = "-"
 
+_T = TypeVar("_T")
+
 
 @dataclass(frozen=True)
 class Job:
-    """One input and its output; a path, or `-` for a standard stream."""
+    """One input and its output.
+
+    Attributes:
+        source: A path, or `-` for standard input.
+        destination: A path, or `-` for standard output.
+        relative: The source's path inside the folder that is worked through, with `/`; empty for a file
+            that was named itself.
+    """
 
     source: str
     destination: str
+    relative: str = ""
+
+    @property
+    def source_name(self) -> str:
+        """What messages call the input."""
+        return "standard input" if self.source == STREAM else self.source
+
+    @property
+    def destination_name(self) -> str:
+        """What messages call the output."""
+        return "standard output" if self.destination == STREAM else self.destination
 
 
 @dataclass(frozen=True)
@@ -36,7 +58,7 @@ def plan(
     destination: str,
     *,
     find: Callable[[Path], Sequence[Path]],
-    extension: str | None,
+    extension: str,
     overwrite: bool,
 ) -> Plan:
     """Pairs inputs with outputs before any work is done.
@@ -49,81 +71,114 @@ def plan(
         overwrite: Redo outputs that exist.
 
     Raises:
-        EarVAEError: A folder for a file or the reverse, nothing to do in a folder, or two inputs that would
-            have the same output.
+        EarVAEError: A missing input, a folder for a file or the reverse, an output that is no ordinary
+            file, nothing to do in a folder, two inputs that would have the same output, or an output that
+            would replace an input.
     """
+    if not source or not destination:
+        raise EarVAEError("the name of the input or of the output is empty; give a file, a folder or -")
     if source != STREAM and not Path(source).exists():
         raise EarVAEError(f"{source}: no such file or folder")
-    if source == STREAM or destination == STREAM or not Path(source).is_dir():
-        if destination != STREAM and Path(destination).is_dir():
-            raise EarVAEError(f"{destination}: is a folder; give a file for the output of one file")
-        return Plan((Job(source, destination),))
-    source_folder, folder = Path(source), Path(destination)
-    if folder.exists() and not folder.is_dir():
-        raise EarVAEError(f"{destination}: is a file; give a folder for the output of a folder")
-    # An output folder inside the input folder holds no inputs.
-    inputs = [path for path in find(source_folder) if not path.resolve().is_relative_to(folder.resolve())]
-    if folder.resolve() == source_folder.resolve():
-        inputs = list(find(source_folder))
+    if source != STREAM and Path(source).is_dir():
+        return _plan_folder(Path(source), destination, find=find, extension=extension, overwrite=overwrite)
+    output = Path(destination)
+    if destination != STREAM and output.is_dir():
+        raise EarVAEError(f"{destination}: is a folder; give a file for the output of one file")
+    if destination != STREAM and output.exists() and not output.is_file():
+        raise EarVAEError(f"{destination}: is not an ordinary file; write to - and redirect it there")
+    return Plan((Job(source, destination),))
+
+
+def _plan_folder(
+    source: Path,
+    destination: str,
+    *,
+    find: Callable[[Path], Sequence[Path]],
+    extension: str,
+    overwrite: bool,
+) -> Plan:
+    folder = Path(destination)
+    if destination == STREAM or (folder.exists() and not folder.is_dir()):
+        name = "standard output" if destination == STREAM else destination
+        raise EarVAEError(f"{name}: is no folder; give a folder for the output of the folder {source}")
+    inputs = list(find(source))
+    inner = folder.resolve()
+    if inner != source.resolve() and inner.is_relative_to(source.resolve()):
+        # What an earlier run wrote there is no input.
+        inputs = [path for path in inputs if not path.resolve().is_relative_to(inner)]
     if not inputs:
         raise EarVAEError(f"{source}: holds no files of a kind that this command reads")
+    originals = {path.resolve() for path in inputs}
     outputs: dict[Path, Path] = {}
     for path in inputs:
-        output = (folder / path.relative_to(source_folder)).with_suffix(f".{extension}")
+        output = (folder / path.relative_to(source)).with_suffix(f".{extension}")
         if output in outputs:
             raise EarVAEError(f"{outputs[output]} and {path} would both become {output}; rename one of them")
-        if output.resolve() == path.resolve():
-            raise EarVAEError(f"{path}: would be replaced by its own output; choose another folder")
+        if output.resolve() in originals:
+            raise EarVAEError(
+                f"{path}: its output {output} would replace an input; choose another folder or format"
+            )
         outputs[output] = path
-    kept = tuple(str(output) for output in outputs if output.exists() and not overwrite)
-    jobs = tuple(Job(str(path), str(output)) for output, path in outputs.items() if str(output) not in kept)
+    kept = tuple(str(output) for output in outputs if output.is_file() and not overwrite)
+    jobs = tuple(
+        Job(str(path), str(output), path.relative_to(source).as_posix())
+        for output, path in outputs.items()
+        if str(output) not in kept
+    )
     return Plan(jobs, kept)
 
 
-def run(plan: Plan, work: Callable[[Job], float], *, quiet: bool, debug: bool) -> int:
+def run(
+    plan: Plan, start: Callable[[], _T], work: Callable[[_T, Job], float], *, quiet: bool, debug: bool
+) -> int:
     """Does every job, reports each on standard error, and goes on after one that failed.
 
     Args:
         plan: What to do.
-        work: Does one job and returns the seconds of audio in it.
+        start: Makes what all jobs need; called once, and only if there is a job.
+        work: Does one job with it and returns the seconds of audio in it.
         quiet: Report failures only.
-        debug: Let exceptions through with their traceback.
+        debug: Show the traceback of each failure.
 
     Returns:
         0, or 1 if any job failed.
     """
     for output in plan.kept:
         _report(f"{output}: exists, kept (--force to redo it)", quiet)
+    if not plan.jobs:
+        return 0
+    shared = start()
     failed = 0
     for job in plan.jobs:
         started = time.monotonic()
         try:
-            if job.destination != STREAM and len(plan.jobs) + len(plan.kept) > 1:
-                os.makedirs(os.path.dirname(job.destination) or ".", exist_ok=True)
-            seconds = work(job)
-        except (EarVAEError, OSError, MemoryError, RuntimeError) as error:
+            if job.relative:
+                os.makedirs(os.path.dirname(job.destination), exist_ok=True)
+            seconds = work(shared, job)
+        # Decoders meet every kind of damage; whatever one file does, the others are done.
+        except Exception as error:
             if debug:
-                raise
+                traceback.print_exc()
             failed += 1
-            _report(f"ear-vae: {_failure(job.source, error)}", quiet=False)
+            _report(f"ear-vae: {_failure(job.source_name, error)}", quiet=False)
             continue
         elapsed = time.monotonic() - started
-        speed = f"{seconds / elapsed:.1f}x real time"
-        _report(f"{job.destination}: {seconds:.1f} s in {elapsed:.1f} s ({speed})", quiet)
+        speed = f"{seconds / max(elapsed, 1e-3):.1f}x real time"
+        _report(f"{job.destination_name}: {seconds:.1f} s in {elapsed:.1f} s ({speed})", quiet)
     if failed and len(plan.jobs) > 1:
         _report(f"ear-vae: {failed} of {len(plan.jobs)} files failed", quiet=False)
     return 1 if failed else 0
 
 
 @contextmanager
-def progress(name: str, audio_seconds: float, latent_rate: float, *, quiet: bool) -> Iterator[None]:
-    """A bar over one file on a terminal, its rate in seconds of audio per second.
+def progress(name: str, audio_seconds: float, latent_rate: float, *, shown: bool) -> Iterator[None]:
+    """A bar over one file on standard error, its rate in seconds of audio per second.
 
     Args:
         name: Shown before the bar.
         audio_seconds: What the networks will go through, counted once for each direction.
         latent_rate: Of the model.
-        quiet: Show none.
+        shown: Whether there is a bar at all.
     """
     from tqdm import tqdm
 
@@ -133,7 +188,7 @@ def progress(name: str, audio_seconds: float, latent_rate: float, *, quiet: bool
         tqdm(
             total=round(audio_seconds, 1),
             desc=os.path.basename(name),
-            disable=quiet or not sys.stderr.isatty(),
+            disable=not shown,
             leave=False,
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s, {rate_noinv_fmt}",
             unit="x real time",
@@ -143,12 +198,22 @@ def progress(name: str, audio_seconds: float, latent_rate: float, *, quiet: bool
         yield
 
 
-def _failure(source: str, error: BaseException) -> str:
-    """One line that names the file."""
-    if isinstance(error, MemoryError):
-        return f"{source}: not enough memory"
+def one_line(error: BaseException) -> str:
+    """What went wrong, without line breaks; of errors that are not ours only the first line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    text = " ".join(lines) if isinstance(error, EarVAEError) else lines[0]
+    if isinstance(error, EarVAEError):
+        return " ".join(lines)
+    # torch has an exception of its own for each device, and a plain RuntimeError for the CPU.
+    if isinstance(error, MemoryError) or "out of memory" in lines[0] or "can't allocate memory" in lines[0]:
+        return "not enough memory; cut the audio into parts, or choose another --device"
+    if isinstance(error, OSError):
+        reason = error.strerror or lines[0]
+        return f"{error.filename}: {reason}" if error.filename else reason
+    return f"unexpected {type(error).__name__}, --debug shows where: {lines[0]}"
+
+
+def _failure(source: str, error: BaseException) -> str:
+    text = one_line(error)
     return text if text.startswith(source) else f"{source}: {text}"
 
 

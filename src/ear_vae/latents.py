@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ear_vae._files import atomic_path
+from ear_vae._files import atomic_path, name_of
 from ear_vae.errors import EarVAEError
 
 FORMAT = "ear-vae-latents"
@@ -82,7 +82,7 @@ def save_latents(
     Raises:
         EarVAEError: The latents are inconsistent, or the destination exists or cannot be written.
     """
-    name = _name(destination)
+    name = name_of(destination)
     _require_valid(latents, name)
     metadata = {
         "format": FORMAT,
@@ -116,7 +116,7 @@ def load_latents(source: str | os.PathLike[str] | IO[bytes]) -> Latents:
         EarVAEError: The file is missing, a folder, empty, truncated, no latent file, of another format
             version, or its content is inconsistent or not finite.
     """
-    name = _name(source)
+    name = name_of(source)
     tensors, metadata = _read(source, name)
     if metadata.get("format") != FORMAT:
         raise EarVAEError(f"{name}: is a safetensors file, but not a latent file of ear-vae")
@@ -205,11 +205,3 @@ def _require_valid(latents: Latents, name: str) -> None:
             raise EarVAEError(f"{name}: {key} holds NaN or infinity")
     if std is not None and bool((std < 0).any()):
         raise EarVAEError(f"{name}: std holds negative values")
-
-
-def _name(source: object) -> str:
-    return (
-        os.fspath(source)
-        if isinstance(source, (str, os.PathLike))
-        else str(getattr(source, "name", "<stream>"))
-    )

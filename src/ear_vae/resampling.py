@@ -54,13 +54,14 @@ def resample(audio: Tensor, original_rate: int, target_rate: int) -> Tensor:
     context = -(-_context_samples(convert, width, original_rate) // old) * old
     if audio.shape[-1] <= block + 2 * context:
         return convert(audio, old, new)[..., :length]
-    pieces = []
+    resampled = audio.new_empty(*audio.shape[:-1], length)
     for start in range(0, audio.shape[-1], block):
         first = max(0, start - context)
         piece = convert(audio[..., first : start + block + context], old, new)
         skipped = (start - first) // old * new
-        pieces.append(piece[..., skipped : skipped + block // old * new].clone())
-    return torch.cat(pieces, dim=-1)[..., :length]
+        target = resampled[..., start // old * new :][..., : block // old * new]
+        target.copy_(piece[..., skipped : skipped + target.shape[-1]])
+    return resampled
 
 
 def _context_samples(convert: object, width: int, original_rate: int) -> int:

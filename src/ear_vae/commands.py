@@ -1,0 +1,321 @@
+"""What each command of `ear-vae` does with its options; `cli` says which options there are."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ear_vae.batch import STREAM, Job, one_line, plan, progress, run
+from ear_vae.errors import EarVAEError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ear_vae.vae import EarVAE
+
+AUDIO_FORMATS = ("wav", "flac", "ogg", "mp3")
+LATENT_EXTENSION = "safetensors"
+OFFICIAL_EXTENSION = ".pyt"
+
+
+def reconstruct(options: argparse.Namespace) -> int:
+    """Audio to the audio that the model makes of it."""
+    from ear_vae.audio import find_audio_files, read_audio
+
+    def work(vae: EarVAE, job: Job) -> float:
+        audio, sample_rate = read_audio(_source(job))
+        seconds = audio.shape[1] / sample_rate
+        with _at_work(options, job, 2 * seconds, vae):
+            rebuilt = vae.reconstruct(audio, sample_rate=sample_rate)
+        del audio  # An hour of it is a gigabyte, and writing needs memory too.
+        _write_audio(job, rebuilt, sample_rate, options)
+        return seconds
+
+    return _each(options, work, find=find_audio_files, extension=options.format or "wav")
+
+
+def encode(options: argparse.Namespace) -> int:
+    """Audio to latent files."""
+    from ear_vae.audio import find_audio_files, read_audio
+    from ear_vae.latents import Latents, save_latents
+
+    def work(vae: EarVAE, job: Job) -> float:
+        audio, sample_rate = read_audio(_source(job))
+        audio_channels, num_samples = audio.shape
+        with _at_work(options, job, num_samples / sample_rate, vae):
+            posterior = vae.encode(audio, sample_rate=sample_rate)
+            mean = posterior.sample(_generator(options.seed, job)) if options.sample else posterior.mean
+        latents = Latents(
+            mean=mean,
+            std=posterior.std if options.std else None,
+            sample_rate=vae.sample_rate,
+            downsampling_ratio=vae.downsampling_ratio,
+            num_samples=-(-num_samples * vae.sample_rate // sample_rate),
+            audio_channels=audio_channels,
+            source_sample_rate=sample_rate,
+            source_num_samples=num_samples,
+            model_name=vae.name,
+            weights_sha256=vae.weights_sha256,
+            sampled=options.sample,
+        )
+        if job.destination == STREAM:
+            save_latents(sys.stdout.buffer, latents)
+            sys.stdout.flush()
+        else:
+            save_latents(job.destination, latents, overwrite=options.force)
+        return num_samples / sample_rate
+
+    return _each(options, work, find=find_audio_files, extension=LATENT_EXTENSION)
+
+
+def decode(options: argparse.Namespace) -> int:
+    """Latent files to audio."""
+    from ear_vae.audio import resample
+    from ear_vae.latents import load_latents
+
+    def work(vae: EarVAE, job: Job) -> float:
+        latents = load_latents(_source(job))
+        facts = (latents.sample_rate, latents.downsampling_ratio, latents.mean.shape[0])
+        if facts != (vae.sample_rate, vae.downsampling_ratio, vae.latent_dim):
+            raise EarVAEError(
+                f"{job.source_name}: made by {latents.model_name} at {facts[0]} Hz with {facts[2]} channels "
+                f"every {facts[1]} samples, which {vae.name} cannot decode; choose its model with --model"
+            )
+        if latents.weights_sha256 != vae.weights_sha256 and not options.force:
+            raise EarVAEError(
+                f"{job.source_name}: made by {latents.model_name} (weights {latents.weights_sha256[:12]}), "
+                f"not by {vae.name} ({vae.weights_sha256[:12]}); choose its model with --model, or --force"
+            )
+        longest = -(-latents.num_samples * latents.source_sample_rate // latents.sample_rate)
+        if latents.source_num_samples > longest:
+            raise EarVAEError(
+                f"{job.source_name}: damaged latent file: {latents.source_num_samples} samples at "
+                f"{latents.source_sample_rate} Hz promised, {longest} there"
+            )
+        with _at_work(options, job, latents.duration_seconds, vae):
+            audio = vae.decode(latents.mean, num_samples=latents.num_samples)
+            if latents.audio_channels == 1:
+                audio = audio.mean(dim=0, keepdim=True)
+            audio = resample(audio, latents.sample_rate, latents.source_sample_rate)
+        _write_audio(job, audio[:, : latents.source_num_samples], latents.source_sample_rate, options)
+        return latents.duration_seconds
+
+    return _each(options, work, find=_find_latent_files, extension=options.format or "wav")
+
+
+def info(options: argparse.Namespace) -> int:
+    """Facts about a model, a latent file or an audio file, on standard output."""
+    path = Path(options.thing)
+    facts = _file_facts(path) if path.is_file() else _model_facts(path, options)
+    if options.json:
+        print(json.dumps(facts))  # noqa: T201
+    else:
+        width = max(map(len, facts))
+        print("\n".join(f"{name:{width}}  {value}" for name, value in facts.items()))  # noqa: T201
+    return 0
+
+
+def convert(options: argparse.Namespace) -> int:
+    """A model from one layout to another."""
+    import torch
+
+    from ear_vae.export import convert_to_folder, convert_to_official
+
+    common = {"variant": options.variant, "revision": options.revision, "overwrite": options.force}
+    is_official_file = Path(options.destination).suffix.lower() == OFFICIAL_EXTENSION
+    layout = options.to or ("official" if is_official_file else "folder")
+    if layout == "folder":
+        dtype = getattr(torch, options.dtype)
+        convert_to_folder(options.source, options.destination, dtype=dtype, **common)
+    elif options.dtype == "float32":
+        convert_to_official(options.source, options.destination, **common)
+    else:
+        raise EarVAEError("--dtype is for our own folders; official weights are float32")
+    return 0
+
+
+def _each(
+    options: argparse.Namespace,
+    work: Callable[[EarVAE, Job], float],
+    *,
+    find: Callable[[Path], Sequence[Path]],
+    extension: str,
+) -> int:
+    """Plans, refuses what is bound to fail, then loads the model once and works on every file."""
+    what = plan(options.input, options.output, find=find, extension=extension, overwrite=options.force)
+    for job in what.jobs[:1]:
+        if extension != LATENT_EXTENSION:
+            _require_writable_format(job, options)
+        if not job.relative and job.destination != STREAM:
+            _require_free(job.destination, overwrite=options.force)
+    return run(what, lambda: _load(options), work, quiet=options.quiet, debug=options.debug)
+
+
+def _load(options: argparse.Namespace) -> EarVAE:
+    import torch
+
+    from ear_vae.vae import EarVAE
+
+    device = _device(options.device)
+    vae = EarVAE.from_pretrained(options.model, variant=options.variant, revision=options.revision)
+    try:
+        return vae.to(device, getattr(torch, options.dtype))
+    except RuntimeError as error:  # a full or broken device
+        raise EarVAEError(f"cannot put {vae.name} on {device}: {one_line(error)}") from error
+
+
+def _device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        EarVAEError: There is none.
+    """
+    import torch
+
+    kind, _, index = name.partition(":")
+    available = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+    }
+    if kind not in available or not (index.isdecimal() or name == kind):
+        raise EarVAEError(f"no device {name!r}; choose cpu, cuda, cuda:N or mps")
+    if int(index or 0) >= available[kind]:
+        here = ", ".join(kind for kind, count in available.items() if count)
+        raise EarVAEError(f"device {name!r} is not available here; this machine and this torch have: {here}")
+    return torch.device(name)
+
+
+def _require_free(destination: str, *, overwrite: bool) -> None:
+    """Refuses an existing or impossible output before a model is loaded and hours are spent on it."""
+    from ear_vae._files import atomic_path
+
+    with suppress(_OnlyLooking), atomic_path(destination, overwrite):
+        raise _OnlyLooking
+
+
+class _OnlyLooking(Exception):
+    """Leaves `atomic_path` without writing."""
+
+
+def _require_writable_format(job: Job, options: argparse.Namespace) -> None:
+    """Refuses a format and subtype that cannot be written, by writing a little of it to nowhere."""
+    import torch
+
+    from ear_vae.audio import write_audio
+
+    trial = _NamedBytes()
+    trial.name = job.destination_name
+    write_audio(trial, torch.zeros(2, 4096), 44_100, format=_format(job, options), subtype=options.subtype)
+
+
+class _NamedBytes(io.BytesIO):
+    """Bytes in memory that error messages have a name for."""
+
+    name = "standard input"
+
+
+def _source(job: Job) -> Any:
+    # Decoders seek, pipes cannot.
+    return _NamedBytes(sys.stdin.buffer.read()) if job.source == STREAM else job.source
+
+
+def _format(job: Job, options: argparse.Namespace) -> str:
+    named = "wav" if job.destination == STREAM else Path(job.destination).suffix[1:]
+    return str(options.format or named)
+
+
+def _write_audio(job: Job, audio: torch.Tensor, sample_rate: int, options: argparse.Namespace) -> None:
+    from ear_vae.audio import write_audio
+
+    to_stream = job.destination == STREAM
+    write_audio(
+        sys.stdout.buffer if to_stream else job.destination,
+        audio,
+        sample_rate,
+        format=_format(job, options),
+        subtype=options.subtype,
+        peak=options.peak,
+        overwrite=options.force,
+    )
+    if to_stream:
+        sys.stdout.flush()
+
+
+@contextmanager
+def _at_work(options: argparse.Namespace, job: Job, audio_seconds: float, vae: EarVAE) -> Iterator[None]:
+    """The networks at work on one file: no gradients, and a bar for those who watch."""
+    import torch
+
+    shown = options.progress or (sys.stderr.isatty() and not options.quiet)
+    with torch.inference_mode(), progress(job.source_name, audio_seconds, vae.latent_rate, shown=shown):
+        yield
+
+
+def _generator(seed: int | None, job: Job) -> torch.Generator | None:
+    """Source of a file's draw: for one file as in the library, in a folder another one for each file."""
+    import torch
+
+    if seed is None:
+        return None
+    if job.relative:
+        # Of the seed and the file only, so that it does not matter what else is in the folder, or was done.
+        digest = hashlib.sha256(f"{seed} {job.relative}".encode(errors="surrogateescape")).digest()
+        seed = int.from_bytes(digest[:7], "big")
+    return torch.Generator().manual_seed(seed)
+
+
+def _find_latent_files(folder: Path) -> list[Path]:
+    """All latent files below a folder, sorted; hidden ones are left out."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() == f".{LATENT_EXTENSION}"
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+    )
+
+
+def _file_facts(path: Path) -> dict[str, Any]:
+    from ear_vae.audio import audio_info
+    from ear_vae.latents import is_latent_file, load_latents
+
+    if not is_latent_file(path) and path.suffix.lower() != f".{LATENT_EXTENSION}":
+        audio = audio_info(path)
+        return {"kind": "audio", **vars(audio), "duration_seconds": audio.duration_seconds}
+    latents = load_latents(path)
+    names = ["model_name", "weights_sha256", "sample_rate", "downsampling_ratio", "num_samples"]
+    names += ["audio_channels", "source_sample_rate", "source_num_samples", "sampled"]
+    return {
+        "kind": "latents",
+        "shape": list(latents.mean.shape),
+        "std": latents.std is not None,
+        **{name: getattr(latents, name) for name in names},
+        "latent_rate": latents.latent_rate,
+        "duration_seconds": latents.duration_seconds,
+    }
+
+
+def _model_facts(path: Path, options: argparse.Namespace) -> dict[str, Any]:
+    from ear_vae.audio import AUDIO_EXTENSIONS
+    from ear_vae.vae import EarVAE
+
+    if not path.exists() and path.suffix.lower() in {*AUDIO_EXTENSIONS, f".{LATENT_EXTENSION}"}:
+        raise EarVAEError(f"{path}: no such file")
+    vae = EarVAE.from_pretrained(options.thing, variant=options.variant, revision=options.revision)
+    return {
+        "kind": "model",
+        "name": vae.name,
+        "weights_sha256": vae.weights_sha256,
+        "parameters": sum(parameter.numel() for parameter in vae.parameters()),
+        "latent_rate": vae.latent_rate,
+        "downsampling_ratio": vae.downsampling_ratio,
+        **vae.config.to_dict(),
+    }
