@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ear_vae import EarVAEError, Posterior
-from ear_vae.dsp.spectral import MultiResolutionSTFT
+from ear_vae.dsp.spectral import MultiResolutionSTFT, mel_bands
 from ear_vae.dsp.stereo import mid_side_left_right
 from ear_vae.losses import ReconstructionObjective, phase, spectral
 from ear_vae.losses.objective import DEFAULT_LOSS_WEIGHTS
@@ -20,7 +20,7 @@ RECONSTRUCTION_TERMS = [name for name in DEFAULT_LOSS_WEIGHTS if name != "kl"]
 
 @pytest.fixture
 def objective() -> ReconstructionObjective:
-    return ReconstructionObjective(RATE, weights={"waveform": 1.0})
+    return ReconstructionObjective(RATE, weights={"waveform": 1.0, "band_level": 1.0})
 
 
 def standard_normal(batch: int) -> Posterior:
@@ -58,7 +58,8 @@ def test_gain_in_closed_form(gain: float, objective: ReconstructionObjective) ->
     terms = objective.terms(gain * target, target, standard_normal(2))
     assert float(terms["spectral_convergence"]) == pytest.approx(abs(gain - 1), rel=1e-4)
     assert float(terms["waveform"]) == pytest.approx(abs(gain - 1), rel=1e-4)
-    assert float(terms["log_magnitude"]) == pytest.approx(abs(math.log(gain)), rel=1e-3)
+    for name in ("log_magnitude", "band_level"):
+        assert float(terms[name]) == pytest.approx(abs(math.log(gain)), rel=1e-3)
     for name in ("correlation", "instantaneous_frequency", "group_delay"):
         assert float(terms[name]) == pytest.approx(0, abs=2e-3)
 
@@ -76,9 +77,32 @@ def test_polarity_flip(objective: ReconstructionObjective) -> None:
     target = noise(1, 2, 16_384)
     terms = objective.terms(-target, target, standard_normal(1))
     expected = {"spectral_convergence": 0, "log_magnitude": 0, "correlation": 2, "waveform": 2}
-    expected |= {"instantaneous_frequency": 0, "group_delay": 0}
+    expected |= {"instantaneous_frequency": 0, "group_delay": 0, "band_level": 0}
     for name, value in expected.items():
         assert float(terms[name]) == pytest.approx(value, abs=2e-3), name
+
+
+def test_the_level_that_suits_noise_best() -> None:
+    """Of a flat spectrum against white noise: by bin the median magnitude √ln 2, by band the RMS of 1."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(1, 2, 513, 400, dtype=torch.complex128, generator=generator)
+    bands = mel_bands(513, 8, RATE).double()
+    bands = bands / bands.sum(dim=0)
+    levels = torch.linspace(0.7, 1.2, 101, dtype=torch.float64)
+    by_bin = [spectral.log_magnitude(level * torch.ones_like(target), target) for level in levels]
+    by_band = [spectral.band_level(level * torch.ones_like(target), target, bands) for level in levels]
+    assert float(levels[torch.stack(by_bin).argmin()]) == pytest.approx(math.sqrt(math.log(2)), abs=0.015)
+    assert float(levels[torch.stack(by_band).argmin()]) == pytest.approx(1, abs=0.03)
+
+
+def test_mel_bands_cover_the_spectrum_once() -> None:
+    """Their peaks rise, each overlaps its neighbours only, and every bin between the outer ones is heard."""
+    bands = mel_bands(1025, 64, RATE)
+    assert bands.shape == (1025, 64)
+    peaks = bands.argmax(dim=0)
+    assert (peaks.diff() > 0).all()
+    heard = (bands > 0).sum(dim=1)[int(peaks[0]) : int(peaks[-1])]
+    assert set(heard.tolist()) <= {1, 2}
 
 
 @pytest.mark.parametrize("delay", [0, 1, 100, 255, 257, 300])

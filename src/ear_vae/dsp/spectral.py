@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ear_vae._torchaudio import functional
 from ear_vae.errors import EarVAEError
 
 
@@ -57,6 +58,17 @@ class MultiResolutionSTFT(nn.Module):
             spectrum = torch.stft(flat, size, size // 4, window=window, return_complex=True)
             spectra.append(spectrum.reshape(*audio.shape[:-1], *spectrum.shape[-2:]))
         return spectra
+
+
+def mel_bands(num_bins: int, num_bands: int, sample_rate: int) -> Tensor:
+    """Triangular filters over the bins of an STFT, [num_bins, num_bands], of equal area in Hz.
+
+    Slaney's mel scale, from 0 Hz to half the rate.
+    """
+    bands: Tensor = functional().melscale_fbanks(
+        num_bins, 0.0, sample_rate / 2, num_bands, sample_rate, norm="slaney", mel_scale="slaney"
+    )
+    return bands
 
 
 def _name(size: int) -> str:

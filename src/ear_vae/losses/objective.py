@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ear_vae.dsp.spectral import MultiResolutionSTFT
+from ear_vae.dsp.spectral import MultiResolutionSTFT, mel_bands
 from ear_vae.dsp.stereo import mid_side_left_right
 from ear_vae.dsp.weighting import k_weight
 from ear_vae.errors import EarVAEError
@@ -21,9 +21,13 @@ DEFAULT_LOSS_WEIGHTS = {
     "correlation": 1.0,
     "instantaneous_frequency": 0.1,
     "group_delay": 0.1,
+    "band_level": 0.0,
     "waveform": 0.0,
     "kl": 1e-4,
 }
+
+# Of the bins of an STFT to a band: wide enough that a band's level hardly fluctuates.
+_BINS_PER_BAND = 16
 
 # Magnitudes are compared on mid, side, left and right, phase on left and right only: the phase of
 # mid and side follows from theirs, while its bins can be silent where those of the channels are not.
@@ -73,6 +77,11 @@ class ReconstructionObjective(nn.Module):
             )
         self.sample_rate = sample_rate
         self.stft = MultiResolutionSTFT(window_sizes)
+        self._bands = [f"bands_{size}" for size in window_sizes]
+        for name, size in zip(self._bands, window_sizes, strict=True):
+            num_bins = size // 2 + 1
+            bands = mel_bands(num_bins, max(1, num_bins // _BINS_PER_BAND), sample_rate)
+            self.register_buffer(name, bands / bands.sum(dim=0), persistent=False)
 
     def terms(self, estimate: Tensor, target: Tensor, posterior: Posterior) -> dict[str, Tensor]:
         """Every term with a weight above 0, unweighted, by name.
@@ -115,15 +124,18 @@ class ReconstructionObjective(nn.Module):
     def _spectral_terms(self, estimate: Tensor, target: Tensor) -> dict[str, Tensor]:
         magnitude_terms = {n: term for n, term in _MAGNITUDE_TERMS.items() if self.weights[n]}
         phase_terms = {n: term for n, term in _PHASE_TERMS.items() if self.weights[n]}
-        if not magnitude_terms and not phase_terms:
+        level_terms = ["band_level"] if self.weights["band_level"] else []
+        sums: dict[str, list[Tensor]] = {n: [] for n in (*magnitude_terms, *phase_terms, *level_terms)}
+        if not sums:
             return {}
-        sums: dict[str, list[Tensor]] = {name: [] for name in (*magnitude_terms, *phase_terms)}
         with torch.no_grad():
             targets = self.stft(target)
-        for x, y in zip(self.stft(estimate), targets, strict=True):
+        for x, y, bands in zip(self.stft(estimate), targets, self._bands, strict=True):
             x_four, y_four = mid_side_left_right(x, dim=1), mid_side_left_right(y, dim=1)
             for name, term in magnitude_terms.items():
                 sums[name].append(term(x_four, y_four))
             for name, term in phase_terms.items():
                 sums[name].append(term(x, y))
+            for name in level_terms:
+                sums[name].append(spectral.band_level(x_four, y_four, self.get_buffer(bands)))
         return {name: torch.stack(values).mean() for name, values in sums.items()}
