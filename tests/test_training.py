@@ -17,7 +17,8 @@ from ear_vae.training import AudioDataModule, EarVAEModule
 from ear_vae.training.cli import main as fit
 from ear_vae.training.cli import shipped_configs
 from ear_vae.training.data import SegmentDataset, scan_folder
-from ear_vae.training.module import ObjectiveConfig, OptimizerConfig
+from ear_vae.training.module import ObjectiveConfig
+from ear_vae.training.optimization import OptimizerConfig
 
 TINY = EarVAEConfig(channels=4, channel_multipliers=(1, 2, 2, 2, 2))
 MUSIC = Path(__file__).parents[1] / ".." / "shared" / "music" / "train"
@@ -238,7 +239,7 @@ def test_fit_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "1",
     ]
     arguments += ["--trainer.log_every_n_steps", "1", "--trainer.enable_progress_bar", "false"]
-    arguments += ["--trainer.callbacks.init_args.every_n_train_steps", "1"]
+    arguments += ["--checkpoints.every_n_steps", "1"]
     assert fit([*arguments, "--trainer.max_steps", "2"]) == 0
     run = tmp_path / "runs" / "tiny"
     vae = EarVAE.from_pretrained(run / "model")
@@ -264,7 +265,7 @@ def test_shipped_configs_and_unknown_ones() -> None:
 
 def test_refusals(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(EarVAEError, match="either a config"):
-        EarVAEModule()
+        EarVAEModule(TINY, pretrained="ear-vae-tiny")
     with pytest.raises(EarVAEError, match="unknown loss terms"):
         EarVAEModule(TINY, objective=ObjectiveConfig(weights={"mel": 1.0}))
     with pytest.raises(EarVAEError, match="data is at 48000 Hz, the model works at 44100 Hz"):

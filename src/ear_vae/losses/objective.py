@@ -1,4 +1,4 @@
-"""The reconstruction objective: named terms and their weighted sum."""
+"""The training objective: named reconstruction terms, and the weighted sum with the adversarial ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ DEFAULT_LOSS_WEIGHTS = {
     "band_level": 0.0,
     "waveform": 0.0,
     "kl": 1e-4,
+    "adversarial": 0.1,
+    "feature_matching": 5.0,
 }
+# Computed with the discriminator, by the training module.
+ADVERSARIAL_TERMS = ("adversarial", "feature_matching")
 
 # Of the bins of an STFT to a band: wide enough that a band's level hardly fluctuates.
 _BINS_PER_BAND = 16
@@ -84,7 +88,7 @@ class ReconstructionObjective(nn.Module):
             self.register_buffer(name, bands / bands.sum(dim=0), persistent=False)
 
     def terms(self, estimate: Tensor, target: Tensor, posterior: Posterior) -> dict[str, Tensor]:
-        """Every term with a weight above 0, unweighted, by name.
+        """Every term with a weight above 0, unweighted, by name, without the adversarial ones.
 
         Args:
             estimate: Rebuilt audio, [B, 2, T].

@@ -31,11 +31,12 @@ def instantaneous_frequency(estimate: Tensor, target: Tensor) -> Tensor:
     """L1 distance of the phase steps between neighbouring frames, wrapped to (−π, π].
 
     Args:
-        estimate: Complex spectra X of left and right, [..., F, frames].
+        estimate: Complex spectra X of left and right, [B, 2, F, frames].
         target: Complex spectra Y, same shape.
 
     Returns:
-        Scalar in radians, from 0 to π; the mean over the bins in which both signals are above −90 dBFS.
+        Scalar in radians, from 0 to π; the mean over the bins in which both signals are above −90 dBFS, of
+        each item, then over the items of the batch, so that a batch may be split over processes.
 
     Reference: the phase-derivative losses of arXiv 2509.14912.
     """
@@ -61,7 +62,8 @@ def _phase_step_distance(estimate: Tensor, target: Tensor, dim: int) -> Tensor:
     # replaced before the angle is taken, so that no NaN reaches the gradient.
     turned = estimate_step * target_step.conj() / target_step.abs().clamp(min=floor)
     turned = torch.where(audible, turned, torch.ones_like(turned))
-    return torch.angle(turned).abs().sum() / audible.sum().clamp(min=1)
+    axes = tuple(range(1, turned.ndim))
+    return (torch.angle(turned).abs().sum(axes) / audible.sum(axes).clamp(min=1)).mean()
 
 
 def _neighbour_product(spectrum: Tensor, dim: int) -> Tensor:

@@ -9,9 +9,11 @@ from pathlib import Path
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from ear_vae.errors import EarVAEError
-from ear_vae.training.callbacks import ExportModel
+from ear_vae.training.callbacks import Checkpoints, ExportModel, ListeningExamples
 from ear_vae.training.data import AudioDataModule
 from ear_vae.training.module import EarVAEModule
+
+_BASE = "base"
 
 
 class FitCLI(LightningCLI):
@@ -23,17 +25,20 @@ class FitCLI(LightningCLI):
         self.config = parser.parse_args(args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Links what the model decides about the data, and adds the exported model."""
+        """Links what the model decides about the data, and adds our callbacks."""
         for target, fact in (("sample_rate", _sample_rate), ("segment_multiple", _downsampling_ratio)):
             parser.link_arguments("model", f"data.{target}", compute_fn=fact, apply_on="instantiate")
+        parser.add_lightning_class_args(Checkpoints, "checkpoints")
         parser.add_lightning_class_args(ExportModel, "export")
+        parser.add_lightning_class_args(ListeningExamples, "examples")
 
 
 def main(arguments: Sequence[str]) -> int:
     """Runs `ear-vae fit`.
 
     Args:
-        arguments: What follows `fit`. `--config` takes the name of a shipped config or a file.
+        arguments: What follows `fit`. `--config` takes the name of a shipped config or a file, any number
+            of times; later ones override earlier ones. Before the first shipped one comes `base`.
 
     Returns:
         0.
@@ -60,22 +65,26 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def _with_shipped_configs(arguments: Sequence[str]) -> list[str]:
-    """Replaces the names of shipped configs after `--config` by their paths."""
+    """Replaces the names of shipped configs after `--config` by their paths, the first by two."""
     shipped = shipped_configs()
-    result = list(arguments)
-    for index, argument in enumerate(result):
-        option, equals, value = argument.partition("=")
-        if option not in ("-c", "--config"):
+    result: list[str] = []
+    rest = list(arguments)
+    based = False
+    while rest:
+        option, equals, value = rest.pop(0).partition("=")
+        if option not in ("-c", "--config") or not (equals or rest):
+            result.append(option + equals + value)
             continue
-        position = index
         if not equals:
-            position, option, value = index + 1, "", result[index + 1] if index + 1 < len(result) else ""
-        if value in shipped:
-            value = str(shipped[value])
-        elif value and not Path(value).is_file():
-            raise EarVAEError(f"no config {value!r}: give a file, or one of {', '.join(shipped)}")
-        if value:
-            result[position] = f"{option}={value}" if equals else value
+            value = rest.pop(0)
+        if value not in shipped:
+            if not Path(value).is_file():
+                raise EarVAEError(f"no config {value!r}: give a file, or one of {', '.join(shipped)}")
+            result.append(f"--config={value}")
+            continue
+        names = [value] if based or value == _BASE else [_BASE, value]
+        based = True
+        result += [f"--config={shipped[name]}" for name in names]
     return result
 
 

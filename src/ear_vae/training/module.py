@@ -2,125 +2,195 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ear_vae.config import EarVAEConfig
+from ear_vae.discriminator import Discriminator, DiscriminatorConfig
 from ear_vae.dsp.distortion import si_sdr_db
 from ear_vae.errors import EarVAEError
-from ear_vae.losses import ReconstructionObjective
-from ear_vae.losses.objective import DEFAULT_WINDOW_SIZES
+from ear_vae.losses import ReconstructionObjective, adversarial
+from ear_vae.losses.balancer import LossBalancer
+from ear_vae.losses.objective import ADVERSARIAL_TERMS, DEFAULT_WINDOW_SIZES
 from ear_vae.training import filter_bank
+from ear_vae.training.average import AveragedWeights
 from ear_vae.training.data import AudioDataModule
-from ear_vae.training.weight_norm import apply_weight_norm, remove_weight_norm
-from ear_vae.vae import EarVAE
+from ear_vae.training.optimization import OptimizerConfig, SkippedSteps, trained
+from ear_vae.training.weight_norm import apply_weight_norm, load_plain_weights, plain_weights
+from ear_vae.vae import EarVAE, Reconstruction
 
 _FILTER_BANK_SEGMENTS = 192
 _FILTER_BANK_FRAMES = 96
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW, with a linear warm-up and a cosine decay to a fraction of the rate over the Trainer's steps.
-
-    Args:
-        learning_rate: After the warm-up.
-        betas: Of AdamW.
-        weight_decay: Of AdamW.
-        warmup_steps: Optimizer steps from zero to the full rate.
-        final_fraction: Of the learning rate, at the Trainer's last step; 1 keeps it constant.
-    """
-
-    learning_rate: float = 1e-4
-    betas: tuple[float, float] = (0.8, 0.99)
-    weight_decay: float = 1e-3
-    warmup_steps: int = 1_000
-    final_fraction: float = 0.1
-
-    def factor(self, step: int, total_steps: int) -> float:
-        """The learning rate at `step` as a fraction of `learning_rate`."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps)
-        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-        return self.final_fraction + (1 - self.final_fraction) * cosine
+# Terms that are no function of the rebuilt audio; the balancer leaves them as they are.
+_PENALTIES = ("kl",)
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Weights over `losses.objective.DEFAULT_LOSS_WEIGHTS` and STFT window sizes in samples."""
+    """What is minimised.
+
+    Args:
+        weights: Of the loss terms by name, over `losses.objective.DEFAULT_LOSS_WEIGHTS`.
+        window_sizes: Of the STFTs, in samples.
+        balanced: Make each weight a share of the gradient on the rebuilt audio (`losses.balancer`).
+    """
 
     weights: dict[str, float] = field(default_factory=dict)
     window_sizes: tuple[int, ...] = DEFAULT_WINDOW_SIZES
+    balanced: bool = False
+
+
+class _Optimization(NamedTuple):
+    optimizer: Any
+    schedule: Any
+    parameters: list[nn.Parameter]
+    clip: float
+    what: str
 
 
 class EarVAEModule(L.LightningModule):
-    """The VAE and its objective, for `lightning.Trainer`.
+    """The VAE, its discriminator and the losses, for `lightning.Trainer`.
+
+    Each step trains the discriminator on the detached output of the VAE, then the VAE on the same output.
+    `Trainer(max_steps=...)`, checkpoints and schedules count the steps of the VAE. All randomness of a
+    step follows from `seed` and its number, so that a resumed run goes on as if it had never stopped.
 
     Weight norm is put on at construction and folded away by `export`, so that neither the files nor
-    the public class know of it. Terms are logged as `train/NAME` and `validation/NAME`.
+    the public class know of it. Terms are logged as `train/NAME` and `validation/NAME`; validation uses
+    the average of the weights where there is one, which is what `export` writes.
 
     Args:
-        config: Architecture of a new model.
+        config: Architecture of a new model, the published one by default.
         pretrained: Name or folder of a model to continue from, instead of `config`.
+        variant: Which model of `pretrained`, where it holds several.
+        training_state: File that `ear-vae release --training-state` wrote: the raw weights, discriminator
+            and optimizers to go on with.
         objective: The loss terms.
-        optimizer: The optimizer and its schedule.
+        optimizer: Of the VAE.
+        discriminator: Its architecture; without one the adversarial terms are left out.
+        discriminator_optimizer: Of the discriminator.
+        adversarial_after: Steps in which a discriminator learns alone before its terms count.
+        average_decay: Of the moving average of the VAE's weights; 0 for none.
+        train_encoder: False keeps the encoder, and with it the latents, exactly as they are.
         initialization: Of a new model: `random`, or `filter_bank` (see `ear_vae.training.filter_bank`),
             which needs the Trainer's data to choose its bands from.
+        max_skipped_steps: Steps in a row whose gradient is not finite before training stops.
+        seed: Of the draws from the posterior.
 
     Raises:
-        EarVAEError: Both or neither of `config` and `pretrained`, or an unknown loss term.
+        EarVAEError: Both `config` and `pretrained`, an unknown loss term, or a value out of range.
     """
 
     def __init__(
         self,
         config: EarVAEConfig | None = None,
         pretrained: str | None = None,
+        variant: str | None = None,
+        training_state: str | None = None,
         objective: ObjectiveConfig = ObjectiveConfig(),
         optimizer: OptimizerConfig = OptimizerConfig(),
+        discriminator: DiscriminatorConfig | None = None,
+        discriminator_optimizer: OptimizerConfig = OptimizerConfig(),
+        adversarial_after: int = 0,
+        average_decay: float = 0.999,
+        train_encoder: bool = True,
         initialization: Literal["random", "filter_bank"] = "random",
+        max_skipped_steps: int = 20,
+        seed: int = 0,
     ) -> None:
         super().__init__()
-        if (config is None) == (pretrained is None):
+        self.automatic_optimization = False
+        if config is not None and pretrained is not None:
             raise EarVAEError("give either a config for a new model or a pretrained one to continue from")
         if initialization not in ("random", "filter_bank"):
             raise EarVAEError(f"initialization must be random or filter_bank, got {initialization!r}")
-        self.vae = EarVAE(config) if pretrained is None else EarVAE.from_pretrained(pretrained)
-        self.vae.requires_grad_(True)
+        if not 0 <= average_decay < 1:
+            raise EarVAEError(f"average_decay must be in [0, 1), got {average_decay}")
+        if adversarial_after < 0 or max_skipped_steps < 1:
+            raise EarVAEError("adversarial_after must be 0 or more and max_skipped_steps at least 1")
+        if not train_encoder and pretrained is None:
+            raise EarVAEError("an encoder that is not trained must come from a pretrained model")
+        self.vae = (
+            EarVAE(config) if pretrained is None else EarVAE.from_pretrained(pretrained, variant=variant)
+        )
+        self.vae.train().requires_grad_(True)
+        self.average = AveragedWeights(self.vae, average_decay) if average_decay else None
         self.initialization = initialization if pretrained is None else "random"
-        self.optimizer_config = optimizer
+        self.train_encoder = train_encoder
+        # A kernel g · v / ‖v‖ is rounded anew: what must stay bit for bit stays as it is.
+        self.normalized = self.vae if train_encoder else self.vae.decoder
+        self.vae.encoder.requires_grad_(train_encoder)
+        apply_weight_norm(self.normalized)
         self.objective = ReconstructionObjective(
             self.vae.sample_rate, weights=objective.weights, window_sizes=objective.window_sizes
         )
-        apply_weight_norm(self.vae)
+        self.discriminator = None if discriminator is None else Discriminator(discriminator)
+        self.balancer = LossBalancer(self._terms_of_output()) if objective.balanced else None
+        self.optimizer_config = optimizer
+        self.discriminator_optimizer_config = discriminator_optimizer
+        self.adversarial_after = adversarial_after
+        self.seed = seed
+        self.training_state = training_state
+        self.skipped = {name: SkippedSteps(max_skipped_steps) for name in ("VAE", "discriminator")}
 
     def setup(self, stage: str) -> None:
         """Starts a new model from the filter bank, unless a checkpoint is about to be loaded."""
         if stage == "fit" and self.initialization == "filter_bank" and self.trainer.ckpt_path is None:
             self._start_from_filter_bank(getattr(self.trainer, "datamodule", None))
 
-    def training_step(self, batch: Tensor, batch_index: int) -> Tensor:
-        """One step on audio [B, 2, T]: the weighted sum of the terms on a draw from the posterior."""
-        estimate, posterior = self.vae(batch, sample=True)
+    def configure_optimizers(self) -> Any:
+        """AdamW for the VAE, and another one for the discriminator."""
+        total_steps = int(min(self.trainer.estimated_stepping_batches, 2**31))
+        optimizers = [self.optimizer_config.build(trained(self.vae), total_steps)]
+        if self.discriminator is not None:
+            settings = self.discriminator_optimizer_config
+            optimizers.append(settings.build(trained(self.discriminator), total_steps))
+        return optimizers
+
+    def training_step(self, batch: Tensor, batch_index: int) -> None:
+        """One step of the discriminator and one of the VAE on audio [B, 2, T]."""
+        estimate, posterior = self._reconstruct_draw(batch)
+        logged = {}
+        vae_optimization, *others = self._optimizations()
+        if self.discriminator is not None:
+            judged_estimate, judged_target = self.discriminator(estimate.detach()), self.discriminator(batch)
+            loss = adversarial.discriminator_loss(judged_estimate, judged_target)
+            logged["discriminator"] = loss
+            logged["discriminator_gradient_norm"] = self._descend(loss, *others)
         terms = self.objective.terms(estimate, batch, posterior)
-        total = self.objective.total(terms)
-        self._log_terms("train", {**terms, "total": total})
-        return total
+        if not self.train_encoder:
+            terms.pop("kl", None)
+        terms |= self._adversarial_terms(estimate, batch)
+        logged |= terms
+        logged["total"] = self.objective.total(terms)
+        loss = logged["total"] if self.balancer is None else self._balanced(terms, estimate)
+        logged["gradient_norm"] = self._descend(loss, vae_optimization)
+        if self.average is not None and bool(logged["gradient_norm"].isfinite()):
+            self.average.update(self.vae)
+        self._log_values("train", logged)
+        self.log("train/skipped_steps", float(sum(s.total for s in self.skipped.values())))
+        self.log("train/learning_rate", vae_optimization.schedule.get_last_lr()[0])
 
     def validation_step(self, batch: Tensor, batch_index: int) -> None:
         """The terms and the SI-SDR in dB on audio [1, 2, T], decoded from the posterior's mean."""
-        estimate, posterior = self.vae(batch)
+        estimate, posterior = self.reconstruct(batch)
         terms = self.objective.terms(estimate, batch, posterior)
         terms["total"] = self.objective.total(terms)
         terms["si_sdr_db"] = si_sdr_db(estimate, batch).mean()
-        self._log_terms("validation", terms)
+        self._log_values("validation", terms)
+
+    def reconstruct(self, audio: Tensor) -> Reconstruction:
+        """Rebuilds audio [B, 2, T] from the posterior's mean, with the average of the weights if any."""
+        vae = self.vae if self.average is None else self.average.network
+        reconstruction: Reconstruction = vae(audio)
+        return reconstruction
 
     def on_train_start(self) -> None:
         """Refuses data at another rate than the model's."""
@@ -128,30 +198,16 @@ class EarVAEModule(L.LightningModule):
         if rate != self.vae.sample_rate:
             raise EarVAEError(f"the data is at {rate} Hz, the model works at {self.vae.sample_rate} Hz")
 
-    def configure_optimizers(self) -> Any:
-        """AdamW over all weights, its learning rate set anew every step."""
-        settings = self.optimizer_config
-        optimizer = torch.optim.AdamW(
-            self.vae.parameters(),
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-        )
-        total_steps = int(min(self.trainer.estimated_stepping_batches, 2**31))
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: settings.factor(step, total_steps)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    def folded(self, name: str | None = None, *, averaged: bool = True) -> EarVAE:
+        """A copy of the model as users load it: plain weights, evaluation mode, frozen, on the CPU.
 
-    def folded(self, name: str | None = None) -> EarVAE:
-        """A copy of the model as users load it: plain weights, evaluation mode, frozen, on the CPU."""
+        Args:
+            name: Of the copy.
+            averaged: Take the average of the weights, where there is one, instead of the last ones.
+        """
+        source = self.average.network if averaged and self.average is not None else self.vae
         vae = EarVAE(self.vae.config, name=name or self.vae.name)
-        plain = {}
-        for tensor_name in vae.state_dict():
-            # A parametrized module computes its folded weight when asked for it by name.
-            owner, _, attribute = tensor_name.rpartition(".")
-            plain[tensor_name] = getattr(self.vae.get_submodule(owner), attribute).detach().cpu()
-        vae.load_state_dict(plain)
+        vae.load_state_dict(plain_weights(source, vae.state_dict()))
         return vae.eval().requires_grad_(False)
 
     def export(self, directory: str | Path) -> None:
@@ -164,7 +220,7 @@ class EarVAEModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the architecture, so that a checkpoint can be told from one of another model."""
-        checkpoint["ear_vae_config"] = self.vae.config.to_dict()
+        checkpoint["ear_vae"] = {**self._facts(), "skipped": [s.total for s in self.skipped.values()]}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another architecture.
@@ -172,11 +228,98 @@ class EarVAEModule(L.LightningModule):
         Raises:
             EarVAEError: The checkpoint's architecture differs, or it is not one of this module.
         """
-        saved = checkpoint.get("ear_vae_config")
-        if saved != self.vae.config.to_dict():
+        saved = dict(checkpoint.get("ear_vae") or {})
+        skipped = saved.pop("skipped", [])
+        facts = self._facts()
+        different = [name for name in facts if saved.get(name) != facts[name]]
+        if different:
             raise EarVAEError(
-                f"the checkpoint holds another architecture: {saved}, not {self.vae.config.to_dict()}"
+                "the checkpoint is of another architecture or training: "
+                + "; ".join(f"{n}: {saved.get(n)} there, {facts[n]} here" for n in different)
+                + "; resume with the config it was made with, or start from the model it exported"
             )
+        for counter, total in zip(self.skipped.values(), skipped, strict=True):
+            counter.total = total
+
+    def _facts(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint to be resumed from."""
+        discriminator = None if self.discriminator is None else vars(self.discriminator.config)
+        return {
+            "config": self.vae.config.to_dict(),
+            "discriminator": discriminator and {k: _plain(v) for k, v in discriminator.items()},
+            "average": self.average is not None,
+            "balancer": None if self.balancer is None else list(self.balancer.names),
+            "train_encoder": self.train_encoder,
+        }
+
+    def _reconstruct_draw(self, audio: Tensor) -> Reconstruction:
+        """One pass on draws from the posterior that depend on the seed, the step and the item only."""
+        with torch.set_grad_enabled(self.train_encoder):
+            posterior = self.vae.encode(audio)
+        noise = torch.stack([self._noise(item, posterior.mean[0]) for item in range(len(audio))])
+        latents = posterior.mean + posterior.std * noise
+        return Reconstruction(self.vae.decode(latents, num_samples=audio.shape[-1]), posterior)
+
+    def _noise(self, item: int, like: Tensor) -> Tensor:
+        """Of an item's place in the batch of all processes, so that their number changes nothing."""
+        place = item * self.trainer.world_size + self.trainer.global_rank
+        entropy = (self.seed, self.trainer.global_step, place)
+        state = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        return torch.randn(like.shape, generator=torch.Generator().manual_seed(state)).to(like)
+
+    def _adversarial_terms(self, estimate: Tensor, target: Tensor) -> dict[str, Tensor]:
+        if self.discriminator is None or self.trainer.global_step < self.adversarial_after:
+            return {}
+        self.discriminator.requires_grad_(False)
+        judged_estimate = self.discriminator(estimate)
+        with torch.no_grad():
+            judged_target = self.discriminator(target)
+        self.discriminator.requires_grad_(True)
+        return {
+            "adversarial": adversarial.adversarial(judged_estimate),
+            "feature_matching": adversarial.feature_matching(judged_estimate, judged_target),
+        }
+
+    def _terms_of_output(self) -> list[str]:
+        absent = {*_PENALTIES, *(() if self.discriminator is not None else ADVERSARIAL_TERMS)}
+        return [name for name, weight in self.objective.weights.items() if weight and name not in absent]
+
+    def _balanced(self, terms: Mapping[str, Tensor], estimate: Tensor) -> Tensor:
+        """A scalar whose gradient is the balanced one; its value means nothing."""
+        assert self.balancer is not None
+        of_output = {name: value for name, value in terms.items() if name not in _PENALTIES}
+        gradient = self.balancer(of_output, self.objective.weights, estimate)
+        penalties = {name: value for name, value in terms.items() if name in _PENALTIES}
+        loss = (estimate * gradient).sum()
+        return loss + self.objective.total(penalties) if penalties else loss
+
+    def _optimizations(self) -> list[_Optimization]:
+        networks: list[tuple[nn.Module, OptimizerConfig, str]] = [(self.vae, self.optimizer_config, "VAE")]
+        if self.discriminator is not None:
+            settings = self.discriminator_optimizer_config
+            networks.append((self.discriminator, settings, "discriminator"))
+        optimizers: Any = self.optimizers()
+        schedules: Any = self.lr_schedulers()
+        if len(networks) == 1:
+            optimizers, schedules = [optimizers], [schedules]
+        return [
+            _Optimization(optimizer, schedule, trained(network), settings.gradient_clip, what)
+            for optimizer, schedule, (network, settings, what) in zip(
+                optimizers, schedules, networks, strict=True
+            )
+        ]
+
+    def _descend(self, loss: Tensor, optimization: _Optimization) -> Tensor:
+        """One step down the gradient of `loss`, unless it is not finite; its norm before clipping."""
+        optimizer, schedule, parameters, clip, what = optimization
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        norm = nn.utils.clip_grad_norm_(parameters, clip)
+        if self.skipped[what].allows(norm, what):
+            # Lightning counts the steps of its own wrapper only: those of the VAE.
+            (optimizer if what == "VAE" else optimizer.optimizer).step()
+            schedule.step()
+        return norm
 
     def _start_from_filter_bank(self, data: Any) -> None:
         if not isinstance(data, AudioDataModule):
@@ -188,16 +331,24 @@ class EarVAEModule(L.LightningModule):
         segments = data.train_dataset(segment_samples=length, augment=False)
         audio = torch.stack([segments[index] for index in range(_FILTER_BANK_SEGMENTS)])
         choice = filter_bank.plan(self.vae.config, filter_bank.analyse(self.vae.config, audio))
-        remove_weight_norm(self.vae)
-        filter_bank.initialize(self.vae, choice)
-        apply_weight_norm(self.vae)
+        start = self.folded(averaged=False)
+        filter_bank.initialize(start, choice)
+        load_plain_weights(self.vae, start.state_dict())
+        if self.average is not None:
+            self.average.network.load_state_dict(start.state_dict())
 
-    def _log_terms(self, stage: str, terms: Mapping[str, Tensor]) -> None:
-        values = {f"{stage}/{name}": value.detach() for name, value in terms.items()}
-        self.log_dict(
-            values,
-            on_step=stage == "train",
-            on_epoch=stage != "train",
-            batch_size=1,
-            sync_dist=stage != "train",
-        )
+    def _log_values(self, stage: str, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.log(
+                f"{stage}/{name}",
+                value.detach(),
+                on_step=stage == "train",
+                on_epoch=stage != "train",
+                prog_bar=not name.endswith("norm"),
+                batch_size=1,
+                sync_dist=stage != "train",
+            )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -31,11 +33,26 @@ def apply_weight_norm(network: nn.Module) -> None:
         parametrize.register_parametrization(conv, "weight", WeightNorm())
 
 
-def remove_weight_norm(network: nn.Module) -> None:
-    """Folds weight norm into plain weights; the output does not change."""
-    for conv in _convolutions(network):
-        if parametrize.is_parametrized(conv, "weight"):
-            parametrize.remove_parametrizations(conv, "weight")
+def plain_weights(network: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """The named tensors of a network with weight norm as those of one without."""
+    # A parametrized module computes its folded weight when asked for it by name.
+    return {name: getattr(*_owner(network, name)).detach().clone() for name in names}
+
+
+@torch.no_grad()
+def load_plain_weights(network: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Puts the tensors of a network without weight norm into one with it."""
+    for name, tensor in state.items():
+        owner, attribute = _owner(network, name)
+        if parametrize.is_parametrized(owner, attribute):
+            setattr(owner, attribute, tensor)
+        else:
+            getattr(owner, attribute).copy_(tensor)
+
+
+def _owner(network: nn.Module, name: str) -> tuple[nn.Module, str]:
+    module, _, attribute = name.rpartition(".")
+    return network.get_submodule(module), attribute
 
 
 def _convolutions(network: nn.Module) -> list[nn.Module]:

@@ -1,0 +1,78 @@
+"""Weights of loss terms that hold whatever the scale of their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ear_vae.errors import EarVAEError
+
+_EPSILON = 1e-12
+
+
+class LossBalancer(nn.Module):
+    """Gives every term its weight's share of the gradient on the decoder's output.
+
+    Each term's gradient is divided by the running mean of its own norm, so that a weight says how much of
+    the step a term decides, not how large the term happens to be.
+
+    Args:
+        names: The terms, in the order of the running means in the state dict.
+        total_norm: Of the sum, if all gradients had their mean norm and one direction.
+        decay: Of the running means.
+
+    Raises:
+        EarVAEError: No terms, or a decay outside [0, 1).
+
+    Reference: Défossez et al., "High Fidelity Neural Audio Compression" (2022), section 3.4, equation 5.
+    """
+
+    norms: Tensor
+    updates: Tensor
+
+    def __init__(self, names: Sequence[str], *, total_norm: float = 1.0, decay: float = 0.999) -> None:
+        super().__init__()
+        if not names or not 0 <= decay < 1:
+            raise EarVAEError(f"the balancer needs terms and a decay in [0, 1), got {names} and {decay}")
+        self.names = tuple(names)
+        self.total_norm = total_norm
+        self.decay = decay
+        self.register_buffer("norms", torch.zeros(len(self.names), dtype=torch.float64))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, terms: Mapping[str, Tensor], weights: Mapping[str, float], output: Tensor) -> Tensor:
+        """The balanced gradient on `output`.
+
+        Args:
+            terms: Scalars that depend on `output`, by name.
+            weights: Of each of them, 0 or more.
+            output: What the decoder gave, [B, C, T].
+
+        Returns:
+            Gradient of `output`'s shape, to be back-propagated from it. A term whose gradient is not
+            finite makes it so and leaves the running means as they were.
+
+        Raises:
+            EarVAEError: The terms are not those the balancer was made for.
+        """
+        if set(terms) != set(self.names):
+            raise EarVAEError(f"the balancer was made for {sorted(self.names)}, got {sorted(terms)}")
+        gradients = [torch.autograd.grad(terms[n], output, retain_graph=True)[0] for n in self.names]
+        now = torch.stack([g.flatten(1).double().norm(dim=1).mean() for g in gradients])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # The norm of one process is of its own part of the batch, all of them scale alike.
+            torch.distributed.all_reduce(now)
+            now = now / torch.distributed.get_world_size()
+        if not bool(now.isfinite().all()):
+            return torch.full_like(output, torch.nan)
+        self.updates += 1
+        self.norms.mul_(self.decay).add_(now, alpha=1 - self.decay)
+        means = self.norms / (1 - self.decay ** int(self.updates))
+        total = sum(weights[name] for name in self.names)
+        scales = [
+            self.total_norm * weights[name] / total / (float(mean) + _EPSILON)
+            for name, mean in zip(self.names, means, strict=True)
+        ]
+        return torch.stack([scale * g for scale, g in zip(scales, gradients, strict=True)]).sum(dim=0)
