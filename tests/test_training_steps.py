@@ -186,7 +186,7 @@ def test_too_many_of_them_stop_the_training() -> None:
     for batch in batches[1:]:
         batch.fill_(torch.inf)
     module = EarVAEModule(TINY, max_skipped_steps=3)
-    with pytest.raises(EarVAEError, match="gradient of the VAE was not finite in 3 steps in a row"):
+    with pytest.raises(EarVAEError, match="gradient of the vae was not finite in 3 steps in a row"):
         fit(module, batches, max_steps=10)
 
 

@@ -9,7 +9,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn
 
 from ear_vae import __version__, commands
@@ -33,8 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: With 2 on wrong usage, with 0 after `--help`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # Training ends its step and writes a checkpoint when it is terminated.
+    cleaning_up = nullcontext() if arguments[:1] == ["fit"] else _terminated_like_interrupted()
     try:
-        with _terminated_like_interrupted(), warnings.catch_warnings():
+        with cleaning_up, warnings.catch_warnings():
             warnings.showwarning = _show_warning
             code = _run(arguments)
             if code == 0:
@@ -101,6 +103,16 @@ def _parser() -> argparse.ArgumentParser:
         choices=("float32", "float16", "bfloat16"),
         default="float32",
         help="to store (%(default)s)",
+    )
+    command.add_argument("--force", action="store_true", help="replace what exists")
+
+    command = add("release", commands.release, "training checkpoint to a folder for users")
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="a .ckpt file of ear-vae fit")
+    command.add_argument("destination", metavar="DESTINATION", help="a folder")
+    command.add_argument("--name", dest="name_of_model", help="of the model, by default the folder's")
+    command.add_argument("--raw", action="store_true", help="the last weights instead of their average")
+    command.add_argument(
+        "--training-state", action="store_true", help="also the discriminator and the optimizers, to train on"
     )
     command.add_argument("--force", action="store_true", help="replace what exists")
 

@@ -141,6 +141,21 @@ def convert(options: argparse.Namespace) -> int:
     return 0
 
 
+def release(options: argparse.Namespace) -> int:
+    """A training checkpoint to a folder for users."""
+    from ear_vae.training.release import release as write_release
+
+    write_release(
+        options.checkpoint,
+        options.destination,
+        name=options.name_of_model,
+        averaged=not options.raw,
+        training_state=options.training_state,
+        overwrite=options.force,
+    )
+    return 0
+
+
 def _each(
     options: argparse.Namespace,
     work: Callable[[EarVAE, Job], float],

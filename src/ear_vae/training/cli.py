@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+import signal
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ear_vae.errors import EarVAEError
 from ear_vae.training.callbacks import Checkpoints, ExportModel, ListeningExamples
 from ear_vae.training.data import AudioDataModule
 from ear_vae.training.module import EarVAEModule
 
+_LOG = logging.getLogger(__name__)
 _BASE = "base"
+_EXIT_TERMINATED = 128 + signal.SIGTERM
 
 
 class FitCLI(LightningCLI):
@@ -41,20 +46,24 @@ def main(arguments: Sequence[str]) -> int:
             of times; later ones override earlier ones. Before the first shipped one comes `base`.
 
     Returns:
-        0.
+        0, or 143 when the process was told to terminate and has written a checkpoint to resume from.
 
     Raises:
         EarVAEError: No such config, or anything that the module or the data refuses.
         SystemExit: Usage errors, as argparse raises them.
     """
-    FitCLI(
-        EarVAEModule,
-        AudioDataModule,
-        # Last, so that nothing overrides it: a checkpoint to resume from must not run code.
-        args=["fit", *_with_shipped_configs(arguments), "--weights_only=true"],
-        seed_everything_default=0,
-        save_config_kwargs={"overwrite": True},
-    )
+    try:
+        FitCLI(
+            EarVAEModule,
+            AudioDataModule,
+            # Last, so that nothing overrides it: a checkpoint to resume from must not run code.
+            args=["fit", *_with_shipped_configs(arguments), "--weights_only=true"],
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+        )
+    except SIGTERMException:
+        _LOG.warning("terminated after writing a checkpoint; go on with --ckpt_path FOLDER/last.ckpt")
+        return _EXIT_TERMINATED
     return 0
 
 

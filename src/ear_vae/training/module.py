@@ -23,6 +23,7 @@ from ear_vae.training import filter_bank
 from ear_vae.training.average import AveragedWeights
 from ear_vae.training.data import AudioDataModule
 from ear_vae.training.optimization import OptimizerConfig, SkippedSteps, trained
+from ear_vae.training.training_state import load_training_state, restore_moments
 from ear_vae.training.weight_norm import apply_weight_norm, load_plain_weights, plain_weights
 from ear_vae.vae import EarVAE, Reconstruction
 
@@ -138,21 +139,34 @@ class EarVAEModule(L.LightningModule):
         self.adversarial_after = adversarial_after
         self.seed = seed
         self.training_state = training_state
-        self.skipped = {name: SkippedSteps(max_skipped_steps) for name in ("VAE", "discriminator")}
+        self._moments: dict[str, Any] | None = None
+        self.skipped = {name: SkippedSteps(max_skipped_steps) for name in ("vae", "discriminator")}
 
     def setup(self, stage: str) -> None:
-        """Starts a new model from the filter bank, unless a checkpoint is about to be loaded."""
-        if stage == "fit" and self.initialization == "filter_bank" and self.trainer.ckpt_path is None:
+        """Starts a new model from the filter bank or a training state, unless a checkpoint is resumed from.
+
+        Raises:
+            EarVAEError: The training state does not fit, or there is no data to choose the filters by.
+        """
+        if stage != "fit" or self.trainer.ckpt_path is not None:
+            return
+        if self.initialization == "filter_bank":
             self._start_from_filter_bank(getattr(self.trainer, "datamodule", None))
+        if self.training_state is not None:
+            self._moments = load_training_state(self, Path(self.training_state))
 
     def configure_optimizers(self) -> Any:
         """AdamW for the VAE, and another one for the discriminator."""
         total_steps = int(min(self.trainer.estimated_stepping_batches, 2**31))
-        optimizers = [self.optimizer_config.build(trained(self.vae), total_steps)]
-        if self.discriminator is not None:
-            settings = self.discriminator_optimizer_config
-            optimizers.append(settings.build(trained(self.discriminator), total_steps))
-        return optimizers
+        settings = (self.optimizer_config, self.discriminator_optimizer_config)
+        built = [
+            config.build(trained(network), total_steps)
+            for network, config in zip(self._networks().values(), settings, strict=False)
+        ]
+        if self._moments is not None:
+            for (name, network), (optimizer, _) in zip(self._networks().items(), built, strict=True):
+                restore_moments(optimizer, network, self._moments[name])
+        return [optimizer for optimizer, _ in built], [schedule for _, schedule in built]
 
     def training_step(self, batch: Tensor, batch_index: int) -> None:
         """One step of the discriminator and one of the VAE on audio [B, 2, T]."""
@@ -219,8 +233,15 @@ class EarVAEModule(L.LightningModule):
         self.folded(Path(directory).name).save_pretrained(directory)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the architecture, so that a checkpoint can be told from one of another model."""
-        checkpoint["ear_vae"] = {**self._facts(), "skipped": [s.total for s in self.skipped.values()]}
+        """Adds what tells a checkpoint from one of another model, and what its release will want to know."""
+        metrics = self.trainer.callback_metrics
+        checkpoint["ear_vae"] = {
+            **self._facts(),
+            "skipped": [counter.total for counter in self.skipped.values()],
+            "trained": {what: _trained_names(network) for what, network in self._networks().items()},
+            "settings": self._settings(),
+            "validation": {n: float(v) for n, v in metrics.items() if n.startswith("validation/")},
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another architecture.
@@ -251,6 +272,32 @@ class EarVAEModule(L.LightningModule):
             "balancer": None if self.balancer is None else list(self.balancer.names),
             "train_encoder": self.train_encoder,
         }
+
+    def _networks(self) -> dict[str, nn.Module]:
+        """What has an optimizer, by name."""
+        networks: dict[str, nn.Module] = {"vae": self.vae}
+        if self.discriminator is not None:
+            networks["discriminator"] = self.discriminator
+        return networks
+
+    def _settings(self) -> dict[str, str]:
+        """How the weights came about, for the model card."""
+        weights = {name: weight for name, weight in self.objective.weights.items() if weight}
+        if self.discriminator is None:
+            weights = {name: weight for name, weight in weights.items() if name not in ADVERSARIAL_TERMS}
+        settings = {
+            "loss weights": ", ".join(f"{name} {weight:g}" for name, weight in weights.items()),
+            "balanced": "yes" if self.balancer is not None else "no",
+            "STFT windows": ", ".join(map(str, self.objective.stft.window_sizes)),
+            "optimizer": _described(self.optimizer_config),
+            "initialization": self.initialization,
+            "seed": str(self.seed),
+        }
+        if self.discriminator is not None:
+            settings["discriminator's optimizer"] = _described(self.discriminator_optimizer_config)
+        if self.average is not None:
+            settings["decay of the average"] = f"{self.average.decay:g}"
+        return settings
 
     def _reconstruct_draw(self, audio: Tensor) -> Reconstruction:
         """One pass on draws from the posterior that depend on the seed, the step and the item only."""
@@ -294,18 +341,15 @@ class EarVAEModule(L.LightningModule):
         return loss + self.objective.total(penalties) if penalties else loss
 
     def _optimizations(self) -> list[_Optimization]:
-        networks: list[tuple[nn.Module, OptimizerConfig, str]] = [(self.vae, self.optimizer_config, "VAE")]
-        if self.discriminator is not None:
-            settings = self.discriminator_optimizer_config
-            networks.append((self.discriminator, settings, "discriminator"))
         optimizers: Any = self.optimizers()
         schedules: Any = self.lr_schedulers()
-        if len(networks) == 1:
+        if self.discriminator is None:
             optimizers, schedules = [optimizers], [schedules]
+        settings = (self.optimizer_config, self.discriminator_optimizer_config)
         return [
-            _Optimization(optimizer, schedule, trained(network), settings.gradient_clip, what)
-            for optimizer, schedule, (network, settings, what) in zip(
-                optimizers, schedules, networks, strict=True
+            _Optimization(optimizer, schedule, trained(network), config.gradient_clip, what)
+            for (what, network), optimizer, schedule, config in zip(
+                self._networks().items(), optimizers, schedules, settings, strict=False
             )
         ]
 
@@ -317,7 +361,7 @@ class EarVAEModule(L.LightningModule):
         norm = nn.utils.clip_grad_norm_(parameters, clip)
         if self.skipped[what].allows(norm, what):
             # Lightning counts the steps of its own wrapper only: those of the VAE.
-            (optimizer if what == "VAE" else optimizer.optimizer).step()
+            (optimizer if what == "vae" else optimizer.optimizer).step()
             schedule.step()
         return norm
 
@@ -348,6 +392,14 @@ class EarVAEModule(L.LightningModule):
                 batch_size=1,
                 sync_dist=stage != "train",
             )
+
+
+def _trained_names(network: nn.Module) -> list[str]:
+    return [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+
+
+def _described(config: OptimizerConfig) -> str:
+    return ", ".join(f"{name} {value}" for name, value in vars(config).items())
 
 
 def _plain(value: Any) -> Any:

@@ -55,13 +55,15 @@ class OptimizerConfig:
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
         return self.final_fraction + (1 - self.final_fraction) * cosine
 
-    def build(self, parameters: Iterable[nn.Parameter], total_steps: int) -> dict[str, object]:
-        """The optimizer of `parameters` and its schedule, as Lightning takes them."""
+    def build(
+        self, parameters: Iterable[nn.Parameter], total_steps: int
+    ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        """The optimizer of `parameters` and its schedule."""
         optimizer = torch.optim.AdamW(
             parameters, lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.factor(step, total_steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return optimizer, schedule
 
 
 def trained(network: nn.Module) -> list[nn.Parameter]:

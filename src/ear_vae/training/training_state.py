@@ -1,0 +1,99 @@
+"""The file that lets others train on: last weights, discriminator and optimizers, without pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ear_vae._files import atomic_path
+from ear_vae.errors import EarVAEError
+from ear_vae.weights import read_safetensors
+
+TRAINING_STATE_FILE = "training_state.safetensors"
+_FORMAT = "ear-vae-training-state"
+_PARTS = ("vae", "discriminator", "balancer")
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def save_training_state(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Writes the training state in the content of a checkpoint; an existing file is replaced.
+
+    Raises:
+        EarVAEError: The file cannot be written.
+    """
+    metadata = {"format": _FORMAT, "step": str(checkpoint["global_step"])}
+    with atomic_path(path, overwrite=True) as temporary:
+        save_file(_tensors(checkpoint), temporary, metadata=metadata)
+
+
+def load_training_state(module: nn.Module, path: Path) -> dict[str, dict[str, dict[str, Tensor]]]:
+    """Puts the weights of a training state into a module.
+
+    Args:
+        module: An `EarVAEModule` of the same architecture.
+        path: A file that `release` wrote.
+
+    Returns:
+        For each optimizer the moments of each of its parameters by name.
+
+    Raises:
+        EarVAEError: The file is unreadable, no training state, or of another architecture.
+    """
+    tensors, metadata = read_safetensors(path)
+    if metadata.get("format") != _FORMAT:
+        raise EarVAEError(f"{path}: is not a training state of ear-vae")
+    own = {name: tensor for name, tensor in module.state_dict().items() if name.partition(".")[0] in _PARTS}
+    found = {name: tensor for name, tensor in tensors.items() if name.partition(".")[0] in _PARTS}
+    different = [
+        name
+        for name in own.keys() | found.keys()
+        if name not in own or name not in found or own[name].shape != found[name].shape
+    ]
+    if different:
+        raise EarVAEError(
+            f"{path}: is of another architecture: {len(different)} tensors do not fit, "
+            f"such as {min(different)}"
+        )
+    module.load_state_dict(found, strict=False)
+    moments: dict[str, dict[str, dict[str, Tensor]]] = {}
+    for key, tensor in tensors.items():
+        part, _, rest = key.partition("/")
+        if rest:
+            parameter, _, moment = rest.rpartition("/")
+            moments.setdefault(part, {}).setdefault(parameter, {})[moment] = tensor
+    return moments
+
+
+def restore_moments(
+    optimizer: torch.optim.Optimizer, network: nn.Module, moments: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    """Gives an optimizer of a network's trained parameters the moments it had.
+
+    Raises:
+        EarVAEError: A parameter has none.
+    """
+    names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+    missing = [name for name in names if name not in moments]
+    if missing:
+        raise EarVAEError(
+            f"the training state has no moments of {len(missing)} weights, such as {missing[0]}"
+        )
+    state = optimizer.state_dict()
+    state["state"] = {index: dict(moments[name]) for index, name in enumerate(names)}
+    optimizer.load_state_dict(state)
+
+
+def _tensors(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = checkpoint["state_dict"]
+    kept = {key: v.contiguous() for key, v in state.items() if key.partition(".")[0] in _PARTS}
+    trained = checkpoint["ear_vae"]["trained"]
+    for (part, parameters), optimizer in zip(trained.items(), checkpoint["optimizer_states"], strict=True):
+        for index, parameter in enumerate(parameters):
+            for moment in _MOMENTS:
+                kept[f"{part}/{parameter}/{moment}"] = optimizer["state"][index][moment].contiguous()
+    return kept
