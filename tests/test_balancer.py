@@ -28,7 +28,7 @@ def test_weights_are_shares_whatever_the_scale(scale: float) -> None:
     x = output()
     balancer = LossBalancer(["small", "large"], total_norm=2.0)
     balanced = balancer({"small": scale * x.sum(), "large": -x.sum()}, WEIGHTS, x)
-    torch.testing.assert_close(balanced, torch.full((2, 1, 1), 2.0 * (0.25 - 0.75)))
+    torch.testing.assert_close(balanced, torch.full((2, 1, 1), 2.0 * (0.25 - 0.75) / 2))
 
 
 def test_norms_are_running_means_over_items_and_steps() -> None:
@@ -41,14 +41,14 @@ def test_norms_are_running_means_over_items_and_steps() -> None:
             {"only": (x.flatten() * torch.tensor([0.5, 1.5]) * scale).sum()}, {"only": 7.0}, x
         )
     mean = (0.09 * 1 + 0.1 * 5) / (1 - 0.9**2)
-    torch.testing.assert_close(balanced.flatten(), torch.tensor([0.5, 1.5]) * 5 / mean)
+    torch.testing.assert_close(balanced.flatten(), torch.tensor([0.5, 1.5]) * 5 / mean / 2)
 
 
 def test_a_gradient_that_is_not_finite_shows_and_is_forgotten() -> None:
     balancer, x = LossBalancer(["only"]), output()
     assert balancer({"only": x.sum() * torch.inf}, {"only": 1.0}, x).isnan().all()
     assert int(balancer.updates) == 0
-    torch.testing.assert_close(balancer({"only": x.sum()}, {"only": 1.0}, x), torch.ones(2, 1, 1))
+    torch.testing.assert_close(balancer({"only": x.sum()}, {"only": 1.0}, x), torch.full((2, 1, 1), 0.5))
 
 
 def test_other_terms_are_refused() -> None:

@@ -20,7 +20,8 @@ class LossBalancer(nn.Module):
 
     Args:
         names: The terms, in the order of the running means in the state dict.
-        total_norm: Of the sum, if all gradients had their mean norm and one direction.
+        total_norm: Of an item's gradient before the mean over the batch, if those of all terms had their
+            mean norms and one direction.
         decay: Of the running means.
 
     Raises:
@@ -72,7 +73,7 @@ class LossBalancer(nn.Module):
         means = self.norms / (1 - self.decay ** int(self.updates))
         total = sum(weights[name] for name in self.names)
         scales = [
-            self.total_norm * weights[name] / total / (float(mean) + _EPSILON)
+            self.total_norm / len(output) * weights[name] / total / (float(mean) + _EPSILON)
             for name, mean in zip(self.names, means, strict=True)
         ]
         return torch.stack([scale * g for scale, g in zip(scales, gradients, strict=True)]).sum(dim=0)

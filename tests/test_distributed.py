@@ -1,0 +1,135 @@
+"""Two processes on the CPU against one with the summed batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ear_vae import EarVAEConfig
+from ear_vae.discriminator import DiscriminatorConfig
+from ear_vae.training import EarVAEModule
+from ear_vae.training.module import ObjectiveConfig
+from ear_vae.training.optimization import OptimizerConfig
+
+TINY = EarVAEConfig(channels=4, channel_multipliers=(1, 2, 2, 2, 2))
+STEPS, BATCH = 3, 4
+# Of the way a tensor went. Sums over the batch are taken in another order, and AdamW makes much of a gradient
+# that is nearly zero.
+TOLERANCE = 0.05
+
+
+class Record(L.Callback):
+    """The terms of every step, of this process."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        metrics = trainer.callback_metrics
+        self.steps.append({name: float(v) for name, v in metrics.items() if name.startswith("train/")})
+
+
+def train(root: Path, processes: int, balanced: bool, bad: bool) -> None:
+    """Writes the weights and the terms of each process."""
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    torch.manual_seed(rank)
+    module = EarVAEModule(
+        TINY,
+        discriminator=DiscriminatorConfig(window_sizes=(512, 128), channels=4),
+        objective=ObjectiveConfig(balanced=balanced),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=0),
+        discriminator_optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=0),
+    )
+    module.load_state_dict(torch.load(root / "start.pt", weights_only=True))
+    generator = torch.Generator().manual_seed(1)
+    items: list[Tensor] = [0.1 * torch.randn(2, 4096, generator=generator) for _ in range(STEPS * BATCH)]
+    if bad:
+        # Of the second step, and of the second process if there are two.
+        items[BATCH + 1][:] = torch.nan
+    record = Record()
+    trainer = L.Trainer(
+        use_distributed_sampler=False,
+        accelerator="cpu",
+        devices=processes,
+        strategy="ddp_find_unused_parameters_true" if processes > 1 else "auto",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[record],
+    )
+    trainer.fit(module, DataLoader(items[rank::processes], batch_size=BATCH // processes))
+    name = f"{processes}-{trainer.global_rank}"
+    torch.save(module.state_dict(), root / f"{name}.pt")
+    (root / f"{name}.json").write_text(json.dumps(record.steps))
+
+
+SCRIPT = """
+import sys, warnings
+from pathlib import Path
+warnings.simplefilter("ignore")
+sys.path.insert(0, sys.argv[1])
+from test_distributed import train
+train(Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "True", sys.argv[5] == "True")
+"""
+
+
+def launch(root: Path, processes: int, balanced: bool, bad: bool) -> None:
+    script = root / "train.py"
+    script.write_text(SCRIPT)
+    arguments = [Path(__file__).parent, root, processes, balanced, bad]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(
+        [sys.executable, script, *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("balanced", "bad"), [(False, False), (True, False), (False, True)], ids=["sum", "balanced", "NaN"]
+)
+def test_two_processes_do_what_one_does(tmp_path: Path, balanced: bool, bad: bool) -> None:
+    """Also where one of them alone gets a NaN: both leave the step out, and none waits for the other."""
+    torch.manual_seed(0)
+    start = EarVAEModule(
+        TINY,
+        discriminator=DiscriminatorConfig(window_sizes=(512, 128), channels=4),
+        objective=ObjectiveConfig(balanced=balanced),
+    )
+    torch.save(start.state_dict(), tmp_path / "start.pt")
+    for processes in (1, 2):
+        launch(tmp_path, processes, balanced, bad)
+    one, *both = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
+    for name, tensor in both[0].items():
+        assert torch.equal(tensor, both[1][name]), name
+        if not tensor.is_floating_point():
+            assert torch.equal(tensor, one[name]), name
+            continue
+        moved = (one[name] - start.state_dict()[name]).norm()
+        assert moved > 0, name
+        assert (tensor - one[name]).norm() < TOLERANCE * moved, name
+    alone, *parts = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
+    assert len(alone) == STEPS
+    for step, whole in enumerate(alone):
+        assert whole["train/skipped_steps"] == (2.0 if bad and step else 0.0)
+        if bad and step == 1:
+            continue
+        for name, value in whole.items():
+            mean = (parts[0][step][name] + parts[1][step][name]) / 2
+            assert mean == pytest.approx(value, rel=1e-3, abs=1e-5), (step, name)
