@@ -255,8 +255,65 @@ def test_fit_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert checkpoint["global_step"] == 4
 
 
-def test_shipped_configs_and_unknown_ones() -> None:
-    assert "tiny" in shipped_configs()
+NARROW = ["--model.config.channels", "4", "--model.config.channel_multipliers", "[1,2,2,2,2]"]
+SHORT = ["--trainer.accelerator", "cpu", "--trainer.max_steps", "2", "--trainer.enable_progress_bar", "false"]
+SHORT += ["--trainer.enable_model_summary", "false", "--trainer.logger", "false", "--data.num_workers", "0"]
+SHORT += ["--data.segment_seconds", "0.19", "--data.batch_size", "1", "--data.validation_seconds", "1"]
+SMALL_JUDGE = ["--model.discriminator.channels", "4", "--model.discriminator.window_sizes", "[512,128]"]
+
+
+def test_the_three_stages_and_fine_tuning(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each goes on from the model that the one before exported, and leaves one that loads."""
+    monkeypatch.chdir(tmp_path)
+    data = ["--data.folder", str(folder), "--data.validation_folder", str(folder)]
+    assert fit(["--config", "warmup", *data, *NARROW, *SHORT]) == 0
+    before = "warmup"
+    for stage in ("adversarial", "continuation", "finetune", "finetune_decoder"):
+        start = ["--model.pretrained", f"runs/{before}/model"]
+        if stage.startswith("finetune"):
+            start += ["--model.variant", "null", "--model.adversarial_after", "1"]
+        assert fit(["--config", stage, *start, *data, *SMALL_JUDGE, *SHORT]) == 0
+        one, other = (EarVAE.from_pretrained(f"runs/{name}/model") for name in (before, stage))
+        assert one.config == other.config == EarVAEConfig(channels=4, channel_multipliers=(1, 2, 2, 2, 2))
+        assert one.weights_sha256 != other.weights_sha256
+        content = torch.load(f"runs/{stage}/checkpoints/last.ckpt", weights_only=True)
+        assert content["global_step"] == 2
+        assert content["ear_vae"]["discriminator"]["channels"] == 4
+        before = stage
+    frozen = [torch.cat([p.flatten() for p in vae.encoder.parameters()]) for vae in (one, other)]
+    assert torch.equal(*frozen)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            ["warmup"],
+            {"discriminator: null", "max_steps: 100000", "warmup_steps: 1000", "every_n_steps: 1000"},
+        ),
+        (["adversarial"], {"max_steps: 400000", "channels: 64", "precision: null", "average_decay: 0.999"}),
+        (["adversarial", "one_gpu"], {"max_steps: 400000", "devices: 1", "precision: bf16-mixed"}),
+        (["continuation", "multi_gpu"], {"strategy: ddp_find_unused_parameters_true", "warmup_steps: 500"}),
+        (["finetune"], {"pretrained: earlab/EAR_VAE", "variant: ear_vae_44k", "train_encoder: true"}),
+        (["finetune_decoder"], {"train_encoder: false", "adversarial_after: 1000"}),
+        (["smoke"], {"max_steps: 20", "default_root_dir: runs/smoke"}),
+    ],
+)
+def test_shipped_configs_override_one_base(
+    arguments: list[str], expected: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    configs = [f"--config={name}" for name in arguments]
+    with pytest.raises(SystemExit) as left:
+        fit([*configs, "--data.folder", "music", "--print_config"])
+    assert left.value.code == 0
+    lines = {line.strip() for line in capsys.readouterr().out.splitlines()}
+    assert expected <= lines
+
+
+def test_unknown_configs() -> None:
+    assert {"base", "warmup", "adversarial", "continuation", "smoke", "tiny"} <= set(shipped_configs())
     with pytest.raises(EarVAEError, match=r"no config 'warmupp'.*tiny"):
         fit(["--config", "warmupp"])
     with pytest.raises(EarVAEError, match=r"no config 'nowhere\.yaml'"):
