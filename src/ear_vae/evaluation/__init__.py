@@ -31,6 +31,15 @@ _MODULES = {
         "StftDistance",
         "TruePeakDistance",
     ),
+    "ear_vae.evaluation.distortion": (
+        "SWEEP_DBFS",
+        "SWEEP_HZ",
+        "ToneDistortion",
+        "distortion_sweep",
+        "residual_spectrum",
+        "tone_distortion",
+    ),
+    "ear_vae.evaluation.robustness": ("RobustnessPoint", "latent_robustness"),
     "ear_vae.dsp.loudness": ("integrated_loudness", "loudness_range", "true_peak_dbtp"),
 }
 _EXPORTS = {name: module for module, names in _MODULES.items() for name in names}

@@ -114,7 +114,7 @@ def ccpc(estimate: Tensor, target: Tensor, *, sample_rate: int = SPECTRAL_RATE) 
     """Coherence of the phase differences between left and right, from 0 to 1 (equal).
 
     As `icpc`, with the difference of estimate and target in angle(L R*) as Δφ, and w = |L||R| of the
-    estimate.
+    estimate. A bin that is silent in the target counts as having been in phase there.
 
     Args:
         estimate: [2, T] or [B, 2, T], at least 47 ms.

@@ -140,7 +140,7 @@ class _Coherences:
 
     def _over_sizes(self) -> Tensor:
         aligned, total = torch.stack(list(self._sums.values())).unbind(dim=1)
-        return (aligned / total).mean(dim=0)
+        return (aligned / total).clamp(max=1).mean(dim=0)  # but for rounding it is never above
 
 
 def _coherence(products: Tensor) -> Tensor:
