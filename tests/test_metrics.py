@@ -233,13 +233,17 @@ def test_silence_and_constants() -> None:
     with pytest.raises(EarVAEError, match="not two channels"):
         ccpc(music[:1], music[:1])
     assert float(mel_distance(silence, silence)) == 0
-    assert math.isfinite(float(mel_distance(music, silence)))
+    assert float(mel_distance(silence, music)) > 1
+    for metric in (mel_distance, stft_distance, ccpc):
+        with pytest.raises(EarVAEError, match=r"silent|filled"):
+            metric(music, silence)
     assert float(true_peak_distance_db(silence, silence)) == 0
     with pytest.raises(EarVAEError, match="one of the two signals is silent"):
         true_peak_distance_db(music, silence)
     found = measure(constant, silence, sample_rate=RATE)
     assert [name for name in METRICS if not found[name].isfinite()] == [
-        *("si_sdr_db", "icpc", "true_peak_distance_db", "loudness_distance_lu")
+        *("si_sdr_db", "mel_distance", "stft_distance", "icpc", "ccpc"),
+        *("true_peak_distance_db", "loudness_distance_lu"),
     ]
 
 

@@ -17,6 +17,7 @@ _RANGE_QUANTILES = (0.10, 0.95)
 # Everything is measured on steps of 100 ms: the overlap of the gating blocks, and how often a short-term
 # loudness is taken.
 _STEPS_PER_SECOND, _GATING_STEPS, _SHORT_TERM_STEPS = 10, 4, 30
+SHORTEST_SECONDS = _GATING_STEPS / _STEPS_PER_SECOND
 _BLOCK_STEPS, _WARM_UP_STEPS = 20, 2
 
 # BS.1770-4, annex 2, in 1/8192: two of the four phases of the interpolation filter, the others are these
@@ -143,8 +144,8 @@ def _step_powers(audio: Tensor, sample_rate: int) -> Tensor:
     num_steps = audio.shape[-1] // step
     if num_steps < _GATING_STEPS:
         raise EarVAEError(
-            f"loudness needs at least 0.4 s of audio ({_GATING_STEPS * step} samples at {sample_rate} Hz), "
-            f"got {audio.shape[-1]} samples"
+            f"loudness needs at least {SHORTEST_SECONDS} s of audio, {_GATING_STEPS * step} samples at "
+            f"{sample_rate} Hz, got {audio.shape[-1]}"
         )
     powers = audio.new_empty(*audio.shape[:-2], num_steps, dtype=torch.float64)
     for first in range(0, num_steps, _BLOCK_STEPS):

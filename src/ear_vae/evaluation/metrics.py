@@ -34,8 +34,10 @@ _AT_44K = {"si_sdr_db", *_DISTANCES, *_COHERENCES}
 _LOUDNESSES = ("lufs", "loudness_range_lu", "true_peak_dbtp")
 _WHY_UNDEFINED = {
     "si_sdr_db": "the target is silent or constant",
+    "mel_distance": "the target is silent",
+    "stft_distance": "the target is silent",
     "icpc": "no channel is filled in both signals",
-    "ccpc": "there are not two channels that are both filled",
+    "ccpc": "there are not two channels that are filled in both signals",
     "true_peak_distance_db": "one of the two signals is silent",
     "loudness_distance_lu": "one of the two signals is silent",
 }
@@ -63,7 +65,7 @@ def mel_distance(estimate: Tensor, target: Tensor, *, sample_rate: int = SPECTRA
     """Multi-resolution mel distance: spectral convergence plus L1 of log magnitudes; 0 for equal signals.
 
     A-weighted, 64 mel bands, window sizes 4096 to 512. Not symmetric. Magnitudes below 1e-4 count as
-    1e-4, so that silence has a distance too.
+    1e-4, so that two silent signals are equal and a silent estimate has a distance.
 
     Args:
         estimate: [C, T] or [B, C, T], at least 47 ms.
@@ -71,7 +73,8 @@ def mel_distance(estimate: Tensor, target: Tensor, *, sample_rate: int = SPECTRA
         sample_rate: Of both, in Hz.
 
     Raises:
-        EarVAEError: Wrong or different shapes, NaN or infinity in a signal, or too few samples.
+        EarVAEError: Wrong or different shapes, NaN or infinity in a signal, too few samples, or a silent
+            target for an estimate that is not.
 
     Reference: Steinmetz and Reiss, "auraloss" (2020), MultiResolutionSTFTLoss.
     """

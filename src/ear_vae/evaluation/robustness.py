@@ -111,7 +111,7 @@ def _perturbed(
 
 
 def _decode(vae: EarVAE, latents: Tensor, audio: Tensor, sample_rate: int) -> Tensor:
-    decoded = vae.decode(latents)
+    decoded = vae.decode(latents, num_samples=-(-audio.shape[-1] * vae.sample_rate // sample_rate))
     if audio.shape[0] < decoded.shape[0]:
         decoded = decoded.mean(dim=0, keepdim=True)
     return resample(decoded, vae.sample_rate, sample_rate)[..., : audio.shape[-1]]

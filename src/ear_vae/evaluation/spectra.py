@@ -20,6 +20,7 @@ COHERENCE_SIZES = (4096, 2048, 1024, 512)
 _MEL_BANDS = 64
 # Below these a magnitude counts as this magnitude, and a bin has no phase.
 _MAGNITUDE_FLOOR, _PHASE_FLOOR = 1e-4, 1e-6
+_SILENT_PEAK = 1e-7
 _REACH = max(STFT_SIZES) // 2
 # Blocks are whole hops of every size. On a CPU what a block needs stays in its cache; a GPU wants more work
 # at once.
@@ -31,10 +32,11 @@ class SpectralFigures(NamedTuple):
     """One figure per item, [B] in float64.
 
     Attributes:
-        mel_distance: 0 for equal signals.
-        stft_distance: 0 for equal signals.
+        mel_distance: 0 for equal signals; NaN where just the target is silent.
+        stft_distance: The same.
         icpc: From 0 to 1 (equal); NaN where no channel has a bin that both signals fill.
-        ccpc: From 0 to 1 (equal); NaN for one channel, and where the estimate's channels share no bin.
+        ccpc: From 0 to 1 (equal); NaN for one channel, and where the estimate's channels share no bin
+            or just the target is silent.
     """
 
     mel_distance: Tensor
@@ -78,12 +80,18 @@ def compare_spectra(
             for size in COHERENCE_SIZES:
                 phase.add(size, _spectra(pair, size, first, stop))
     none = torch.full(target.shape[:1], torch.nan, dtype=torch.float64, device=target.device)
+    # There is nothing to relate an error to, and no direction to compare with.
+    hopeless = _silent(target) & ~_silent(estimate)
     return SpectralFigures(
-        mel.value() if mel else none,
-        stft.value() if stft else none,
+        mel.value().masked_fill_(hopeless, torch.nan) if mel else none,
+        stft.value().masked_fill_(hopeless, torch.nan) if stft else none,
         phase.per_channel() if phase else none,
-        phase.cross_channel() if phase and target.shape[1] == 2 else none,
+        phase.cross_channel().masked_fill_(hopeless, torch.nan) if phase and target.shape[1] == 2 else none,
     )
+
+
+def _silent(audio: Tensor) -> Tensor:
+    return audio.abs().amax(dim=(1, 2)) < _SILENT_PEAK
 
 
 class _Distances:
