@@ -261,7 +261,7 @@ def test_balanced_or_not_the_losses_fall(balanced: bool) -> None:
             values.append(float(trainer.callback_metrics["train/log_magnitude"]))
 
     fit(module, segments(1) * 20, callbacks=[Watch()])
-    assert values[-1] < 0.7 * values[0]
+    assert values[-1] < 0.8 * values[0]
 
 
 def test_a_balanced_step_has_the_balancers_gradient() -> None:

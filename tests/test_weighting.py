@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from ear_vae import EarVAEError
-from ear_vae.dsp.weighting import k_weight, k_weighting_coefficients, k_weighting_response
+from ear_vae.dsp.weighting import (
+    a_weight,
+    a_weighting_taps,
+    k_weight,
+    k_weighting_coefficients,
+    k_weighting_response,
+)
 
 RATES = pytest.mark.parametrize("sample_rate", [44_100, 48_000])
 
@@ -75,3 +81,27 @@ def test_gain_at_1_khz() -> None:
 def test_a_rate_too_low_is_refused() -> None:
     with pytest.raises(EarVAEError, match="sample rate above 3364 Hz, got 3000"):
         k_weight(torch.zeros(1, 100), 3000)
+
+
+@pytest.mark.parametrize("rate", [22_050, 44_100, 48_000])
+def test_a_weighting_taps_are_those_that_others_design(rate: int) -> None:
+    """The construction of the original: bilinear transform, its response, least squares, all by scipy."""
+    signal = pytest.importorskip("scipy.signal")
+    low, second, third, high, gain_db = 20.598997, 107.65265, 737.86223, 12194.217, 1.9997
+    omega = 2 * np.pi
+    denominator = np.polymul(
+        [1, 2 * omega * high, (omega * high) ** 2], [1, 2 * omega * low, (omega * low) ** 2]
+    )
+    denominator = np.polymul(np.polymul(denominator, [1, omega * third]), [1, omega * second])
+    digital = signal.bilinear([(omega * high) ** 2 * 10 ** (gain_db / 20), 0, 0, 0, 0], denominator, fs=rate)
+    frequencies, response = signal.freqz(*digital, worN=512, fs=rate)
+    expected = signal.firls(101, frequencies, abs(response), fs=rate)
+    np.testing.assert_allclose(a_weighting_taps(rate).numpy(), expected, atol=1e-8)
+
+
+@pytest.mark.parametrize("num_samples", [1, 50, 1000, 65_436, 200_001])
+def test_a_weight_is_the_filter_centred(num_samples: int) -> None:
+    audio = torch.randn(2, 3, num_samples, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    taps = a_weighting_taps(44_100)
+    expected = torch.nn.functional.conv1d(audio.reshape(6, 1, -1), taps[None, None], padding=50)
+    torch.testing.assert_close(a_weight(audio, 44_100), expected.reshape(audio.shape), atol=1e-12, rtol=0)

@@ -92,6 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("thing", metavar="THING", help="a path, a bundled name or a Hub repository")
     command.add_argument("--json", action="store_true", help="print JSON")
 
+    command = add("evaluate", commands.evaluate, "measure rebuilt audio against its originals")
+    _add_evaluation(command)
+
     command = add("convert", commands.convert, "official weights to our folder, and back", weights)
     command.add_argument("source", metavar="SOURCE", help="folder, bundled name or Hub repository")
     command.add_argument("destination", metavar="DESTINATION", help="a folder, or a .pyt file")
@@ -118,6 +121,43 @@ def _parser() -> argparse.ArgumentParser:
 
     subparsers.add_parser("fit", add_help=False, help="train; see ear-vae fit --help")
     return parser
+
+
+def _add_evaluation(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Both signals are cut to the shorter; SI-SDR and spectral metrics are taken at 44.1 kHz, loudness "
+        "and peaks at each file's own rate. Differences in length, rate, channels or time are reported."
+    )
+    command.add_argument("target", metavar="TARGET", help="the originals: a folder or a file")
+    command.add_argument("estimate", metavar="ESTIMATE", nargs="?", help="the same of rebuilt audio")
+    command.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="make the estimates with this folder, bundled name or Hub repository; repeatable",
+    )
+    command.add_argument("--variant", help="which model of a repository that holds several")
+    command.add_argument("--device", default="cpu", help="for the models (%(default)s)")
+    command.add_argument(
+        "--pattern",
+        default="{name}",
+        help="how the estimate of {name} is called, such as {name}_rebuilt (%(default)s)",
+    )
+    command.add_argument("--align", action="store_true", help="take out a delay of up to 100 ms")
+    command.add_argument("--json", metavar="OUT.json", help="write all figures and their summary")
+    command.add_argument("--csv", metavar="OUT.csv", help="write a line for each file")
+    command.add_argument("--jobs", type=_count, help="pairs of files at a time; by default by processors")
+    command.add_argument("--force", action="store_true", help="replace outputs, redo finished files")
+    group = command.add_mutually_exclusive_group()
+    group.add_argument("--quiet", action="store_true", help="report failures only")
+    group.add_argument("--progress", action="store_true", help="show a bar even when this is no terminal")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
+    return int(text)
 
 
 def _shared_options() -> tuple[argparse.ArgumentParser, ...]:

@@ -18,6 +18,7 @@ from ear_vae.errors import EarVAEError
 if TYPE_CHECKING:
     import torch
 
+    from ear_vae.evaluation.baselines import System
     from ear_vae.vae import EarVAE
 
 AUDIO_FORMATS = ("wav", "flac", "ogg", "mp3")
@@ -154,6 +155,17 @@ def release(options: argparse.Namespace) -> int:
         overwrite=options.force,
     )
     return 0
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Metrics of rebuilt audio against its originals."""
+    from ear_vae.evaluation import command
+    from ear_vae.evaluation.baselines import load_system
+
+    def load(name: str) -> System:
+        return load_system(name, device=_device(options.device), variant=options.variant)
+
+    return command.run(options, load)
 
 
 def _each(

@@ -71,5 +71,23 @@ def mel_bands(num_bins: int, num_bands: int, sample_rate: int) -> Tensor:
     return bands
 
 
+def mel_filters(window_size: int, sample_rate: int, num_bands: int) -> Tensor:
+    """Triangular filters on the Slaney mel scale, each of unit area, from 0 Hz to the Nyquist frequency.
+
+    Args:
+        window_size: Of the spectra, in samples.
+        sample_rate: In Hz.
+        num_bands: Number of filters.
+
+    Returns:
+        [F, num_bands] with F = window_size / 2 + 1; magnitudes [..., F] @ filters are mel magnitudes.
+
+    Reference: Slaney, "Auditory Toolbox" (1998); librosa's default.
+    """
+    return functional().melscale_fbanks(
+        window_size // 2 + 1, 0.0, sample_rate / 2, num_bands, sample_rate, norm="slaney", mel_scale="slaney"
+    )
+
+
 def _name(size: int) -> str:
     return f"window_{size}"

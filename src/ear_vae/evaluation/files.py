@@ -1,0 +1,148 @@
+"""One pair of files: lengths, rates, channels and delays put right, and each of these said."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ear_vae.audio import read_audio
+from ear_vae.dsp.loudness import SHORTEST_SECONDS
+from ear_vae.errors import EarVAEError
+from ear_vae.evaluation.baselines import System, rebuild
+from ear_vae.evaluation.metrics import METRICS, measure, why_undefined
+from ear_vae.evaluation.pairs import Pair
+from ear_vae.evaluation.spectra import SHORTEST_SAMPLES, SPECTRAL_RATE
+from ear_vae.resampling import resample
+
+# Every number in a row but these is a metric or what one is made of.
+QUANTITIES = tuple(
+    f"{name}_{side}"
+    for name in ("lufs", "loudness_range_lu", "true_peak_dbtp")
+    for side in ("estimate", "target")
+)
+LONGEST_DELAY_SECONDS = 0.1
+_NOTED_SECONDS = 0.1
+_CORRELATED_SECONDS = 30
+# A delay is worth a word where the signals are that much more alike after it is taken out.
+_NOTED_RATIO = 1.02
+
+Row = dict[str, Any]
+
+
+def compare_files(pair: Pair, *, align: bool, system: System | None = None) -> Row:
+    """The metrics of one pair.
+
+    Both signals are cut to the shorter; SI-SDR and spectral metrics are taken at 44.1 kHz, loudness and
+    peaks at each file's own rate; mono is duplicated where the other is stereo. Whatever was done, and each
+    metric that has no value, is in `notes`.
+
+    Args:
+        pair: Which files.
+        align: Take out a delay of up to 100 ms; otherwise it is only measured.
+        system: Makes the estimate, where the pair has none.
+
+    Returns:
+        `name`, rates in Hz, lengths in seconds, `channels`, `delay_ms` (positive where the estimate is
+        late), every one of `METRICS` and `QUANTITIES` as a finite number or None, and `notes`.
+
+    Raises:
+        EarVAEError: A file that cannot be read or the system's failure.
+    """
+    target, rate = read_audio(pair.target)
+    if pair.estimate is not None:
+        estimate, estimate_rate = read_audio(pair.estimate)
+    elif system is not None:
+        estimate, estimate_rate = rebuild(system, target, rate), rate
+    else:
+        raise EarVAEError(f"{pair.name}: neither an estimate nor a system to make it")
+    notes: list[str] = []
+    seconds = target.shape[1] / rate, estimate.shape[1] / estimate_rate
+    if estimate.shape[0] != target.shape[0]:
+        mono = "estimate" if estimate.shape[0] == 1 else "target"
+        notes.append(f"the {mono} is mono and was duplicated")
+        estimate, target = estimate.expand(2, -1), target.expand(2, -1)
+    if estimate_rate != rate:
+        notes.append(f"the estimate is at {estimate_rate} Hz, the target at {rate} Hz")
+    if abs(seconds[1] - seconds[0]) > _NOTED_SECONDS:
+        lengths = f"the estimate lasts {seconds[1]:.2f} s, the target {seconds[0]:.2f} s"
+        notes.append(f"{lengths}; cut to the shorter")
+    delay = _delay_seconds(estimate, estimate_rate, target, rate)
+    if delay and align:
+        estimate = estimate[:, max(0, round(delay * estimate_rate)) :]
+        target = target[:, max(0, round(-delay * rate)) :]
+        notes.append(f"a delay of {1000 * delay:.2f} ms was taken out")
+    elif delay:
+        late = "late" if delay > 0 else "early"
+        notes.append(f"the estimate seems {1000 * abs(delay):.2f} ms {late}; --align takes that out")
+    figures = _figures(estimate, estimate_rate, target, rate, notes)
+    return {
+        "name": pair.name,
+        "sample_rate": rate,
+        "estimate_sample_rate": estimate_rate,
+        "seconds": seconds[0],
+        "estimate_seconds": seconds[1],
+        "channels": target.shape[0],
+        "delay_ms": 1000 * delay,
+        **figures,
+        "notes": notes,
+    }
+
+
+def fingerprint(path: Path | None) -> list[str | int] | None:
+    """What changes when a file does."""
+    if path is None:
+        return None
+    status = path.stat()
+    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
+
+
+def _figures(
+    estimate: Tensor, estimate_rate: int, target: Tensor, rate: int, notes: list[str]
+) -> dict[str, float | None]:
+    seconds = min(estimate.shape[1] / estimate_rate, target.shape[1] / rate)
+    left_out: dict[str, str] = {}
+    if seconds < SHORTEST_SECONDS:
+        reason = f"needs {SHORTEST_SECONDS} s of audio"
+        left_out |= dict.fromkeys(("loudness_distance_lu", "loudness_range_distance_lu"), reason)
+    if math.floor(seconds * SPECTRAL_RATE) < SHORTEST_SAMPLES:
+        reason = f"needs {1000 * SHORTEST_SAMPLES / SPECTRAL_RATE:.0f} ms of audio"
+        left_out |= dict.fromkeys(("mel_distance", "stft_distance", "icpc", "ccpc"), reason)
+    elif target.shape[0] == 1:
+        left_out["ccpc"] = "needs two channels"
+    names = [name for name in METRICS if name not in left_out]
+    found = measure(estimate, target, sample_rate=rate, estimate_sample_rate=estimate_rate, names=names)
+    values = {name: float(value) for name, value in found.items()}
+    for name in METRICS:
+        if name in left_out:
+            notes.append(f"{name}: {left_out[name]}")
+        elif not math.isfinite(values[name]):
+            notes.append(f"{name} is undefined: {why_undefined(name)}")
+    finite = {name: value for name, value in values.items() if math.isfinite(value)}
+    return {name: finite.get(name) for name in (*METRICS, *QUANTITIES)}
+
+
+def _delay_seconds(estimate: Tensor, estimate_rate: int, target: Tensor, rate: int) -> float:
+    """By how much the estimate is late, in seconds, 0 where no delay makes the two clearly more alike.
+
+    The highest cross-correlation, of either sign, of up to 30 s from the middle of both.
+    """
+    num_samples = min(target.shape[1], round(estimate.shape[1] * rate / estimate_rate))
+    length = min(num_samples, _CORRELATED_SECONDS * rate)
+    start = (num_samples - length) // 2
+    first = start * estimate_rate // rate
+    excerpt = estimate[:, first : first + -(-length * estimate_rate // rate)].sum(dim=0)
+    y = target[:, start : start + length].sum(dim=0)
+    x = resample(excerpt, estimate_rate, rate)[:length]
+    longest = min(round(LONGEST_DELAY_SECONDS * rate), length - 1)
+    num_points = 1 << (2 * length - 1).bit_length()
+    spectrum = torch.fft.rfft(x, num_points) * torch.fft.rfft(y, num_points).conj()
+    # Lags from -longest to +longest.
+    correlation = torch.fft.irfft(spectrum, num_points).roll(longest)[: 2 * longest + 1].abs()
+    best = int(correlation.argmax())
+    if float(correlation[best]) <= _NOTED_RATIO * float(correlation[longest]):
+        return 0.0
+    return (best - longest) / rate

@@ -1,0 +1,113 @@
+"""Which rebuilt file belongs to which original."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ear_vae.errors import EarVAEError
+
+DEFAULT_PATTERN = "{name}"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An original and what a system made of it.
+
+    Attributes:
+        name: The original's path inside its folder, with `/`, without extension.
+        target: The original.
+        estimate: The rebuilt file; None where a model is still to make it.
+    """
+
+    name: str
+    target: Path
+    estimate: Path | None = None
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What was found.
+
+    Attributes:
+        pairs: Sorted by name.
+        without_estimate: Names of originals that have no rebuilt file.
+        without_target: Rebuilt files that belong to no original.
+    """
+
+    pairs: tuple[Pair, ...]
+    without_estimate: tuple[str, ...] = ()
+    without_target: tuple[Path, ...] = ()
+
+
+def find_targets(target: Path) -> Pairs:
+    """The originals in a folder, or the one file, without estimates.
+
+    Raises:
+        EarVAEError: Nothing there, or two files of one name.
+    """
+    if target.is_file():
+        return Pairs((Pair(target.stem, target),))
+    return Pairs(tuple(Pair(name, path) for name, path in _by_name(target).items()))
+
+
+def find_pairs(target: Path, estimate: Path, *, pattern: str = DEFAULT_PATTERN) -> Pairs:
+    """Pairs the files of two folders by name, or two single files.
+
+    Args:
+        target: A folder of originals, searched with its subfolders, or a file.
+        estimate: The same of rebuilt ones.
+        pattern: The name of the rebuilt file, inside its folder and without extension, with `{name}` for
+            that of the original, such as `{name}_ear_vae`.
+
+    Raises:
+        EarVAEError: A missing, empty or mixed pair of paths, a pattern without `{name}`, two files of one
+            name, or no pair at all.
+    """
+    for path in (target, estimate):
+        if not path.exists():
+            raise EarVAEError(f"{path}: no such file or folder")
+    if target.is_file() != estimate.is_file():
+        folder, file = (target, estimate) if estimate.is_file() else (estimate, target)
+        raise EarVAEError(f"{folder} is a folder and {file} a file; give two folders or two files")
+    if target.is_file():
+        return Pairs((Pair(target.stem, target, estimate),))
+    if "{name}" not in pattern:
+        raise EarVAEError(f"the pattern {pattern!r} has no {{name}} in it, for the name of the original")
+    originals, rebuilt = _by_name(target), _by_name(estimate)
+    wanted = {name: pattern.replace("{name}", name) for name in originals}
+    if target.resolve() == estimate.resolve() and pattern != DEFAULT_PATTERN:
+        # Side by side in one folder, what is an estimate of one file is no original itself.
+        for made in set(wanted.values()):
+            originals.pop(made, None)
+    pairs = tuple(
+        Pair(name, path, rebuilt[wanted[name]]) for name, path in originals.items() if wanted[name] in rebuilt
+    )
+    if not pairs:
+        name = next(iter(originals))
+        raise EarVAEError(
+            f"no file of {estimate} belongs to one of {target}: for {name} there should be {wanted[name]}, "
+            f"there is for example {next(iter(rebuilt))}; say with --pattern how they are named"
+        )
+    used = {pair.estimate for pair in pairs} | set(originals.values())
+    return Pairs(
+        pairs,
+        tuple(name for name in originals if wanted[name] not in rebuilt),
+        tuple(path for path in rebuilt.values() if path not in used),
+    )
+
+
+def _by_name(folder: Path) -> dict[str, Path]:
+    from ear_vae.audio import find_audio_files
+
+    if not folder.exists():
+        raise EarVAEError(f"{folder}: no such file or folder")
+    found: dict[str, Path] = {}
+    for path in find_audio_files(folder):
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        if name in found:
+            raise EarVAEError(f"{found[name]} and {path} have the same name; remove or rename one of them")
+        found[name] = path
+    if not found:
+        raise EarVAEError(f"{folder}: holds no audio files")
+    return found

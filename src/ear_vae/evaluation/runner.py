@@ -1,0 +1,219 @@
+"""Going through many pairs: in parallel, resumable, and on after one that failed."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ear_vae import __version__
+from ear_vae.batch import one_line
+from ear_vae.errors import EarVAEError
+from ear_vae.evaluation.baselines import System
+from ear_vae.evaluation.files import Row, compare_files, fingerprint
+from ear_vae.evaluation.pairs import Pair
+
+# Below this many pairs for each process, starting processes takes longer than they save.
+_PAIRS_PER_PROCESS = 4
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row to be: a pair, and the system whose it is.
+
+    Attributes:
+        pair: Its files.
+        system_name: What tables call the system.
+        system: Makes the estimate; None where the pair has one.
+        align: See `compare_files`.
+    """
+
+    pair: Pair
+    system_name: str
+    system: System | None = None
+    align: bool = False
+
+    @property
+    def key(self) -> str:
+        """Equal for tasks with the same result."""
+        identity = self.system.identity if self.system else None
+        files = fingerprint(self.pair.target), fingerprint(self.pair.estimate)
+        return json.dumps([__version__, self.pair.name, self.system_name, identity, *files, self.align])
+
+
+@dataclass
+class Results:
+    """What came of the tasks, in their order.
+
+    Attributes:
+        rows: Of `compare_files`, with `system` added.
+        failures: `name`, `system` and `error` of each task that failed.
+        reused: How many rows an earlier run had left.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    failures: list[dict[str, str]] = field(default_factory=list)
+    reused: int = 0
+
+
+def run_tasks(
+    tasks: Sequence[Task],
+    *,
+    partial: Path | None = None,
+    jobs: int | None = None,
+    finished: Callable[[Task, Row | str], None] = lambda task, result: None,
+    debug: bool = False,
+) -> Results:
+    """Does every task.
+
+    Args:
+        tasks: Those with a system are done here one after the other, those with two files in processes.
+        partial: A file of JSON lines to which every finished row is added at once, and from which rows of
+            an earlier run are taken as long as their files, systems and options have not changed.
+        jobs: Processes; by default as many as there are processors, and fewer for few pairs. With 1 all is
+            done in this process.
+        finished: Called with each task and its row, or the reason for its failure.
+        debug: Let a failure through as it is.
+
+    Raises:
+        EarVAEError: `partial` cannot be written.
+    """
+    rows: dict[int, Row] = {}
+    errors: dict[int, str] = {}
+    keys = {index: key for index, task in enumerate(tasks) if (key := _key_or_none(task)) is not None}
+    known = _read_partial(partial) if partial else {}
+    for index, key in keys.items():
+        if key in known:
+            rows[index] = known[key]
+            finished(tasks[index], known[key])
+    reused = len(rows)
+    waiting = [index for index in range(len(tasks)) if index not in rows]
+    with _appending(partial) as keep:
+        for index, result in _results(tasks, waiting, jobs, debug):
+            if isinstance(result, str):
+                errors[index] = result
+            else:
+                rows[index] = result
+                if index in keys:
+                    keep({"key": keys[index], "row": result})
+            finished(tasks[index], result)
+    failures = [
+        {"name": tasks[index].pair.name, "system": tasks[index].system_name, "error": errors[index]}
+        for index in sorted(errors)
+    ]
+    return Results([rows[index] for index in sorted(rows)], failures, reused)
+
+
+def _results(
+    tasks: Sequence[Task], waiting: list[int], jobs: int | None, debug: bool
+) -> Iterator[tuple[int, Row | str]]:
+    here = [index for index in waiting if tasks[index].system is not None]
+    elsewhere = [index for index in waiting if tasks[index].system is None]
+    processes = min(jobs or max(1, min(_processors(), len(elsewhere) // _PAIRS_PER_PROCESS)), len(elsewhere))
+    if processes > 1:
+        yield from _in_processes(tasks, elsewhere, processes)
+    else:
+        here = elsewhere + here
+    for index in here:
+        yield index, _attempt(tasks[index], debug)
+
+
+def _in_processes(
+    tasks: Sequence[Task], indices: list[int], processes: int
+) -> Iterator[tuple[int, Row | str]]:
+    threads = max(1, _processors() // processes)
+    pool = ProcessPoolExecutor(
+        processes,
+        # A fork of a process that has used torch can hang.
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_prepare_process,
+        initargs=(threads,),
+    )
+    try:
+        futures: dict[Future[Row | str], int] = {
+            pool.submit(_attempt, tasks[index], False): index for index in indices
+        }
+        for future in as_completed(futures):
+            error = future.exception()
+            result = future.result() if error is None else f"its process ended: {one_line(error)}"
+            yield futures[future], result
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _prepare_process(threads: int) -> None:
+    import signal
+
+    import torch
+
+    # Ctrl-C reaches every process of the terminal; the first one decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+
+
+def _attempt(task: Task, debug: bool) -> Row | str:
+    """The row, or in one line why there is none."""
+    try:
+        row = compare_files(task.pair, align=task.align, system=task.system)
+    # Whatever one file does, the others are done.
+    except Exception as error:
+        if debug:
+            raise
+        return one_line(error)
+    return {"name": row.pop("name"), "system": task.system_name, **row}
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _key_or_none(task: Task) -> str | None:
+    try:
+        return task.key
+    except OSError:  # the comparison will say what is wrong with the file
+        return None
+
+
+def _read_partial(partial: Path) -> dict[str, Row]:
+    """Rows by key; a line that an interrupted run has left half-written is not there."""
+    known: dict[str, Row] = {}
+    if not partial.is_file():
+        return known
+    for line in partial.read_text(encoding="utf-8", errors="replace").splitlines():
+        entry = _parsed(line)
+        if isinstance(entry, dict) and {"key", "row"} <= entry.keys():
+            known[entry["key"]] = entry["row"]
+    return known
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+@contextmanager
+def _appending(partial: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+    if partial is None:
+        yield lambda entry: None
+        return
+    try:
+        file = partial.open("a", encoding="utf-8")
+    except OSError as error:
+        raise EarVAEError(f"{partial}: cannot be written: {error.strerror}") from error
+    with file:
+        if partial.stat().st_size:
+            file.write("\n")  # ends the line of an interrupted run
+
+        def keep(entry: dict[str, Any]) -> None:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+
+        yield keep
