@@ -68,6 +68,9 @@ def loudness_range(audio: Tensor, sample_rate: int) -> Tensor:
 class Loudness:
     """What is measured on the K-weighted powers of audio, filtered once.
 
+    Attributes:
+        powers: Mean squares over steps of 100 ms, summed over channels, [steps] or [B, steps] in float64.
+
     Args:
         audio: [C, T] or [B, C, T] with C of 1 or 2, at least 0.4 s.
         sample_rate: In Hz.
@@ -77,19 +80,19 @@ class Loudness:
     """
 
     def __init__(self, audio: Tensor, sample_rate: int) -> None:
-        self._powers = _step_powers(audio, sample_rate)
+        self.powers = _step_powers(audio, sample_rate)
 
     @property
     def integrated(self) -> Tensor:
         """As `integrated_loudness`."""
-        blocks = _sliding_mean(self._powers, _GATING_STEPS)
+        blocks = _sliding_mean(self.powers, _GATING_STEPS)
         gated = _gate(blocks, blocks >= _power(_ABSOLUTE_GATE_LUFS), _RELATIVE_GATE_LU)
         return _loudness(_mean_where(blocks, gated))
 
     @property
     def range(self) -> Tensor:
         """As `loudness_range`."""
-        short_term = _sliding_mean(self._powers, _SHORT_TERM_STEPS)
+        short_term = _sliding_mean(self.powers, _SHORT_TERM_STEPS)
         gated = _gate(short_term, short_term >= _power(_ABSOLUTE_GATE_LUFS), _RANGE_GATE_LU)
         if gated.ndim == 1:
             return _percentile_range(short_term[gated])

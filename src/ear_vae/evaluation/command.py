@@ -11,7 +11,7 @@ from ear_vae.errors import EarVAEError
 from ear_vae.evaluation.baselines import System
 from ear_vae.evaluation.files import Row
 from ear_vae.evaluation.pairs import find_pairs, find_targets
-from ear_vae.evaluation.report import require_replaceable, table, write_csv, write_json
+from ear_vae.evaluation.report import Inputs, require_replaceable, table, write_csv, write_json
 from ear_vae.evaluation.runner import Results, Task, run_tasks
 
 _UNPAIRED_SHOWN = 3
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace, load: Callable[[str], System]) -> int:
     results = _with_progress(tasks, partial, options)
     results.failures += missing
     if options.json:
-        write_json(Path(options.json), results)
+        write_json(Path(options.json), results, _inputs(options))
     if options.csv:
         write_csv(Path(options.csv), results)
     if results.rows:
@@ -54,6 +54,20 @@ def run(options: argparse.Namespace, load: Callable[[str], System]) -> int:
     if partial and not results.failures:
         partial.unlink(missing_ok=True)
     return 1 if results.failures else 0
+
+
+def _inputs(options: argparse.Namespace) -> Inputs:
+    def absolute(path: str) -> str:
+        return str(Path(path).resolve()) if Path(path).exists() else path
+
+    return Inputs(
+        target=absolute(options.target),
+        estimate=absolute(options.estimate) if options.estimate else None,
+        models={name: absolute(name) for name in options.model},
+        variant=options.variant,
+        pattern=options.pattern,
+        align=options.align,
+    )
 
 
 def _paired(options: argparse.Namespace) -> tuple[list[Task], list[dict[str, str]]]:
@@ -87,7 +101,7 @@ def _with_progress(tasks: list[Task], partial: Path | None, options: argparse.Na
     from tqdm import tqdm
 
     shown = options.progress or (sys.stderr.isatty() and not options.quiet)
-    with tqdm(total=len(tasks), disable=not shown, leave=False, unit="file") as bar:
+    with tqdm(total=len(tasks), disable=not shown, leave=False, unit="file", mininterval=0, miniters=1) as bar:
 
         def finished(task: Task, result: Row | str) -> None:
             bar.update()

@@ -70,7 +70,7 @@ def compare_files(pair: Pair, *, align: bool, system: System | None = None) -> R
     if abs(seconds[1] - seconds[0]) > _NOTED_SECONDS:
         lengths = f"the estimate lasts {seconds[1]:.2f} s, the target {seconds[0]:.2f} s"
         notes.append(f"{lengths}; cut to the shorter")
-    delay = _delay_seconds(estimate, estimate_rate, target, rate)
+    delay = delay_seconds(estimate, estimate_rate, target, rate)
     if delay and align:
         estimate = estimate[:, max(0, round(delay * estimate_rate)) :]
         target = target[:, max(0, round(-delay * rate)) :]
@@ -78,7 +78,7 @@ def compare_files(pair: Pair, *, align: bool, system: System | None = None) -> R
     elif delay:
         late = "late" if delay > 0 else "early"
         notes.append(f"the estimate seems {1000 * abs(delay):.2f} ms {late}; --align takes that out")
-    figures = _figures(estimate, estimate_rate, target, rate, notes)
+    found = figures(estimate, estimate_rate, target, rate, notes)
     return {
         "name": pair.name,
         "sample_rate": rate,
@@ -87,7 +87,7 @@ def compare_files(pair: Pair, *, align: bool, system: System | None = None) -> R
         "estimate_seconds": seconds[1],
         "channels": target.shape[0],
         "delay_ms": 1000 * delay,
-        **figures,
+        **found,
         "notes": notes,
     }
 
@@ -100,9 +100,10 @@ def fingerprint(path: Path | None) -> list[str | int] | None:
     return [str(path.resolve()), status.st_size, status.st_mtime_ns]
 
 
-def _figures(
+def figures(
     estimate: Tensor, estimate_rate: int, target: Tensor, rate: int, notes: list[str]
 ) -> dict[str, float | None]:
+    """Every metric and quantity of audio [C, T], None where it has no value, and why appended to `notes`."""
     seconds = min(estimate.shape[1] / estimate_rate, target.shape[1] / rate)
     left_out: dict[str, str] = {}
     if seconds < SHORTEST_SECONDS:
@@ -125,7 +126,7 @@ def _figures(
     return {name: finite.get(name) for name in (*METRICS, *QUANTITIES)}
 
 
-def _delay_seconds(estimate: Tensor, estimate_rate: int, target: Tensor, rate: int) -> float:
+def delay_seconds(estimate: Tensor, estimate_rate: int, target: Tensor, rate: int) -> float:
     """By how much the estimate is late, in seconds, 0 where no delay makes the two clearly more alike.
 
     The highest cross-correlation, of either sign, of up to 30 s from the middle of both.

@@ -6,6 +6,7 @@ import csv
 import json
 import statistics
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,34 @@ from ear_vae._files import atomic_path
 from ear_vae.errors import EarVAEError
 from ear_vae.evaluation.files import QUANTITIES, Row
 from ear_vae.evaluation.metrics import METRICS
+from ear_vae.evaluation.pairs import DEFAULT_PATTERN
 from ear_vae.evaluation.runner import Results
 
 HIGHER_IS_BETTER = frozenset({"si_sdr_db", "icpc", "ccpc"})
 _DECIMALS = {"si_sdr_db": 2, "true_peak_distance_db": 2, "loudness_distance_lu": 2}
 _WORST_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What an evaluation compared; enough to find the audio again.
+
+    Attributes:
+        target: The originals, an absolute path.
+        estimate: The rebuilt ones, an absolute path; None where models made them.
+        models: Where each model came from, by the name that the rows have: an absolute path, a bundled name
+            or a Hub repository.
+        variant: Of the models.
+        pattern: As for `find_pairs`.
+        align: As for `compare_files`.
+    """
+
+    target: str
+    estimate: str | None = None
+    models: dict[str, str] = field(default_factory=dict)
+    variant: str | None = None
+    pattern: str = DEFAULT_PATTERN
+    align: bool = False
 
 
 def summarize(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
@@ -47,26 +71,32 @@ def worst(rows: Sequence[Row], metric: str, count: int = _WORST_SHOWN) -> list[s
     return [row["name"] for row in valued[:count]]
 
 
-def as_json(results: Results) -> dict[str, Any]:
-    """`files` and `failed`, and `summary` by metric for one system or `summaries` by system for several."""
+def as_json(results: Results, inputs: Inputs) -> dict[str, Any]:
+    """The whole evaluation.
+
+    Returns:
+        `files`, `failed`, `inputs` (what was compared), and `summary` by metric for one system or
+        `summaries` by system for several.
+    """
     systems = _systems(results.rows)
     summaries = {name: summarize(rows) for name, rows in systems.items()}
     report: dict[str, Any] = {
         "files": results.rows,
         "failed": results.failures,
+        "inputs": asdict(inputs),
     }
     if len(summaries) > 1:
         return {**report, "summaries": summaries}
     return {**report, "summary": next(iter(summaries.values()), summarize([]))}
 
 
-def write_json(path: Path, results: Results) -> None:
+def write_json(path: Path, results: Results, inputs: Inputs) -> None:
     """Writes `as_json`, complete or not at all.
 
     Raises:
         EarVAEError: The path cannot be written.
     """
-    text = json.dumps(as_json(results), indent=1, allow_nan=False) + "\n"
+    text = json.dumps(as_json(results, inputs), indent=1, allow_nan=False) + "\n"
     with atomic_path(path, overwrite=True) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
