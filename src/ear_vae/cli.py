@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -95,6 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     command = add("evaluate", commands.evaluate, "measure rebuilt audio against its originals")
     _add_evaluation(command)
 
+    command = add("report", commands.report, "a page to listen to originals and rebuilt audio")
+    _add_report(command)
+
     command = add("convert", commands.convert, "official weights to our folder, and back", weights)
     command.add_argument("source", metavar="SOURCE", help="folder, bundled name or Hub repository")
     command.add_argument("destination", metavar="DESTINATION", help="a folder, or a .pyt file")
@@ -152,6 +156,66 @@ def _add_evaluation(command: argparse.ArgumentParser) -> None:
     group = command.add_mutually_exclusive_group()
     group.add_argument("--quiet", action="store_true", help="report failures only")
     group.add_argument("--progress", action="store_true", help="show a bar even when this is no terminal")
+
+
+def _add_report(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Writes one HTML file that opens in any browser, without a server. Excerpts are taken where the "
+        "originals are loudest: of files evenly spaced by name, with --from by their mel distance."
+    )
+    command.add_argument("output", metavar="OUT.html", help="the page")
+    command.add_argument("target", metavar="TARGET", nargs="?", help="the originals: a folder or a file")
+    command.add_argument(
+        "--system",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="rebuilt audio, and what to call it; repeatable",
+    )
+    command.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="rebuild the excerpts with this folder, bundled name or Hub repository; repeatable",
+    )
+    command.add_argument(
+        "--from",
+        dest="evaluation",
+        action="append",
+        default=[],
+        metavar="OUT.json",
+        help="show what ear-vae evaluate --json compared, instead of TARGET; repeatable",
+    )
+    command.add_argument("--variant", help="which model of a repository that holds several")
+    command.add_argument("--device", default="cpu", help="for the models (%(default)s)")
+    command.add_argument(
+        "--pattern",
+        default="{name}",
+        help="how the estimate of {name} is called, such as {name}_rebuilt (%(default)s)",
+    )
+    command.add_argument("--align", action="store_true", help="take out a delay of up to 100 ms")
+    command.add_argument("--excerpts", type=_count, default=6, help="how many (%(default)s)")
+    command.add_argument("--seconds", type=_positive, default=10.0, help="length of each (%(default)g)")
+    command.add_argument(
+        "--megabytes",
+        type=_positive,
+        default=40.0,
+        help="excerpts are shortened to keep the page below this size (%(default)g)",
+    )
+    command.add_argument("--title", help="of the page; by default the name of TARGET")
+    command.add_argument("--force", action="store_true", help="replace the page if it exists")
+    command.add_argument("--quiet", action="store_true", help="report failures only")
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
 
 
 def _count(text: str) -> int:

@@ -168,6 +168,18 @@ def evaluate(options: argparse.Namespace) -> int:
     return command.run(options, load)
 
 
+def report(options: argparse.Namespace) -> int:
+    """A page to listen to."""
+    from ear_vae.evaluation import listening_command
+    from ear_vae.evaluation.baselines import load_system
+
+    def load(name: str, variant: str | None) -> System:
+        return load_system(name, device=_device(options.device), variant=variant)
+
+    _require_free(options.output, overwrite=options.force)
+    return listening_command.run(options, load)
+
+
 def _each(
     options: argparse.Namespace,
     work: Callable[[EarVAE, Job], float],

@@ -101,7 +101,8 @@ def _with_progress(tasks: list[Task], partial: Path | None, options: argparse.Na
     from tqdm import tqdm
 
     shown = options.progress or (sys.stderr.isatty() and not options.quiet)
-    with tqdm(total=len(tasks), disable=not shown, leave=False, unit="file", mininterval=0, miniters=1) as bar:
+    options_of_bar = {"disable": not shown, "leave": False, "unit": "file", "mininterval": 0, "miniters": 1}
+    with tqdm(total=len(tasks), **options_of_bar) as bar:
 
         def finished(task: Task, result: Row | str) -> None:
             bar.update()

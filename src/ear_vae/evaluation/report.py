@@ -101,6 +101,27 @@ def write_json(path: Path, results: Results, inputs: Inputs) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def read_json(path: Path) -> tuple[list[Row], Inputs]:
+    """The rows of an evaluation, and what was compared.
+
+    Raises:
+        EarVAEError: The file is missing, or no evaluation.
+    """
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        rows, inputs = report["files"], Inputs(**report["inputs"])
+        complete = all({"name", "system", *METRICS} <= row.keys() for row in rows)
+    except OSError as error:
+        raise EarVAEError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EarVAEError(
+            f"{path}: is no evaluation; expected what ear-vae evaluate --json writes, in this version"
+        ) from error
+    if not complete:
+        raise EarVAEError(f"{path}: rows lack metrics; evaluate again with this version")
+    return rows, inputs
+
+
 def write_csv(path: Path, results: Results) -> None:
     """Writes a line for each file, failed ones with an `error`, complete or not at all.
 
