@@ -103,7 +103,12 @@ class AbxDialog {
     this.show("trial");
     this.hear("a");
     this.player.play();
-    this.trial.querySelector("[data-hear=x]").focus();
+    for (const which of ["a", "b"]) {
+      const { text } = this.field(which).selectedOptions[0];
+      this.trial.querySelector(`[data-hear=${which}] .what`).textContent = text;
+    }
+    // Not a button, so that Space is for playing.
+    this.trial.focus();
   }
 
   hear(which) {
@@ -149,6 +154,8 @@ class AbxDialog {
     if (["a", "b", "x"].includes(key)) this.hear(key);
     else if (key === "1" || key === "2") this.answer(key === "1");
     else if (key === " ") this.player.toggle();
+    else if (key === "arrowleft") this.player.seek(this.player.position - 1);
+    else if (key === "arrowright") this.player.seek(this.player.position + 1);
     else return false;
     return true;
   }

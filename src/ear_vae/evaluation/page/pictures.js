@@ -10,12 +10,14 @@ const LARGEST_DIFFERENCE_DB = 12;
 const STEREO_RANGE_DB = 60;
 const STEREO_COLUMNS = 160;
 const BLUR = 2;
+// Pixels of the pictures of curves; the page scales them.
+const CURVE_WIDTH = 960;
+const WAVEFORM_HEIGHT = 200;
+const STEREO_HEIGHT = 300;
 // Level to colour; each lighter than the one before.
 const HEAT = [
   [9, 9, 20], [45, 22, 95], [112, 30, 118], [182, 54, 102], [236, 100, 66], [253, 172, 60], [252, 250, 205],
 ];
-const QUIETER = [43, 108, 196];
-const LOUDER = [206, 62, 40];
 
 const COSINES = Float64Array.from({ length: WINDOW / 2 }, (_, k) => Math.cos((2 * Math.PI * k) / WINDOW));
 const SINES = Float64Array.from({ length: WINDOW / 2 }, (_, k) => -Math.sin((2 * Math.PI * k) / WINDOW));
@@ -116,6 +118,7 @@ function blurred(picture) {
   return result;
 }
 
+// Colours are a function of the index in the picture.
 function paint(canvas, colour) {
   canvas.width = COLUMNS;
   canvas.height = ROWS;
@@ -132,42 +135,40 @@ function mixed(from, to, part) {
   return from.map((value, index) => value + (to[index] - value) * part);
 }
 
-// From 0 to 1.
-function heat(level) {
-  const position = Math.min(1, Math.max(0, level)) * (HEAT.length - 1);
+const SHADES = Array.from({ length: 256 }, (_, index) => {
+  const position = (index / 255) * (HEAT.length - 1);
   const lower = Math.min(Math.floor(position), HEAT.length - 2);
   return mixed(HEAT[lower], HEAT[lower + 1], position - lower);
-}
+});
 
 function paintLevels(canvas, picture, topDb) {
-  paint(canvas, (index) => heat(1 + (decibels(picture[index]) - topDb) / RANGE_DB));
+  paint(canvas, (index) => {
+    const level = 1 + (decibels(picture[index]) - topDb) / RANGE_DB;
+    return SHADES[Math.round(255 * Math.min(1, Math.max(0, level)))];
+  });
 }
 
 // Louder and quieter than the original; pale where both are nearly inaudible.
-function paintDifference(canvas, picture, original, topDb, ground) {
+function paintDifference(canvas, picture, original, topDb, [quieter, equal, louder]) {
   const ours = blurred(picture);
   const theirs = blurred(original);
   paint(canvas, (index) => {
     const [a, b] = [decibels(ours[index]), decibels(theirs[index])];
     const audible = Math.min(1, Math.max(0, (Math.max(a, b) - topDb + RANGE_DB) / 20));
     const difference = Math.min(1, Math.abs(a - b) / LARGEST_DIFFERENCE_DB);
-    return mixed(ground, a < b ? QUIETER : LOUDER, audible * difference);
+    return mixed(equal, a < b ? quieter : louder, audible * difference);
   });
 }
 
-function surface(canvas) {
-  const scale = Math.min(2, window.devicePixelRatio || 1);
-  const { clientWidth, clientHeight } = canvas;
-  canvas.width = Math.max(1, Math.round(clientWidth * scale));
-  canvas.height = Math.max(1, Math.round(clientHeight * scale));
-  const context = canvas.getContext("2d");
-  context.clearRect(0, 0, canvas.width, canvas.height);
-  return { context, width: canvas.width, height: canvas.height };
+function surface(canvas, height) {
+  canvas.width = CURVE_WIDTH;
+  canvas.height = height;
+  return { context: canvas.getContext("2d"), width: CURVE_WIDTH, height };
 }
 
 // The extent of all channels, and inside it their root mean square.
 function paintWaveform(canvas, channels, gain, colour) {
-  const { context, width, height } = surface(canvas);
+  const { context, width, height } = surface(canvas, WAVEFORM_HEIGHT);
   const middle = height / 2;
   context.fillStyle = colour;
   for (let x = 0; x < width; x += 1) {
@@ -195,7 +196,7 @@ function bar(context, x, top, bottom) {
 
 // Energy of mid (area) and side (line) over time, and below how alike left and right are.
 function paintStereo(canvas, [left, right = left], topDb, colour, pale) {
-  const { context, width, height } = surface(canvas);
+  const { context, width, height } = surface(canvas, STEREO_HEIGHT);
   const upper = height * 0.62;
   const centre = height * 0.82;
   const reach = height * 0.16;
@@ -203,24 +204,24 @@ function paintStereo(canvas, [left, right = left], topDb, colour, pale) {
   context.fillStyle = colour;
   for (let column = 0; column < STEREO_COLUMNS; column += 1) {
     const [mid, apart, alike] = stereoEnergies(left, right, column);
-    const x = (column / STEREO_COLUMNS) * width;
-    const step = width / STEREO_COLUMNS + 0.5;
+    const step = width / STEREO_COLUMNS;
+    const x = column * step;
     const y = (power) => upper * Math.min(1, Math.max(0, (topDb - decibels(power)) / STEREO_RANGE_DB));
     context.globalAlpha = 0.35;
     context.fillRect(x, y(mid), step, upper - y(mid));
     side.push([x + step / 2, y(apart)]);
     context.globalAlpha = 0.9;
-    context.fillRect(x, alike > 0 ? centre - alike * reach : centre, step, Math.max(1, Math.abs(alike) * reach));
+    context.fillRect(x, alike > 0 ? centre - alike * reach : centre, step, Math.max(2, Math.abs(alike) * reach));
   }
   context.globalAlpha = 1;
   context.strokeStyle = colour;
-  context.lineWidth = Math.max(1.5, height / 70);
+  context.lineWidth = 4;
   context.beginPath();
-  for (const [x, y] of side) context.lineTo(x, Math.min(y, upper - 1));
+  for (const [x, y] of side) context.lineTo(x, Math.min(y, upper - 2));
   context.stroke();
   context.fillStyle = pale;
-  context.fillRect(0, upper, width, 1);
-  context.fillRect(0, centre, width, 1);
+  context.fillRect(0, upper, width, 2);
+  context.fillRect(0, centre - 1, width, 2);
 }
 
 function stereoEnergies(left, right, column) {

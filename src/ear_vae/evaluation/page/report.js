@@ -49,7 +49,7 @@ function metricTable(caption, rows, captionId) {
   const body = make("tbody");
   for (const { label, unit, about, higher, cells } of rows) {
     const direction = make("span", { class: "direction", "aria-hidden": "true" }, higher ? " ↑" : " ↓");
-    const spoken = make("span", { class: "hidden" }, higher ? ", higher is better" : ", lower is better");
+    const spoken = make("span", { class: "hidden" }, higher ? " (higher is better)" : " (lower is better)");
     const name = make("th", { scope: "row", title: about }, label);
     name.append(make("span", { class: "unit" }, unit ? ` ${unit}` : ""), direction, spoken);
     const line = make("tr", {}, name);
@@ -62,6 +62,7 @@ function metricTable(caption, rows, captionId) {
   }
   const table = make("table", { class: "metrics" });
   table.append(make("caption", captionId ? { id: captionId } : {}, caption), make("thead", {}, head), body);
+  table.style.setProperty("--systems", data.systems.length - 1);
   return make("div", { class: "scrolls", tabindex: "0", role: "region", "aria-label": caption }, table);
 }
 
@@ -92,12 +93,12 @@ class ExcerptView {
   column(column) {
     const name = data.systems[column];
     const signal = this.excerpt.signals[column];
-    const label = [make("span", { class: "name" }, name)];
     const gain = column ? `${signed(signal.gainDb, 1)} dB to match` : "reference level";
+    const label = [make("span", { class: "name" }, name), make("span", { class: "gain" }, gain)];
     if (column < 9) label.push(make("kbd", { "aria-hidden": "true" }, String(column + 1)));
     const hear = button(label, { class: "hear-it", "aria-pressed": "false" }, () => this.hear(column));
     const element = make("div", { class: `column signal-${column % 8}`, role: "group", "aria-label": name });
-    element.append(hear, make("p", { class: "gain" }, gain));
+    element.append(hear);
     const pictures = {};
     const add = (kind, caption, description) => {
       const canvas = make("canvas", { role: "img", "aria-label": description });
@@ -174,7 +175,9 @@ class ExcerptView {
     const here = player.row === this.row;
     this.section.classList.toggle("current", here);
     this.play.textContent = here && player.wanted ? "Pause" : "Play";
-    this.columns.forEach(({ hear }, column) => {
+    this.columns.forEach(({ element, hear }, column) => {
+      // A narrow screen has room for the pictures of one.
+      if (!player.blind) element.classList.toggle("chosen", player.column === column);
       hear.setAttribute("aria-pressed", String(here && !player.blind && player.column === column));
     });
   }
@@ -190,7 +193,7 @@ class ExcerptView {
     const peak = scaled.flat().reduce((most, samples) => samples.reduce((m, x) => Math.max(m, Math.abs(x)), most), 1e-6);
     const original = spectrogram(scaled[0], rate);
     const topDb = decibels(original.reduce((most, power) => Math.max(most, power), 0));
-    const ground = colour("--ground").split(",").map(Number);
+    const scale = ["--quieter", "--ground", "--louder"].map((name) => colour(name).split(",").map(Number));
     for (const [column, { pictures }] of this.columns.entries()) {
       const ink = colour(`--signal-${column % 8}`);
       paintWaveform(pictures.waveform, scaled[column], 1 / peak, ink);
@@ -198,7 +201,7 @@ class ExcerptView {
       const picture = column ? spectrogram(scaled[column], rate) : original;
       paintLevels(pictures.levels, picture, topDb);
       if (column) {
-        paintDifference(pictures.difference, picture, original, topDb, ground);
+        paintDifference(pictures.difference, picture, original, topDb, scale);
         const residual = scaled[column].map((samples, index) => samples.map((x, n) => x - scaled[0][index][n]));
         paintLevels(pictures.residual, spectrogram(residual, rate), topDb);
       }
@@ -283,12 +286,17 @@ const KEYS = {
   t: () => abx.start(),
 };
 
+let usedPointer = false;
+
 function onKey(event) {
+  if (event.key === "Tab") usedPointer = false;
   if (event.ctrlKey || event.metaKey || event.altKey || !byId("shortcuts").checked) return;
   const key = event.key.toLowerCase();
   const control = event.target.closest?.("button, summary, input, select");
-  // What a focused control does with a key of its own comes first.
-  if (control && (key === " " || key === "enter")) return;
+  // What a control does with a key of its own comes first, but a button that was clicked with the mouse is no
+  // longer meant when Space is pressed.
+  const meant = control && !(usedPointer && key === " " && control.matches("button, input[type=range]"));
+  if (meant && (key === " " || key === "enter")) return;
   if (event.target.matches?.("input[type=range], select, .scrolls") && /^(arrow|home|end)/.test(key)) return;
   if (event.target.matches?.("select")) return;
   let done = true;
@@ -308,6 +316,9 @@ function connect() {
   byId("match").addEventListener("click", () => player.match(!player.matched));
   byId("open-abx").addEventListener("click", () => abx.start());
   document.addEventListener("keydown", onKey);
+  document.addEventListener("pointerdown", () => {
+    usedPointer = true;
+  });
   player.addEventListener("change", update);
 }
 
@@ -328,14 +339,6 @@ function drawWhenNear() {
   for (const view of views) observer.observe(view.section);
   const again = () => views.filter((view) => view.drawn).forEach(redraw);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", again);
-  let waiting;
-  let { innerWidth } = window;
-  window.addEventListener("resize", () => {
-    if (window.innerWidth === innerWidth) return;
-    innerWidth = window.innerWidth;
-    clearTimeout(waiting);
-    waiting = setTimeout(again, 300);
-  });
 }
 
 describe();
@@ -348,6 +351,7 @@ byId("bar-signals").append(
     return button([mark, name], { "aria-pressed": "false" }, () => choose(column));
   }),
 );
+document.querySelector(".bar").classList.toggle("crowded", data.systems.length > 5);
 connect();
 update();
 drawWhenNear();
