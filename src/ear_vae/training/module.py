@@ -372,7 +372,7 @@ class EarVAEModule(L.LightningModule):
             _FILTER_BANK_FRAMES * self.vae.downsampling_ratio,
             int(min(f.duration_seconds for f in data.train_files) * self.vae.sample_rate),
         )
-        segments = data.train_dataset(segment_samples=length, augment=False)
+        segments = data.segments(samples=length)
         audio = torch.stack([segments[index] for index in range(_FILTER_BANK_SEGMENTS)])
         choice = filter_bank.plan(self.vae.config, filter_bank.analyse(self.vae.config, audio))
         start = self.folded(averaged=False)
