@@ -191,6 +191,8 @@ class EarVAEModule(L.LightningModule):
         self._log_values("train", logged)
         self.log("train/skipped_steps", float(sum(s.total for s in self.skipped.values())))
         self.log("train/learning_rate", vae_optimization.schedule.get_last_lr()[0])
+        for other in others:
+            self.log(f"train/{other.what}_learning_rate", other.schedule.get_last_lr()[0])
 
     def validation_step(self, batch: Tensor, batch_index: int) -> None:
         """The terms and the SI-SDR in dB on audio [1, 2, T], decoded from the posterior's mean."""
