@@ -234,7 +234,10 @@ def test_the_three_stages_and_fine_tuning(
         (["adversarial"], {"max_steps: 400000", "channels: 64", "precision: null", "average_decay: 0.999"}),
         (["adversarial", "one_gpu"], {"max_steps: 400000", "devices: 1", "precision: bf16-mixed"}),
         (["continuation", "multi_gpu"], {"strategy: ddp_find_unused_parameters_true", "warmup_steps: 500"}),
-        (["warmup", "one_cpu"], {"accelerator: cpu", "batch_size: 2", "max_steps: 100000", "warmup_steps: 20"}),
+        (
+            ["warmup", "one_cpu"],
+            {"accelerator: cpu", "batch_size: 2", "max_steps: 100000", "warmup_steps: 20"},
+        ),
         (["finetune"], {"pretrained: earlab/EAR_VAE", "variant: ear_vae_44k", "train_encoder: true"}),
         (["finetune_decoder"], {"train_encoder: false", "adversarial_after: 1000"}),
         (["smoke"], {"max_steps: 20", "default_root_dir: runs/smoke"}),
