@@ -184,8 +184,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, json.dumps({"commitUrl": url, "commitOid": commit}).encode())
 
 
-# Before 1.0 a broken-off download ends in an error instead of going on, and its part stays; an upload asks for
-# more than the loopback server knows.
+# Before 1.0 a broken-off download ends in an error instead of going on, and its part stays; an upload asks
+# for more than the loopback server knows.
 since_1_0 = pytest.mark.skipif(
     int(huggingface_hub.__version__.split(".")[0]) < 1, reason="clients before 1.0 behave otherwise here"
 )
