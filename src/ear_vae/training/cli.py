@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import warnings
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -52,6 +53,8 @@ def main(arguments: Sequence[str]) -> int:
         EarVAEError: No such config, or anything that the module or the data refuses.
         SystemExit: Usage errors, as argparse raises them.
     """
+    # Lightning's own, to its authors.
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     try:
         FitCLI(
             EarVAEModule,
