@@ -12,10 +12,11 @@ import soundfile
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from ear_vae import EarVAEConfig
+from ear_vae import EarVAE, EarVAEConfig
 from ear_vae.audio import read_audio
 from ear_vae.discriminator import DiscriminatorConfig
 from ear_vae.errors import EarVAEError
+from ear_vae.evaluation import measure
 from ear_vae.training import AudioDataModule, EarVAEModule
 from ear_vae.training.callbacks import ListeningExamples
 from ear_vae.training.pictures import spectrogram_picture
@@ -54,6 +55,7 @@ def log(tmp_path: Path) -> Path:
         enable_model_summary=False,
     )
     trainer.fit(module, data)
+    module.export(tmp_path / "model")
     return Path(trainer.logger.log_dir)
 
 
@@ -74,9 +76,22 @@ def test_figures_audio_and_pictures(log: Path) -> None:
             )
         ),
         *(f"train/{n}" for n in ("gradient_norm", "discriminator_gradient_norm")),
-        *(f"validation/{n}" for n in ("log_magnitude", "si_sdr_db", "total")),
+        *(
+            f"validation/{n}"
+            for n in ("log_magnitude", "total", "si_sdr_db", "mel_distance", "stft_distance", "icpc", "ccpc")
+        ),
     } <= set(tags["scalars"])
     assert [e.step for e in seen.Scalars("train/total")] == [0, 1, 2, 3]
+    trained = EarVAE.from_pretrained(log.parents[2] / "model")
+    figures = []
+    for name in ("a.wav", "b.wav"):
+        target, _ = read_audio(log.parents[2] / "music" / name, start=33_075, num_samples=22_050)
+        figures.append(
+            measure(trained.reconstruct(target), target, sample_rate=44_100, names=("ccpc", "si_sdr_db"))
+        )
+    for name in figures[0]:
+        mean = sum(float(figure[name]) for figure in figures) / 2
+        assert seen.Scalars(f"validation/{name}")[-1].value == pytest.approx(mean, rel=1e-3), name
     assert set(tags["audio"]) == {"original/0", "rebuilt/0"}
     assert set(tags["images"]) == {"original/0", "rebuilt/0"}
     assert [e.step for e in seen.Audio("rebuilt/0")] == [2, 4]

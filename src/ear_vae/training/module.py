@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ear_vae.config import EarVAEConfig
 from ear_vae.discriminator import Discriminator, DiscriminatorConfig
-from ear_vae.dsp.distortion import si_sdr_db
 from ear_vae.errors import EarVAEError
+from ear_vae.evaluation import ReconstructionMetrics
 from ear_vae.losses import ReconstructionObjective, adversarial
 from ear_vae.losses.balancer import LossBalancer
 from ear_vae.losses.objective import ADVERSARIAL_TERMS, DEFAULT_WINDOW_SIZES
@@ -31,6 +31,7 @@ _FILTER_BANK_SEGMENTS = 192
 _FILTER_BANK_FRAMES = 96
 # Terms that are no function of the rebuilt audio; the balancer leaves them as they are.
 _PENALTIES = ("kl",)
+_VALIDATION_METRICS = ("si_sdr_db", "mel_distance", "stft_distance", "icpc", "ccpc")
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,7 @@ class EarVAEModule(L.LightningModule):
             self.vae.sample_rate, weights=objective.weights, window_sizes=objective.window_sizes
         )
         self.discriminator = None if discriminator is None else Discriminator(discriminator)
+        self.metrics = ReconstructionMetrics(self.vae.sample_rate, _VALIDATION_METRICS)
         self.balancer = LossBalancer(self._terms_of_output()) if objective.balanced else None
         self.optimizer_config = optimizer
         self.discriminator_optimizer_config = discriminator_optimizer
@@ -195,12 +197,18 @@ class EarVAEModule(L.LightningModule):
             self.log(f"train/{other.what}_learning_rate", other.schedule.get_last_lr()[0])
 
     def validation_step(self, batch: Tensor, batch_index: int) -> None:
-        """The terms and the SI-SDR in dB on audio [1, 2, T], decoded from the posterior's mean."""
+        """The terms and the paper's metrics on audio [1, 2, T], decoded from the posterior's mean."""
         estimate, posterior = self.reconstruct(batch)
         terms = self.objective.terms(estimate, batch, posterior)
         terms["total"] = self.objective.total(terms)
-        terms["si_sdr_db"] = si_sdr_db(estimate, batch).mean()
         self._log_values("validation", terms)
+        self.metrics.update(estimate, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the metrics over all excerpts that have them."""
+        for name, value in self.metrics.compute().items():
+            self.log(f"validation/{name}", value.float(), prog_bar=True)
+        self.metrics.reset()
 
     def reconstruct(self, audio: Tensor) -> Reconstruction:
         """Rebuilds audio [B, 2, T] from the posterior's mean, with the average of the weights if any."""
