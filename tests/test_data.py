@@ -281,8 +281,24 @@ def test_a_file_that_fails_is_replaced_and_reported_once(
     for index in (7, 3):
         assert torch.equal(dataset(files)[index], taken[index])
     (folder / "b.flac").unlink()
-    with pytest.raises(EarVAEError, match="none of the 2 training files can be read"):
+    with pytest.raises(EarVAEError, match="none of 200 segments drawn from 2 training files"):
         segments[0]
+
+
+def test_a_bad_place_does_not_cost_the_file(tmp_path: Path) -> None:
+    """Else what is drawn later would depend on which process has met it."""
+    path = write(tmp_path / "music" / "a.flac", rumble(441_000, 2))
+    write(tmp_path / "music" / "b.flac", rumble(220_500, 1))
+    files = found(tmp_path / "music")
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] + bytes(len(content) // 2))
+    segments = dataset(files)
+    taken = [segments[index] for index in range(30)]
+    for index, segment in enumerate(taken):
+        assert torch.equal(segment, dataset(files)[index])
+    stereo = [not torch.equal(*segment) for segment in taken]
+    # Two thirds of the draws go to the first file, and half of those come to something.
+    assert 5 <= sum(stereo) <= 25
 
 
 def loader(

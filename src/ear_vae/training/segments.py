@@ -22,6 +22,7 @@ _LOG = logging.getLogger(__name__)
 _RESAMPLING_CONTEXT = 512
 # Draws for a segment that is loud enough, or not mono, before the last one is taken as it is.
 _MOST_DRAWS = 16
+_MOST_FAILURES = 200
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ class SegmentDataset(Dataset[Tensor]):
     """Random segments of files; item `index` is always the same segment for one seed and one list of files.
 
     A file is drawn with a probability proportional to its duration times its weight, a position in it
-    uniformly. The segment is read by seeking and resampled if needed; mono files become stereo. A file
-    that turns out to be unreadable is reported once by each process and another is drawn.
+    uniformly. The segment is read by seeking and resampled if needed; mono files become stereo. Where a file
+    turns out to be unreadable it is reported, once by each process, and another draw takes its place.
 
     Args:
         files: What to draw from, none shorter than a segment.
@@ -106,7 +107,7 @@ class SegmentDataset(Dataset[Tensor]):
         self._length = length
         shares = np.cumsum([file.duration_seconds * file.weight for file in files])
         self._shares = shares / shares[-1]
-        self._unreadable: set[int] = set()
+        self._reported: set[int] = set()
 
     def __len__(self) -> int:
         return self._length
@@ -115,21 +116,22 @@ class SegmentDataset(Dataset[Tensor]):
         """Segment [2, segment_samples].
 
         Raises:
-            EarVAEError: None of the files can be read.
+            EarVAEError: 200 draws on end could not be read.
         """
         random = np.random.default_rng((self.seed, index))
         segment: Tensor | None = None
-        draws = 0
+        draws, failures = 0, 0
         while draws < _MOST_DRAWS:
             number = int(np.searchsorted(self._shares, random.random(), side="right"))
             position = float(random.random())
             percent = 100 if self.augmentation is None else self.augmentation.speed_percent(random)
-            if number in self._unreadable:
-                continue
             try:
                 segment = self._read(self.files[number], position, percent)
             except EarVAEError as error:
-                self._give_up(number, error)
+                # The file stays in the game, whatever else it holds: a process that has not met its bad
+                # place must draw the same segments as one that has.
+                failures += 1
+                self._report(number, error, failures)
                 continue
             draws += 1
             if self._is_wanted(segment):
@@ -137,13 +139,15 @@ class SegmentDataset(Dataset[Tensor]):
         assert segment is not None
         return segment if self.augmentation is None else self.augmentation(segment, random)
 
-    def _give_up(self, number: int, error: EarVAEError) -> None:
-        _LOG.warning("left out of training: %s", error)
-        self._unreadable.add(number)
-        if len(self._unreadable) == len(self.files):
+    def _report(self, number: int, error: EarVAEError, failures: int) -> None:
+        if failures == _MOST_FAILURES:
             raise EarVAEError(
-                f"none of the {len(self.files)} training files can be read any more; the last one: {error}"
+                f"none of {failures} segments drawn from {len(self.files)} training files could be read; the "
+                f"last one: {error}"
             ) from error
+        if number not in self._reported:
+            _LOG.warning("not trained on, where it cannot be read: %s", error)
+            self._reported.add(number)
 
     def _is_wanted(self, segment: Tensor) -> bool:
         if self.mono == "skip" and torch.equal(segment[0], segment[1]):
