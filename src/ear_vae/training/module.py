@@ -18,7 +18,7 @@ from ear_vae.errors import EarVAEError
 from ear_vae.evaluation import ReconstructionMetrics
 from ear_vae.losses import ReconstructionObjective, adversarial
 from ear_vae.losses.balancer import LossBalancer
-from ear_vae.losses.objective import ADVERSARIAL_TERMS, DEFAULT_WINDOW_SIZES
+from ear_vae.losses.objective import ADVERSARIAL_TERMS, DEFAULT_WINDOW_SIZES, MagnitudeChannels, Weighting
 from ear_vae.training import filter_bank
 from ear_vae.training.average import AveragedWeights
 from ear_vae.training.data import AudioDataModule
@@ -41,11 +41,16 @@ class ObjectiveConfig:
     Args:
         weights: Of the loss terms by name, over `losses.objective.DEFAULT_LOSS_WEIGHTS`.
         window_sizes: Of the STFTs, in samples.
+        weighting: Filter ahead of the reconstruction terms: `k`, `a` or `none`.
+        magnitude_channels: Compare magnitudes on mid, side, left and right (`mslr`), or without mid and side
+            (`lr`).
         balanced: Make each weight a share of the gradient on the rebuilt audio (`losses.balancer`).
     """
 
     weights: dict[str, float] = field(default_factory=dict)
     window_sizes: tuple[int, ...] = DEFAULT_WINDOW_SIZES
+    weighting: Weighting = "k"
+    magnitude_channels: MagnitudeChannels = "mslr"
     balanced: bool = False
 
 
@@ -131,7 +136,11 @@ class EarVAEModule(L.LightningModule):
         self.vae.encoder.requires_grad_(train_encoder)
         apply_weight_norm(self.normalized)
         self.objective = ReconstructionObjective(
-            self.vae.sample_rate, weights=objective.weights, window_sizes=objective.window_sizes
+            self.vae.sample_rate,
+            weights=objective.weights,
+            window_sizes=objective.window_sizes,
+            weighting=objective.weighting,
+            magnitude_channels=objective.magnitude_channels,
         )
         self.discriminator = None if discriminator is None else Discriminator(discriminator)
         self.metrics = ReconstructionMetrics(self.vae.sample_rate, _VALIDATION_METRICS)
@@ -297,6 +306,8 @@ class EarVAEModule(L.LightningModule):
             weights = {name: weight for name, weight in weights.items() if name not in ADVERSARIAL_TERMS}
         settings = {
             "loss weights": ", ".join(f"{name} {weight:g}" for name, weight in weights.items()),
+            "weighting": self.objective.weighting,
+            "magnitude channels": self.objective.magnitude_channels,
             "balanced": "yes" if self.balancer is not None else "no",
             "STFT windows": ", ".join(map(str, self.objective.stft.window_sizes)),
             "optimizer": _described(self.optimizer_config),
