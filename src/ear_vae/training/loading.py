@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -77,7 +78,13 @@ class SegmentLoader(DataLoader[Tensor]):
                 f"{self.step_segments}"
             )
         self.segments = SegmentSampler(dataset, per_epoch=per_epoch, rank=rank, processes=processes)
-        super().__init__(dataset, batch_size=batch_size, sampler=self.segments, **settings)
+        super().__init__(
+            dataset,
+            batch_size=batch_size,
+            sampler=self.segments,
+            worker_init_fn=_leave_interrupts_to_the_first_process,
+            **settings,
+        )
 
     def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
         """What is left of the epoch."""
@@ -96,3 +103,8 @@ class SegmentLoader(DataLoader[Tensor]):
         With another batch size or number of processes than before, from the start of the step it falls in.
         """
         self.segments.position = state["segments"] // self.step_segments * self.step_segments
+
+
+def _leave_interrupts_to_the_first_process(worker: int) -> None:
+    # Ctrl-C reaches every process of the terminal; a worker that dies of it takes the last step with it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
