@@ -158,10 +158,10 @@ def _agc(source: str, device: torch.device) -> tuple[Any, int, int, Callable[[Te
     rate = model.config.sample_rate
 
     def rebuild(audio: Tensor) -> Tensor:
-        # It draws from its posterior, and adds to its input in place.
+        # It draws from its posterior.
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            rebuilt: Tensor = model.decode(model.encode(audio.clone()))
+            rebuilt: Tensor = model.decode(model.encode(audio))
         return rebuilt
 
     return model, rate, 2, _tiled(rebuild, int(model.hop_length), rate)
