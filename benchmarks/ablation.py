@@ -191,7 +191,7 @@ def tables(results: Mapping[str, Mapping[int, Mapping[str, float]]]) -> str:
         cells = [spread([m[n] for m in seeds.values()], metric.decimals) for n, metric in METRICS.items()]
         lines.append(f"| {variant} | {' | '.join(cells)} |")
     base = results.get(BASE, {})
-    lines += ["", head.format("difference from base")]
+    differences = []
     for variant, seeds in results.items():
         shared = sorted(seeds.keys() & base.keys())
         if variant == BASE or not shared:
@@ -200,7 +200,9 @@ def tables(results: Mapping[str, Mapping[int, Mapping[str, float]]]) -> str:
             spread([seeds[s][n] - base[s][n] for s in shared], metric.decimals, signed=True)
             for n, metric in METRICS.items()
         ]
-        lines.append(f"| {variant} | {' | '.join(cells)} |")
+        differences.append(f"| {variant} | {' | '.join(cells)} |")
+    if differences:
+        lines += ["", head.format("difference from base"), *differences]
     return "\n".join(lines)
 
 

@@ -107,6 +107,8 @@ def test_the_ablations_table(
     assert first[1:3] == [["| base", "2.00 ± 1.00"], ["| A-weighting", "2.83 ± 1.04"]]
     assert first[-1] == ["| A-weighting", "**+0.83 ± 0.29**"]
     assert rows[-1][2] == "+0.000 ± 0.000"
+    run(ablation, tmp_path / "results.jsonl", monkeypatch, "--variants", "A-weighting", "--seeds", "1")
+    assert "difference" not in capsys.readouterr().out
 
 
 class _SlowBatches(Dataset[Tensor]):
