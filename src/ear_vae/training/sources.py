@@ -24,6 +24,8 @@ from ear_vae.errors import EarVAEError
 
 _LOG = logging.getLogger(__name__)
 _BANDWIDTH_EXCERPTS, _BANDWIDTH_SECONDS = 6, 1.0
+# Counts up when the same file would give other facts than before.
+_CACHE_VERSION = 2
 # So that a folder of ten thousand unreadable files does not hide everything else that is said.
 _MOST_REPORTED = 10
 
@@ -200,7 +202,7 @@ class _Cache:
     """
 
     def __init__(self, folder: Path, sources: Sequence[Path]) -> None:
-        identity = "\n".join(str(source.resolve()) for source in sources)
+        identity = "\n".join([str(_CACHE_VERSION), *(str(source.resolve()) for source in sources)])
         self.path = folder / f"audio-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
         self.known: dict[str, Any] = {}
         self.used: dict[str, Any] = {}
