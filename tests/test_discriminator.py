@@ -64,6 +64,35 @@ def test_dilation_reaches_in_time_and_the_kernel_in_frequency() -> None:
     assert (int(bins.min()), int(bins.max())) == (110, 146)
 
 
+def test_the_layout_in_memory_changes_nothing() -> None:
+    """Judgements and gradients are those of the layers applied one after the other to plain tensors."""
+    network = Discriminator(SMALL)
+    audio = noise(2, 2, 4096)
+    for resolution, judged, spectrum in zip(
+        network.resolutions, network(audio), network.stft(audio), strict=True
+    ):
+        x = torch.cat((spectrum.real, spectrum.imag), dim=1).mT.contiguous()
+        expected = []
+        for layer in resolution.layers:
+            convolved = torch.nn.functional.conv2d(
+                x.contiguous(),
+                layer.weight.contiguous(),
+                layer.bias,
+                padding=layer.padding,
+                dilation=layer.dilation,
+            )
+            x = torch.where(convolved > 0, convolved, 0.2 * convolved)
+            expected.append(x)
+        for found, feature in zip(judged.features, expected, strict=True):
+            torch.testing.assert_close(found, feature, rtol=1e-4, atol=1e-6)
+        parameters = list(resolution.layers.parameters())
+        gradients = [
+            torch.autograd.grad(features.square().sum(), parameters)
+            for features in (judged.features[-1], expected[-1])
+        ]
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
 def test_wrong_audio_and_configs_are_refused() -> None:
     with pytest.raises(EarVAEError, match=r"needs audio \[B, 2, T\], got \[1, 1, 4096\]"):
         Discriminator(SMALL)(noise(1, 1, 4096))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -69,6 +71,21 @@ def test_it_is_a_codec_before_any_training(config: EarVAEConfig) -> None:
     assert si_sdr_db(rebuilt[..., inner], audio[..., inner]).min() > 12
     random = EarVAE(config).eval().requires_grad_(False)
     assert si_sdr_db(random.reconstruct(audio)[..., inner], audio[..., inner]).max() < 0
+
+
+def test_the_transformer_starts_as_no_transformer() -> None:
+    """With and without one, the same weights rebuild the same audio."""
+    torch.manual_seed(0)
+    config = EarVAEConfig(channels=16)
+    bare_config = dataclasses.replace(config, transformer_depth=0)
+    vae, bare = (EarVAE(c).eval().requires_grad_(False) for c in (config, bare_config))
+    audio = bass(config, frames=20, batch=2)
+    initialize(vae, plan(config, analyse(config, audio)))
+    assert bare.transformer is None
+    bare.load_state_dict({k: v for k, v in vae.state_dict().items() if not k.startswith("transformer.")})
+    torch.testing.assert_close(bare.reconstruct(audio), vae.reconstruct(audio), rtol=0, atol=1e-6)
+    initialize(bare, plan(bare_config, analyse(bare_config, audio)))
+    assert si_sdr_db(bare.reconstruct(audio), audio).min() > 6
 
 
 def test_the_plan_follows_the_music() -> None:

@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 
 from ear_vae import EarVAE, EarVAEConfig, EarVAEError
 from ear_vae import hub as hub_module
@@ -183,6 +184,13 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, json.dumps({"commitUrl": url, "commitOid": commit}).encode())
 
 
+# Before 1.0 a broken-off download ends in an error instead of going on, and its part stays; an upload asks
+# for more than the loopback server knows.
+since_1_0 = pytest.mark.skipif(
+    int(huggingface_hub.__version__.split(".")[0]) < 1, reason="clients before 1.0 behave otherwise here"
+)
+
+
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
     """The server, with the client of this process pointed at it and at empty caches."""
@@ -193,7 +201,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub
     home = tmp_path / "home"
     monkeypatch.setattr(constants, "ENDPOINT", server.address)
     template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    # Clients before 1.0 keep a copy of the second.
+    for module in (constants, file_download):
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setattr(constants, "HF_HOME", str(home))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
@@ -306,6 +316,7 @@ def test_an_only_variant_needs_no_name(tmp_path: Path, hub: LoopbackHub) -> None
     assert loaded.name == "mine"
 
 
+@since_1_0
 def test_a_download_that_breaks_off_is_resumed(
     ours: EarVAE, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,6 +328,7 @@ def test_a_download_that_breaks_off_is_resumed(
     assert f"bytes={size // 2 // 1024 * 1024}-" in [requested for *_, requested in hub.requests]
 
 
+@since_1_0
 @pytest.mark.parametrize("source", [OURS, OFFICIAL])
 def test_a_download_that_stays_broken_leaves_nothing_half(
     source: str,
@@ -658,6 +670,7 @@ def test_full_size_weights_that_are_not_the_published_ones_warn(
     resolve(tmp_path / "official", variant="ear_vae_44k")
 
 
+@since_1_0
 def test_push_and_load_again(hub: LoopbackHub) -> None:
     vae = random_model(30, name="mine")
     address = vae.push_to_hub("someone/new", token="hf_secret", private=True, commit_message="First")

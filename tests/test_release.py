@@ -16,6 +16,7 @@ from ear_vae import EarVAE, EarVAEConfig, EarVAEError
 from ear_vae.cli import main
 from ear_vae.discriminator import DiscriminatorConfig
 from ear_vae.training import EarVAEModule
+from ear_vae.training.module import ObjectiveConfig
 from ear_vae.training.optimization import OptimizerConfig
 
 TINY = EarVAEConfig(channels=4, channel_multipliers=(1, 2, 2, 2, 2))
@@ -47,7 +48,13 @@ def fit(module: EarVAEModule, steps: int) -> L.Trainer:
 @pytest.fixture(scope="module")
 def trained() -> EarVAEModule:
     torch.manual_seed(0)
-    module = EarVAEModule(TINY, discriminator=JUDGE, optimizer=FAST, discriminator_optimizer=FAST)
+    module = EarVAEModule(
+        TINY,
+        objective=ObjectiveConfig(weighting="a", magnitude_channels="lr"),
+        discriminator=JUDGE,
+        optimizer=FAST,
+        discriminator_optimizer=FAST,
+    )
     with pytest.warns():  # of few workers, and of few batches
         fit(module, 3)
     return module
@@ -76,6 +83,8 @@ def test_a_folder_for_users(trained: EarVAEModule, checkpoint: Path, tmp_path: P
         "# my model",
         "| steps | 3 |",
         "| loss weights | spectral_convergence 1,",
+        "| weighting | a |",
+        "| magnitude channels | lr |",
         "`validation/si_sdr_db`",
     ):
         assert fact in card

@@ -139,6 +139,31 @@ def test_killed(folder: Path, tmp_path: Path, uninterrupted: dict[str, Any]) -> 
     assert_same_training(checkpoint_of(tmp_path), uninterrupted)
 
 
+def test_interrupted_at_the_command_line(folder: Path, tmp_path: Path) -> None:
+    """Ctrl-C reaches the workers of the data, too, and none of them falls over it."""
+    script = (
+        "import os, signal, sys; sys.path.insert(0, sys.argv.pop(1))\n"
+        "import test_resume\n"
+        "os.kill = lambda process, number: os.killpg(0, number)\n"
+        "from ear_vae.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = ["fit", "--config", "smoke", "--data.folder", folder, "--data.num_workers", "1"]
+    arguments += ["--model.config.channels", "4", "--model.config.channel_multipliers", "[1,2,2,2,2]"]
+    arguments += ["--trainer.callbacks", "[{class_path: test_resume.Stop, init_args: {how: SIGINT}}]"]
+    arguments += ["--trainer.default_root_dir", tmp_path, "--trainer.logger", "false"]
+    result = subprocess.run(
+        [sys.executable, "-c", script, Path(__file__).parent, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        start_new_session=True,
+    )
+    assert result.returncode == 128 + signal.SIGINT, result.stderr
+    assert "go on with --ckpt_path" in result.stderr
+    assert "KeyboardInterrupt" not in result.stderr
+    assert checkpoint_of(tmp_path)["global_step"] == 3
+
+
 def test_the_end_of_an_epoch_is_no_special_place(
     folder: Path, tmp_path: Path, uninterrupted: dict[str, Any]
 ) -> None:

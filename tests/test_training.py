@@ -12,11 +12,9 @@ import soundfile
 import torch
 
 from ear_vae import EarVAE, EarVAEConfig, EarVAEError
-from ear_vae.audio import resample
 from ear_vae.training import AudioDataModule, EarVAEModule
 from ear_vae.training.cli import main as fit
 from ear_vae.training.cli import shipped_configs
-from ear_vae.training.data import SegmentDataset, scan_folder
 from ear_vae.training.module import ObjectiveConfig
 from ear_vae.training.optimization import OptimizerConfig
 
@@ -64,66 +62,6 @@ def data(folder: Path, **settings: object) -> AudioDataModule:
         "validation_seconds": 1,
     }
     return AudioDataModule(folder, folder, **(defaults | settings))  # type: ignore[arg-type]
-
-
-def test_scan_reports_what_it_leaves_out(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    files = scan_folder(folder, 1.0)
-    assert [(f.path.name, f.sample_rate, f.num_samples) for f in files] == [
-        ("a.wav", 44_100, 176_400),
-        ("b.flac", 48_000, 144_000),
-    ]
-    assert "broken.mp3" in caplog.text
-    assert "1 files shorter than 1.00 s" in caplog.text
-    with pytest.raises(
-        EarVAEError, match=r"nothing to train on: 4 audio files, 3 of them readable, none at least 60"
-    ):
-        scan_folder(folder, 60.0)
-
-
-def test_segments_are_the_files_audio(folder: Path) -> None:
-    """Without augmentation a segment is found, sample for sample, in one of the files."""
-    dataset = SegmentDataset(
-        scan_folder(folder, 1.0), sample_rate=44_100, segment_samples=8192, seed=3, augment=False
-    )
-    whole = {}
-    for name in ("a.wav", "b.flac"):
-        samples, rate = soundfile.read(folder / name, dtype="float32", always_2d=True)
-        whole[name] = resample(torch.from_numpy(samples.T.copy()), rate, 44_100).expand(2, -1)
-    found = set()
-    for index in range(12):
-        segment = dataset[index]
-        assert segment.shape == (2, 8192)
-        assert torch.equal(segment, dataset[index])
-        errors = {
-            name: (audio.unfold(1, 8192, 1)[:, :, ::64] - segment[:, None, ::64]).abs().amax((0, 2)).min()
-            for name, audio in whole.items()
-        }
-        name, error = min(errors.items(), key=lambda item: float(item[1]))
-        # A resampled segment starts between two samples of the resampled file.
-        assert error < (1e-6 if name == "a.wav" else 0.05)
-        found.add(name)
-    assert found == {"a.wav", "b.flac"}
-
-
-def test_augmentation_keeps_the_relation_of_the_channels(folder: Path) -> None:
-    settings = {"sample_rate": 44_100, "segment_samples": 4096, "seed": 0}
-    files = scan_folder(folder, 1.0)
-    plain = SegmentDataset(files, augment=False, **settings)
-    gains = []
-    for index in range(8):
-        before, after = plain[index], SegmentDataset(files, augment=True, **settings)[index]
-        energies = [float((after @ version.T).abs().max()) for version in (before, before.flip(0))]
-        source = (
-            before
-            if torch.corrcoef(torch.stack((after[0], before[0])))[0, 1].abs() > 0.999
-            else before.flip(0)
-        )
-        gain = (after * source).sum() / source.square().sum()
-        torch.testing.assert_close(after, gain * source, rtol=1e-4, atol=1e-5)
-        assert 10 ** (-6 / 20) <= abs(float(gain)) <= 1
-        assert max(energies) > 0
-        gains.append(float(gain))
-    assert min(gains) < 0 < max(gains)
 
 
 def test_step_zero_is_the_pretrained_model(folder: Path, tmp_path: Path) -> None:
@@ -175,9 +113,9 @@ def test_a_hundred_steps_on_one_batch_lower_every_term() -> None:
         EarVAEConfig(channels=8),
         objective=ObjectiveConfig(weights={"waveform": 1.0}),
     )
-    datamodule = AudioDataModule(MUSIC, segment_seconds=0.37, augment=False)
+    datamodule = AudioDataModule(MUSIC, segment_seconds=0.37)
     datamodule.setup("fit")
-    segments = datamodule.train_dataset()
+    segments = datamodule.segments()
     batch = torch.stack([segments[index] for index in range(4)])
     optimizer = torch.optim.AdamW(module.vae.parameters(), lr=2e-3, betas=(0.8, 0.99))
     history = []
@@ -296,6 +234,10 @@ def test_the_three_stages_and_fine_tuning(
         (["adversarial"], {"max_steps: 400000", "channels: 64", "precision: null", "average_decay: 0.999"}),
         (["adversarial", "one_gpu"], {"max_steps: 400000", "devices: 1", "precision: bf16-mixed"}),
         (["continuation", "multi_gpu"], {"strategy: ddp_find_unused_parameters_true", "warmup_steps: 500"}),
+        (
+            ["warmup", "one_cpu"],
+            {"accelerator: cpu", "batch_size: 2", "max_steps: 100000", "warmup_steps: 20"},
+        ),
         (["finetune"], {"pretrained: earlab/EAR_VAE", "variant: ear_vae_44k", "train_encoder: true"}),
         (["finetune_decoder"], {"train_encoder: false", "adversarial_after: 1000"}),
         (["smoke"], {"max_steps: 20", "default_root_dir: runs/smoke"}),

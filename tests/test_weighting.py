@@ -105,3 +105,12 @@ def test_a_weight_is_the_filter_centred(num_samples: int) -> None:
     taps = a_weighting_taps(44_100)
     expected = torch.nn.functional.conv1d(audio.reshape(6, 1, -1), taps[None, None], padding=50)
     torch.testing.assert_close(a_weight(audio, 44_100), expected.reshape(audio.shape), atol=1e-12, rtol=0)
+
+
+def test_the_gradient_of_a_weight_is_the_filter_itself() -> None:
+    """The filter is symmetric, so its adjoint is itself: across the blocks it works in, too."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(2, 70_000, dtype=torch.float64, generator=generator) for _ in range(2))
+    x.requires_grad_(True)
+    (gradient,) = torch.autograd.grad((a_weight(x, 44_100) * y).sum(), x)
+    torch.testing.assert_close(gradient, a_weight(y, 44_100), rtol=0, atol=1e-10)

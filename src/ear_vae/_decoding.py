@@ -47,12 +47,14 @@ class OpenedAudio:
 
     Attributes:
         file: The `soundfile.SoundFile` to read from.
-        exact: Whether its `frames` are known; else they are an estimate.
+        num_samples: Per channel.
+        exact: Whether that is known; else it is an estimate.
         format: Of the source, such as `WAV` or `M4A`.
         subtype: libsndfile's name of the encoding, or `FFMPEG`.
     """
 
     file: Any
+    num_samples: int
     exact: bool
     format: str
     subtype: str
@@ -83,7 +85,7 @@ def opened_audio(source: AudioSource) -> Iterator[OpenedAudio]:
         reason = opened
     with _decoded_by_ffmpeg(source, name, reason) as decoded, soundfile.SoundFile(decoded) as file:
         extension = Path(name).suffix[1:].upper() if isinstance(source, (str, os.PathLike)) else ""
-        yield OpenedAudio(file, True, extension or "FFMPEG", "FFMPEG")
+        yield OpenedAudio(file, file.frames, True, extension or "FFMPEG", "FFMPEG")
 
 
 def one_line(error: Exception) -> str:
@@ -93,7 +95,7 @@ def one_line(error: Exception) -> str:
 
 def _examined(file: Any, source: AudioSource, name: str) -> OpenedAudio | str:
     """What libsndfile has opened, or why it cannot read that in full."""
-    exact = True
+    num_samples, exact = file.frames, True
     if _promises_more(file):
         raise EarVAEError(f"{name}: truncated: its header promises more audio than there is")
     if file.format == "OGG":
@@ -102,13 +104,16 @@ def _examined(file: Any, source: AudioSource, name: str) -> OpenedAudio | str:
                 raise EarVAEError(f"{name}: truncated: the last page of the ogg stream is cut off")
     elif file.format == "MP3":
         with _bytes_of(source) as data:
-            exact, counted = _mp3_length(data)
+            stated, counted, complete = _mp3_length(data)
         # Without the length in a header libsndfile goes by the first frame's bit rate, and stops there.
-        if not exact and counted > file.frames:
+        if not stated and counted > file.frames:
             return "an mp3 of varying bit rate without its length in a header"
+        exact = stated or complete
+        if complete:
+            num_samples = counted
     if file.frames > _UNKNOWN_LENGTH:
         return "without its length in the header"
-    return OpenedAudio(file, exact, file.format, file.subtype)
+    return OpenedAudio(file, num_samples, exact, file.format, file.subtype)
 
 
 @contextmanager
@@ -167,10 +172,11 @@ def _last_ogg_page_is_whole(data: IO[bytes]) -> bool:
     return len(lacing) == num_segments and table + num_segments + sum(lacing) <= len(tail)
 
 
-def _mp3_length(data: IO[bytes]) -> tuple[bool, int]:
-    """Whether the first frame states the length (a Xing or Info tag), else what the frames add up to.
+def _mp3_length(data: IO[bytes]) -> tuple[bool, int, bool]:
+    """Whether the first frame states the length (a Xing or Info tag); else samples, and whether all.
 
-    The count ends early where something stands between two frames.
+    The count ends early where something stands between two frames; only where nothing but a tag follows
+    the last one it is complete.
     """
     position = 0
     while (tag := _bytes_at(data, position, 10))[:3] == b"ID3" and len(tag) == 10:
@@ -183,17 +189,19 @@ def _mp3_length(data: IO[bytes]) -> tuple[bool, int]:
             position += offset
             break
     else:
-        return False, 0
+        return False, 0, False
     # The tag follows the side information, 9 to 34 bytes behind the header; bit 0 of its flags: has a count.
     head = _bytes_at(data, position, 48)
     found = max(head.find(b"Xing"), head.find(b"Info"))
     if found > 0 and head[found + 7 : found + 8] and head[found + 7] & 1:
-        return True, 0
+        return True, 0, False
     count = 0
     while frame := _mp3_frame(_bytes_at(data, position, 4)):
         position += frame[0]
         count += frame[1]
-    return False, count
+    rest = data.seek(0, os.SEEK_END) - position
+    ends = rest == 0 or _bytes_at(data, position, 8).startswith((b"TAG", b"APETAGEX"))
+    return False, count, ends
 
 
 def _bytes_at(data: IO[bytes], position: int, size: int) -> bytes:

@@ -98,7 +98,7 @@ class AudioInfo:
     Attributes:
         sample_rate: In Hz.
         channels: 1 or 2.
-        num_samples: Per channel; an estimate for an mp3 that does not state its length.
+        num_samples: Per channel; an estimate for an mp3 that neither states its length nor is all frames.
         format: Such as `WAV`, `MP3` or `M4A`.
         subtype: Such as `PCM_16` or `VORBIS`; `FFMPEG` for what only ffmpeg reads.
     """
@@ -270,7 +270,7 @@ def find_audio_files(folder: str | os.PathLike[str]) -> list[Path]:
 
 def _info(opened: OpenedAudio, name: str) -> AudioInfo:
     info = AudioInfo(
-        opened.file.samplerate, opened.file.channels, opened.file.frames, opened.format, opened.subtype
+        opened.file.samplerate, opened.file.channels, opened.num_samples, opened.format, opened.subtype
     )
     if info.channels > 2:
         raise EarVAEError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -58,23 +57,23 @@ class EarVAESystem:
         return self._vae.reconstruct(audio)
 
 
-# Other systems by name, each made for a device.
-SYSTEMS: dict[str, Callable[[torch.device], System]] = {}
-
-
 def load_system(name: str, *, device: torch.device, variant: str | None = None) -> System:
-    """A system of `SYSTEMS`, else the EarVAE of that folder, bundled name or Hub repository.
+    """A codec of `ear_vae.evaluation.codecs`, else the EarVAE of that folder, bundled name or Hub repository.
 
     Args:
-        name: As the user gave it, which is what tables call it.
+        name: As the user gave it, which is what tables call it: `dac`, `encodec`, `sao` or `agc`, one of
+            these with `=` and where to load it from, or what `EarVAE.from_pretrained` takes. A folder of
+            such a name is `./dac`.
         device: Where it computes.
         variant: Of a repository that holds several EarVAE models.
 
     Raises:
-        EarVAEError: As `EarVAE.from_pretrained`.
+        EarVAEError: As `EarVAE.from_pretrained`, or `ear_vae.evaluation.codecs.CodecSystem`.
     """
-    if name in SYSTEMS:
-        return SYSTEMS[name](device)
+    from ear_vae.evaluation.codecs import load_codec
+
+    if (codec := load_codec(name, device=device)) is not None:
+        return codec
     from ear_vae.vae import EarVAE
 
     return EarVAESystem(EarVAE.from_pretrained(name, variant=variant, device=device), name=name)

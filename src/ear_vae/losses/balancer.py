@@ -61,7 +61,9 @@ class LossBalancer(nn.Module):
         if set(terms) != set(self.names):
             raise EarVAEError(f"the balancer was made for {sorted(self.names)}, got {sorted(terms)}")
         gradients = [torch.autograd.grad(terms[n], output, retain_graph=True)[0] for n in self.names]
-        now = torch.stack([g.flatten(1).double().norm(dim=1).mean() for g in gradients])
+        # The terms are means over the batch: an item's own gradient is that many times as large.
+        items = len(output)
+        now = torch.stack([items * g.flatten(1).double().norm(dim=1).mean() for g in gradients])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             # The norm of one process is of its own part of the batch, all of them scale alike.
             torch.distributed.all_reduce(now)
@@ -73,7 +75,7 @@ class LossBalancer(nn.Module):
         means = self.norms / (1 - self.decay ** int(self.updates))
         total = sum(weights[name] for name in self.names)
         scales = [
-            self.total_norm / len(output) * weights[name] / total / (float(mean) + _EPSILON)
+            self.total_norm * weights[name] / total / (float(mean) + _EPSILON)
             for name, mean in zip(self.names, means, strict=True)
         ]
         return torch.stack([scale * g for scale, g in zip(scales, gradients, strict=True)]).sum(dim=0)

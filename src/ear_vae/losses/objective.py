@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ear_vae.dsp.spectral import MultiResolutionSTFT, mel_bands
 from ear_vae.dsp.stereo import mid_side_left_right
-from ear_vae.dsp.weighting import k_weight
+from ear_vae.dsp.weighting import a_weight, k_weight
 from ear_vae.errors import EarVAEError
-from ear_vae.losses import phase, spectral
+from ear_vae.losses import spectral
+from ear_vae.losses.phase import PhaseComparison
+from ear_vae.losses.spectral import Planar
 from ear_vae.posterior import Posterior
 
 DEFAULT_WINDOW_SIZES = (2048, 1024, 512, 256, 128)
@@ -33,33 +36,46 @@ ADVERSARIAL_TERMS = ("adversarial", "feature_matching")
 # Of the bins of an STFT to a band: wide enough that a band's level hardly fluctuates.
 _BINS_PER_BAND = 16
 
-# Magnitudes are compared on mid, side, left and right, phase on left and right only: the phase of
-# mid and side follows from theirs, while its bins can be silent where those of the channels are not.
+# The filter ahead of every term, and the signals whose magnitudes are compared.
+Weighting = Literal["k", "a", "none"]
+MagnitudeChannels = Literal["mslr", "lr"]
+
+_WEIGHTINGS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "k": k_weight,
+    "a": a_weight,
+    "none": lambda audio, sample_rate: audio,
+}
 _MAGNITUDE_TERMS = {
     "spectral_convergence": spectral.spectral_convergence,
     "log_magnitude": spectral.log_magnitude,
 }
+# Phase is compared on left and right only: the phase of mid and side follows from theirs, while its bins
+# can be silent where those of the channels are not.
 _PHASE_TERMS = {
-    "correlation": phase.correlation,
-    "instantaneous_frequency": phase.instantaneous_frequency,
-    "group_delay": phase.group_delay,
+    "correlation": PhaseComparison.correlation,
+    "instantaneous_frequency": PhaseComparison.instantaneous_frequency,
+    "group_delay": PhaseComparison.group_delay,
 }
 
 
 class ReconstructionObjective(nn.Module):
-    """The paper's reconstruction losses between K-weighted signals, and the KL divergence.
+    """The paper's reconstruction losses between weighted signals, and the KL divergence.
 
-    Both signals are K-weighted and transformed once for each window size; every spectral term reads the
-    same spectra, mid and side being sums and differences of the left and right ones.
+    Both signals are filtered and transformed once for each window size; every spectral term reads the
+    same spectra and magnitudes, mid and side being sums and differences of the left and right spectra.
 
     Args:
         sample_rate: Of the audio, in Hz.
         weights: Weight of each term by name, over the defaults of `DEFAULT_LOSS_WEIGHTS`. A term with
             weight 0 is not computed.
         window_sizes: Of the STFTs, in samples.
+        weighting: Filter ahead of all terms but the KL divergence: `k` and `a` as in `ear_vae.dsp.weighting`,
+            or `none`.
+        magnitude_channels: Compare magnitudes on mid, side, left and right (`mslr`) or on left and right
+            only (`lr`).
 
     Raises:
-        EarVAEError: An unknown term or a negative weight.
+        EarVAEError: An unknown term, weighting or choice of channels, or a negative weight.
     """
 
     def __init__(
@@ -68,8 +84,17 @@ class ReconstructionObjective(nn.Module):
         *,
         weights: Mapping[str, float] | None = None,
         window_sizes: Sequence[int] = DEFAULT_WINDOW_SIZES,
+        weighting: Weighting = "k",
+        magnitude_channels: MagnitudeChannels = "mslr",
     ) -> None:
         super().__init__()
+        if weighting not in _WEIGHTINGS:
+            raise EarVAEError(f"weighting must be one of {', '.join(_WEIGHTINGS)}, got {weighting!r}")
+        if magnitude_channels not in get_args(MagnitudeChannels):
+            raise EarVAEError(
+                f"magnitude_channels must be one of {', '.join(get_args(MagnitudeChannels))}, "
+                f"got {magnitude_channels!r}"
+            )
         unknown = sorted(set(weights or {}) - set(DEFAULT_LOSS_WEIGHTS))
         if unknown:
             raise EarVAEError(f"unknown loss terms {unknown}; the terms are {list(DEFAULT_LOSS_WEIGHTS)}")
@@ -80,6 +105,8 @@ class ReconstructionObjective(nn.Module):
                 f"loss weights must be 0 or more, got {[(n, self.weights[n]) for n in negative]}"
             )
         self.sample_rate = sample_rate
+        self.weighting = weighting
+        self.magnitude_channels = magnitude_channels
         self.stft = MultiResolutionSTFT(window_sizes)
         self._bands = [f"bands_{size}" for size in window_sizes]
         for name, size in zip(self._bands, window_sizes, strict=True):
@@ -107,9 +134,10 @@ class ReconstructionObjective(nn.Module):
             )
         # Under autocast too, spectra and logarithms of magnitudes need single precision.
         with torch.autocast(device_type=estimate.device.type, enabled=False):
-            x = k_weight(estimate.float(), self.sample_rate)
+            weight = _WEIGHTINGS[self.weighting]
+            x = weight(estimate.float(), self.sample_rate)
             with torch.no_grad():
-                y = k_weight(target.float(), self.sample_rate)
+                y = weight(target.float(), self.sample_rate)
             terms = self._spectral_terms(x, y)
             if self.weights["waveform"]:
                 terms["waveform"] = spectral.waveform(x, y)
@@ -134,12 +162,23 @@ class ReconstructionObjective(nn.Module):
             return {}
         with torch.no_grad():
             targets = self.stft(target)
-        for x, y, bands in zip(self.stft(estimate), targets, self._bands, strict=True):
-            x_four, y_four = mid_side_left_right(x, dim=1), mid_side_left_right(y, dim=1)
+        for estimate_spectrum, target_spectrum, bands in zip(
+            self.stft(estimate), targets, self._bands, strict=True
+        ):
+            x, y = Planar.of(estimate_spectrum), Planar.of(target_spectrum)
+            x_size, y_size = self._magnitudes(x), self._magnitudes(y)
             for name, term in magnitude_terms.items():
-                sums[name].append(term(x_four, y_four))
-            for name, term in phase_terms.items():
-                sums[name].append(term(x, y))
+                sums[name].append(term(x_size, y_size))
             for name in level_terms:
-                sums[name].append(spectral.band_level(x_four, y_four, self.get_buffer(bands)))
+                sums[name].append(spectral.band_level(x_size, y_size, self.get_buffer(bands)))
+            if phase_terms:
+                phases = PhaseComparison(x, y, x_size[:, -2:], y_size[:, -2:])
+                for name, phase_term in phase_terms.items():
+                    sums[name].append(phase_term(phases))
         return {name: torch.stack(values).mean() for name, values in sums.items()}
+
+    def _magnitudes(self, stereo: Planar) -> Tensor:
+        """Of the compared signals, left and right last, [B, 4 or 2, F, frames]."""
+        if self.magnitude_channels == "lr":
+            return stereo.magnitude()
+        return Planar(*(mid_side_left_right(part, dim=1) for part in stereo)).magnitude()

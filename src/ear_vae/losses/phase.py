@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ear_vae.losses.spectral import MAGNITUDE_FLOOR, magnitude
+from ear_vae.losses.spectral import MAGNITUDE_FLOOR, Planar
 
 _PRODUCT_EPSILON = 1e-8
+_FRAMES, _BINS = -1, -2
 
 
 def correlation(estimate: Tensor, target: Tensor) -> Tensor:
@@ -22,9 +23,7 @@ def correlation(estimate: Tensor, target: Tensor) -> Tensor:
 
     Reference: the correlation loss of arXiv 2509.14912.
     """
-    product = magnitude(estimate) * magnitude(target)
-    aligned = estimate.real * target.real + estimate.imag * target.imag
-    return 1 - (aligned / (product + _PRODUCT_EPSILON)).mean()
+    return PhaseComparison.of(estimate, target).correlation()
 
 
 def instantaneous_frequency(estimate: Tensor, target: Tensor) -> Tensor:
@@ -40,7 +39,7 @@ def instantaneous_frequency(estimate: Tensor, target: Tensor) -> Tensor:
 
     Reference: the phase-derivative losses of arXiv 2509.14912.
     """
-    return _phase_step_distance(estimate, target, dim=-1)
+    return PhaseComparison.of(estimate, target).instantaneous_frequency()
 
 
 def group_delay(estimate: Tensor, target: Tensor) -> Tensor:
@@ -48,24 +47,70 @@ def group_delay(estimate: Tensor, target: Tensor) -> Tensor:
 
     Args and returns as `instantaneous_frequency`.
     """
-    return _phase_step_distance(estimate, target, dim=-2)
+    return PhaseComparison.of(estimate, target).group_delay()
 
 
-def _phase_step_distance(estimate: Tensor, target: Tensor, dim: int) -> Tensor:
-    """Mean |angle of (X₁ X₀*) (Y₁ Y₀*)*| over neighbours 0 and 1 along `dim`."""
-    estimate_step = _neighbour_product(estimate, dim)
-    target_step = _neighbour_product(target, dim)
-    floor = MAGNITUDE_FLOOR**2
-    audible = (estimate_step.detach().abs() > floor) & (target_step.abs() > floor)
-    # The target's step only turns: at unit length it keeps the product, and the square of it that the
-    # gradient of the angle divides by, within single precision. A silent bin has no phase; it is
-    # replaced before the angle is taken, so that no NaN reaches the gradient.
-    turned = estimate_step * target_step.conj() / target_step.abs().clamp(min=floor)
-    turned = torch.where(audible, turned, torch.ones_like(turned))
-    axes = tuple(range(1, turned.ndim))
-    return (torch.angle(turned).abs().sum(axes) / audible.sum(axes).clamp(min=1)).mean()
+class PhaseComparison:
+    """An estimate's spectrum turned back by its target's phase, X Y* / |Y|, which all terms here read.
+
+    Args:
+        estimate: Spectra X, [B, C, F, frames].
+        target: Spectra Y, same shape; no gradient flows to it.
+        estimate_magnitude: |X|.
+        target_magnitude: |Y|.
+    """
+
+    def __init__(
+        self, estimate: Planar, target: Planar, estimate_magnitude: Tensor, target_magnitude: Tensor
+    ) -> None:
+        self.estimate_magnitude, self.target_magnitude = estimate_magnitude, target_magnitude
+        # The target only turns: at unit length it keeps products of neighbours, and the square of them
+        # that the gradient of the angle divides by, within single precision.
+        cosine, sine = (part / target_magnitude for part in target)
+        self.turned = Planar(
+            torch.addcmul(estimate.real * cosine, estimate.imag, sine),
+            torch.addcmul(estimate.imag * cosine, estimate.real, sine, value=-1),
+        )
+
+    @classmethod
+    def of(cls, estimate: Tensor, target: Tensor) -> PhaseComparison:
+        """Of complex spectra [..., F, frames]."""
+        x, y = Planar.of(estimate), Planar.of(target)
+        return cls(x, y, x.magnitude(), y.magnitude())
+
+    def correlation(self) -> Tensor:
+        """See the function of this name."""
+        product = self.estimate_magnitude * self.target_magnitude
+        return 1 - (self.turned.real * self.target_magnitude / (product + _PRODUCT_EPSILON)).mean()
+
+    def instantaneous_frequency(self) -> Tensor:
+        """See the function of this name."""
+        return self._step_distance(_FRAMES)
+
+    def group_delay(self) -> Tensor:
+        """See the function of this name."""
+        return self._step_distance(_BINS)
+
+    def _step_distance(self, dim: int) -> Tensor:
+        """Mean |angle of (X₁ X₀*) (Y₁ Y₀*)*| over neighbours 0 and 1 along `dim`."""
+        floor = MAGNITUDE_FLOOR**2
+        estimate_before, estimate_after = _neighbours(self.estimate_magnitude.detach(), dim)
+        target_before, target_after = _neighbours(self.target_magnitude, dim)
+        silent = (estimate_before * estimate_after <= floor) | (target_before * target_after <= floor)
+        real_before, real_after = _neighbours(self.turned.real, dim)
+        imag_before, imag_after = _neighbours(self.turned.imag, dim)
+        # A silent bin has no phase; it is replaced before the angle is taken, so that no NaN reaches
+        # the gradient.
+        real = torch.addcmul(real_after * real_before, imag_after, imag_before).masked_fill(silent, 1)
+        imag = torch.addcmul(imag_after * real_before, real_after, imag_before, value=-1).masked_fill(
+            silent, 0
+        )
+        axes = tuple(range(1, silent.ndim))
+        audible = (~silent).sum(axes).clamp(min=1)
+        return (torch.atan2(imag, real).abs().sum(axes) / audible).mean()
 
 
-def _neighbour_product(spectrum: Tensor, dim: int) -> Tensor:
-    length = spectrum.shape[dim] - 1
-    return spectrum.narrow(dim, 1, length) * spectrum.narrow(dim, 0, length).conj()
+def _neighbours(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """All but the last and all but the first along `dim`."""
+    length = x.shape[dim] - 1
+    return x.narrow(dim, 0, length), x.narrow(dim, 1, length)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import warnings
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -19,6 +20,7 @@ from ear_vae.training.module import EarVAEModule
 _LOG = logging.getLogger(__name__)
 _BASE = "base"
 _EXIT_TERMINATED = 128 + signal.SIGTERM
+_EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 
 class FitCLI(LightningCLI):
@@ -46,12 +48,17 @@ def main(arguments: Sequence[str]) -> int:
             of times; later ones override earlier ones. Before the first shipped one comes `base`.
 
     Returns:
-        0, or 143 when the process was told to terminate and has written a checkpoint to resume from.
+        0, or 143 when the process was told to terminate, 130 when it was interrupted; it has written a
+        checkpoint to resume from then.
 
     Raises:
         EarVAEError: No such config, or anything that the module or the data refuses.
         SystemExit: Usage errors, as argparse raises them.
     """
+    # Lightning's own, to its authors.
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
+    interrupts: list[int] = []
+    usual = signal.signal(signal.SIGINT, lambda number, _: _interrupt(interrupts, number))
     try:
         FitCLI(
             EarVAEModule,
@@ -62,9 +69,21 @@ def main(arguments: Sequence[str]) -> int:
             save_config_kwargs={"overwrite": True},
         )
     except SIGTERMException:
-        _LOG.warning("terminated after writing a checkpoint; go on with --ckpt_path FOLDER/last.ckpt")
-        return _EXIT_TERMINATED
+        _LOG.warning("stopped after writing a checkpoint; go on with --ckpt_path FOLDER/last.ckpt")
+        return _EXIT_INTERRUPTED if interrupts else _EXIT_TERMINATED
+    finally:
+        signal.signal(signal.SIGINT, usual)
     return 0
+
+
+def _interrupt(interrupts: list[int], number: int) -> None:
+    """The first Ctrl-C lets the step end and a checkpoint be written, as SIGTERM does."""
+    interrupts.append(number)
+    if len(interrupts) == 1 and callable(signal.getsignal(signal.SIGTERM)):
+        _LOG.warning("interrupted: ending the step and writing a checkpoint; once more to stop at once")
+        signal.raise_signal(signal.SIGTERM)
+    else:
+        raise KeyboardInterrupt
 
 
 def shipped_configs() -> dict[str, Path]:

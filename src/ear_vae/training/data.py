@@ -1,174 +1,58 @@
-"""Folders of music as training data."""
+"""Audio files as training and validation data."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import lightning as L
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
-from ear_vae.audio import audio_info, find_audio_files, read_audio, resample
+from ear_vae.audio import read_audio, resample
 from ear_vae.errors import EarVAEError
-
-_LOG = logging.getLogger(__name__)
-# Samples read around a segment that has to be resampled, so that its edges see their neighbours.
-_RESAMPLING_CONTEXT = 512
-
-
-@dataclass(frozen=True)
-class AudioFile:
-    """One readable file and what its header says."""
-
-    path: Path
-    sample_rate: int
-    num_samples: int
-
-    @property
-    def duration_seconds(self) -> float:
-        return self.num_samples / self.sample_rate
-
-
-def scan_folder(folder: Path, min_seconds: float) -> list[AudioFile]:
-    """The audio files below `folder` that are at least `min_seconds` long, in the order of their paths.
-
-    Files that cannot be read and files that are too short are reported through `logging` and left out.
-
-    Raises:
-        EarVAEError: The folder does not exist, or nothing usable is in it.
-    """
-    paths = find_audio_files(folder)
-    with ThreadPoolExecutor() as pool:
-        found = list(pool.map(_probe, paths))
-    readable = [file for file in found if isinstance(file, AudioFile)]
-    for error in (entry for entry in found if isinstance(entry, EarVAEError)):
-        _LOG.warning("skipped: %s", error)
-    usable = [file for file in readable if file.duration_seconds >= min_seconds]
-    if len(usable) < len(readable):
-        _LOG.warning("skipped %d files shorter than %.2f s", len(readable) - len(usable), min_seconds)
-    if not usable:
-        raise EarVAEError(
-            f"{folder}: nothing to train on: {len(paths)} audio files, {len(readable)} of them readable, "
-            f"none at least {min_seconds:.2f} s long"
-        )
-    return usable
-
-
-class SegmentDataset(Dataset[Tensor]):
-    """Random segments of files; item `index` is always the same segment for one seed.
-
-    A file is drawn with a probability proportional to its duration, a position in it uniformly. The
-    segment is read by seeking and resampled if needed; mono files become stereo.
-
-    Args:
-        files: What to draw from.
-        sample_rate: Of the segments, in Hz.
-        segment_samples: Length of a segment.
-        seed: Fixes which segment an index stands for.
-        augment: Draw a gain of -6 to 0 dB, a channel swap and a polarity flip, none of which
-            changes the relation between the channels' phases.
-    """
-
-    def __init__(
-        self,
-        files: list[AudioFile],
-        *,
-        sample_rate: int,
-        segment_samples: int,
-        seed: int,
-        augment: bool,
-    ) -> None:
-        self.files = files
-        self.sample_rate = sample_rate
-        self.segment_samples = segment_samples
-        self.seed = seed
-        self.augment = augment
-        self._weights = torch.tensor([file.duration_seconds for file in files], dtype=torch.float64)
-
-    def __getitem__(self, index: int) -> Tensor:
-        """Segment [2, segment_samples]; a file that fails to decode is replaced by another, and reported."""
-        generator = torch.Generator().manual_seed(hash((self.seed, index)) % 2**63)
-        for _ in range(len(self.files)):
-            file = self.files[int(torch.multinomial(self._weights, 1, generator=generator))]
-            try:
-                segment = self._read(file, float(torch.rand(1, generator=generator)))
-            except EarVAEError as error:
-                _LOG.warning("skipped: %s", error)
-                continue
-            return self._augmented(segment, generator) if self.augment else segment
-        raise EarVAEError(f"none of the {len(self.files)} training files could be read")
-
-    def _read(self, file: AudioFile, position: float) -> Tensor:
-        length = -(-self.segment_samples * file.sample_rate // self.sample_rate)
-        start = int(position * (file.num_samples - length + 1))
-        if file.sample_rate == self.sample_rate:
-            audio, _ = read_audio(file.path, start=start, num_samples=length)
-        else:
-            before = min(start, _RESAMPLING_CONTEXT)
-            audio, _ = read_audio(
-                file.path, start=start - before, num_samples=before + length + _RESAMPLING_CONTEXT
-            )
-            audio = resample(audio, file.sample_rate, self.sample_rate)
-            audio = audio[:, before * self.sample_rate // file.sample_rate :]
-        audio = audio[:, : self.segment_samples]
-        audio = torch.nn.functional.pad(audio, (0, self.segment_samples - audio.shape[1]))
-        return audio.expand(2, -1) if audio.shape[0] == 1 else audio
-
-    @staticmethod
-    def _augmented(segment: Tensor, generator: torch.Generator) -> Tensor:
-        gain_db, swap, flip = torch.rand(3, generator=generator).tolist()
-        gain = 10 ** (-6 * gain_db / 20) * (-1 if flip < 0.5 else 1)
-        return gain * (segment.flip(0) if swap < 0.5 else segment)
-
-
-class SegmentSampler(Sampler[int]):
-    """Consecutive indices, each epoch continuing where the one before ended."""
-
-    def __init__(self, segments_per_epoch: int) -> None:
-        self.segments_per_epoch = segments_per_epoch
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer at the start of each epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.segments_per_epoch
-
-    def __iter__(self) -> Iterator[int]:
-        start = self.epoch * self.segments_per_epoch
-        yield from range(start, start + self.segments_per_epoch)
+from ear_vae.training.loading import SegmentLoader
+from ear_vae.training.segments import Augmentation, SegmentDataset
+from ear_vae.training.sources import AudioFile, Policy, find_files
 
 
 class AudioDataModule(L.LightningDataModule):
-    """Random training segments and fixed validation segments from folders of audio in any format.
+    """Random training segments and fixed validation excerpts of audio files in any format.
+
+    Which segments a step trains on follows from `seed` and the number of the step alone: not from the
+    number of workers or processes, and not from interruptions.
 
     Args:
-        folder: Training audio, searched recursively.
-        validation_folder: Validation audio; without one the Trainer skips validation.
+        folder: Training audio: a folder, which is searched recursively, a manifest (`.csv` or `.jsonl`, see
+            `ear_vae.training.sources.find_files`), or a list of these.
+        validation_folder: Validation audio, likewise; without it there is no validation.
         sample_rate: What everything is resampled to, in Hz; the model's.
         segment_seconds: Length of a training segment, rounded to whole `segment_multiple`s.
         segment_multiple: In samples; the model's downsampling ratio.
         validation_seconds: Length of a validation excerpt, taken from the middle of each file.
-        batch_size: Segments per step.
-        segments_per_epoch: After which the Trainer's epoch ends.
+        batch_size: Segments per step and process.
+        segments_per_epoch: After which the Trainer's epoch ends, over all processes.
         num_workers: Processes that read ahead.
-        augment: Random gain, channel swap and polarity on training segments.
-        seed: Fixes the order and position of all segments.
+        augmentation: What is done to training segments; None for nothing.
+        min_level_db: Training segments quieter than this, as root mean square in dB under full scale, are
+            drawn again; None keeps silence.
+        mono: `duplicate` makes two equal channels of mono files; `skip` leaves them out, and draws segments
+            with two equal channels again.
+        min_bandwidth_hz: Leaves out files whose spectrum breaks off below, as that of many mp3s does at
+            16 kHz. Finding out takes a while, once.
+        cache_dir: Where lengths and bandwidths of files are remembered; the user's cache by default.
+        seed: Fixes which segments are drawn.
 
     Raises:
-        EarVAEError: A value is out of range; on `setup`, a folder holds nothing usable.
+        EarVAEError: A value is out of range; on `setup`, nothing usable is found.
     """
 
     def __init__(
         self,
-        folder: str | Path,
-        validation_folder: str | Path | None = None,
+        # A list first: as text, any text would do.
+        folder: list[str] | str | Path,
+        validation_folder: list[str] | str | Path | None = None,
         sample_rate: int = 44_100,
         segment_seconds: float = 1.5,
         segment_multiple: int = 1024,
@@ -176,7 +60,11 @@ class AudioDataModule(L.LightningDataModule):
         batch_size: int = 8,
         segments_per_epoch: int = 8_000,
         num_workers: int = 2,
-        augment: bool = True,
+        augmentation: Augmentation | None = Augmentation(),
+        min_level_db: float | None = -60.0,
+        mono: Literal["duplicate", "skip"] = "duplicate",
+        min_bandwidth_hz: float | None = None,
+        cache_dir: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -184,8 +72,10 @@ class AudioDataModule(L.LightningDataModule):
             raise EarVAEError(
                 "batch_size, segments_per_epoch and segment_multiple must be at least 1, num_workers 0"
             )
-        self.folder = Path(folder)
-        self.validation_folder = Path(validation_folder) if validation_folder else None
+        if not segment_seconds > 0 or not validation_seconds > 0:
+            raise EarVAEError("segment_seconds and validation_seconds must be more than 0")
+        self.sources = _paths(folder)
+        self.validation_sources = [] if validation_folder is None else _paths(validation_folder)
         self.sample_rate = sample_rate
         self.segment_samples = (
             max(1, round(segment_seconds * sample_rate / segment_multiple)) * segment_multiple
@@ -194,51 +84,67 @@ class AudioDataModule(L.LightningDataModule):
         self.batch_size = batch_size
         self.segments_per_epoch = segments_per_epoch
         self.num_workers = num_workers
-        self.augment = augment
+        self.augmentation = augmentation
+        self.min_level_db = min_level_db
+        speed = 0.0 if augmentation is None else augmentation.speed
+        self.policy = Policy(self.segment_samples / sample_rate * (1 + speed), min_bandwidth_hz, mono)
+        self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.seed = seed
         self.train_files: list[AudioFile] = []
         self.validation_files: list[AudioFile] = []
 
     def setup(self, stage: str) -> None:
-        """Reads the headers of all files; called by the Trainer."""
+        """Finds the files; called by the Trainer."""
         if stage == "fit" and not self.train_files:
-            self.train_files = scan_folder(self.folder, self.segment_samples / self.sample_rate)
-        if self.validation_folder and not self.validation_files:
-            self.validation_files = scan_folder(self.validation_folder, self.validation_seconds)
+            self.train_files = find_files(self.sources, self.policy, cache_dir=self.cache_dir)
+        if self.validation_sources and not self.validation_files:
+            policy = Policy(self.validation_seconds)
+            self.validation_files = find_files(self.validation_sources, policy, cache_dir=self.cache_dir)
+        if not self.validation_sources and self.trainer is not None:
+            # An empty loader would do the same, but each rank and epoch would warn of it.
+            self.trainer.limit_val_batches = 0
 
-    def train_dataset(
-        self, *, segment_samples: int | None = None, augment: bool | None = None
-    ) -> SegmentDataset:
-        """The training segments, optionally of another length or without augmentation."""
-        return SegmentDataset(
-            self.train_files,
-            sample_rate=self.sample_rate,
-            segment_samples=segment_samples or self.segment_samples,
-            seed=self.seed,
-            augment=self.augment if augment is None else augment,
-        )
+    def segments(self, *, samples: int | None = None) -> SegmentDataset:
+        """Training segments as they are in the files, without augmentation.
 
-    def train_dataloader(self) -> DataLoader[Tensor]:
+        Args:
+            samples: Length of a segment; that of the training segments by default.
+        """
+        return self._dataset(samples or self.segment_samples, None)
+
+    def train_dataloader(self) -> SegmentLoader:
         """Batches [B, 2, segment_samples] of random segments."""
-        return DataLoader(
-            self.train_dataset(),
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return SegmentLoader(
+            self._dataset(self.segment_samples, self.augmentation),
             batch_size=self.batch_size,
-            sampler=SegmentSampler(self.segments_per_epoch),
+            segments_per_epoch=self.segments_per_epoch,
+            rank=0 if self.trainer is None else self.trainer.global_rank,
+            processes=1 if self.trainer is None else self.trainer.world_size,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            drop_last=True,
+            pin_memory=on_gpu,
         )
 
-    def val_dataloader(self) -> DataLoader[Tensor] | list[DataLoader[Tensor]]:
-        """One excerpt [1, 2, T] per validation file."""
-        if not self.validation_files:
-            return []
+    def val_dataloader(self) -> DataLoader[Tensor]:
+        """One excerpt [1, 2, T] of each validation file."""
         dataset = _MiddleExcerpts(self.validation_files, self.sample_rate, self.validation_seconds)
         return DataLoader(dataset, batch_size=1)
 
+    def _dataset(self, segment_samples: int, augmentation: Augmentation | None) -> SegmentDataset:
+        return SegmentDataset(
+            self.train_files,
+            sample_rate=self.sample_rate,
+            segment_samples=segment_samples,
+            seed=self.seed,
+            augmentation=augmentation,
+            min_level_db=self.min_level_db,
+            mono=self.policy.mono,
+        )
+
 
 class _MiddleExcerpts(Dataset[Tensor]):
-    def __init__(self, files: list[AudioFile], sample_rate: int, seconds: float) -> None:
+    def __init__(self, files: Sequence[AudioFile], sample_rate: int, seconds: float) -> None:
         self.files, self.sample_rate, self.seconds = files, sample_rate, seconds
 
     def __len__(self) -> int:
@@ -252,9 +158,8 @@ class _MiddleExcerpts(Dataset[Tensor]):
         return audio.expand(2, -1) if audio.shape[0] == 1 else audio
 
 
-def _probe(path: Path) -> AudioFile | EarVAEError:
-    try:
-        info = audio_info(path)
-    except EarVAEError as error:
-        return error
-    return AudioFile(path, info.sample_rate, info.num_samples)
+def _paths(sources: Sequence[str] | str | Path) -> list[Path]:
+    listed = [sources] if isinstance(sources, (str, Path)) else list(sources)
+    if not listed:
+        raise EarVAEError("an empty list of folders; give at least one")
+    return [Path(source) for source in listed]

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from ear_vae.config import EarVAEConfig
 from ear_vae.discriminator import Discriminator, DiscriminatorConfig
-from ear_vae.dsp.distortion import si_sdr_db
 from ear_vae.errors import EarVAEError
+from ear_vae.evaluation import ReconstructionMetrics
 from ear_vae.losses import ReconstructionObjective, adversarial
 from ear_vae.losses.balancer import LossBalancer
-from ear_vae.losses.objective import ADVERSARIAL_TERMS, DEFAULT_WINDOW_SIZES
+from ear_vae.losses.objective import ADVERSARIAL_TERMS, DEFAULT_WINDOW_SIZES, MagnitudeChannels, Weighting
 from ear_vae.training import filter_bank
 from ear_vae.training.average import AveragedWeights
 from ear_vae.training.data import AudioDataModule
@@ -31,6 +31,7 @@ _FILTER_BANK_SEGMENTS = 192
 _FILTER_BANK_FRAMES = 96
 # Terms that are no function of the rebuilt audio; the balancer leaves them as they are.
 _PENALTIES = ("kl",)
+_VALIDATION_METRICS = ("si_sdr_db", "mel_distance", "stft_distance", "icpc", "ccpc")
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,16 @@ class ObjectiveConfig:
     Args:
         weights: Of the loss terms by name, over `losses.objective.DEFAULT_LOSS_WEIGHTS`.
         window_sizes: Of the STFTs, in samples.
+        weighting: Filter ahead of the reconstruction terms: `k`, `a` or `none`.
+        magnitude_channels: Compare magnitudes on mid, side, left and right (`mslr`), or without mid and side
+            (`lr`).
         balanced: Make each weight a share of the gradient on the rebuilt audio (`losses.balancer`).
     """
 
     weights: dict[str, float] = field(default_factory=dict)
     window_sizes: tuple[int, ...] = DEFAULT_WINDOW_SIZES
+    weighting: Weighting = "k"
+    magnitude_channels: MagnitudeChannels = "mslr"
     balanced: bool = False
 
 
@@ -130,9 +136,14 @@ class EarVAEModule(L.LightningModule):
         self.vae.encoder.requires_grad_(train_encoder)
         apply_weight_norm(self.normalized)
         self.objective = ReconstructionObjective(
-            self.vae.sample_rate, weights=objective.weights, window_sizes=objective.window_sizes
+            self.vae.sample_rate,
+            weights=objective.weights,
+            window_sizes=objective.window_sizes,
+            weighting=objective.weighting,
+            magnitude_channels=objective.magnitude_channels,
         )
         self.discriminator = None if discriminator is None else Discriminator(discriminator)
+        self.metrics = ReconstructionMetrics(self.vae.sample_rate, _VALIDATION_METRICS)
         self.balancer = LossBalancer(self._terms_of_output()) if objective.balanced else None
         self.optimizer_config = optimizer
         self.discriminator_optimizer_config = discriminator_optimizer
@@ -191,14 +202,22 @@ class EarVAEModule(L.LightningModule):
         self._log_values("train", logged)
         self.log("train/skipped_steps", float(sum(s.total for s in self.skipped.values())))
         self.log("train/learning_rate", vae_optimization.schedule.get_last_lr()[0])
+        for other in others:
+            self.log(f"train/{other.what}_learning_rate", other.schedule.get_last_lr()[0])
 
     def validation_step(self, batch: Tensor, batch_index: int) -> None:
-        """The terms and the SI-SDR in dB on audio [1, 2, T], decoded from the posterior's mean."""
+        """The terms and the paper's metrics on audio [1, 2, T], decoded from the posterior's mean."""
         estimate, posterior = self.reconstruct(batch)
         terms = self.objective.terms(estimate, batch, posterior)
         terms["total"] = self.objective.total(terms)
-        terms["si_sdr_db"] = si_sdr_db(estimate, batch).mean()
         self._log_values("validation", terms)
+        self.metrics.update(estimate, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the metrics over all excerpts that have them."""
+        for name, value in self.metrics.compute().items():
+            self.log(f"validation/{name}", value.float(), prog_bar=True)
+        self.metrics.reset()
 
     def reconstruct(self, audio: Tensor) -> Reconstruction:
         """Rebuilds audio [B, 2, T] from the posterior's mean, with the average of the weights if any."""
@@ -287,6 +306,8 @@ class EarVAEModule(L.LightningModule):
             weights = {name: weight for name, weight in weights.items() if name not in ADVERSARIAL_TERMS}
         settings = {
             "loss weights": ", ".join(f"{name} {weight:g}" for name, weight in weights.items()),
+            "weighting": self.objective.weighting,
+            "magnitude channels": self.objective.magnitude_channels,
             "balanced": "yes" if self.balancer is not None else "no",
             "STFT windows": ", ".join(map(str, self.objective.stft.window_sizes)),
             "optimizer": _described(self.optimizer_config),
@@ -372,7 +393,7 @@ class EarVAEModule(L.LightningModule):
             _FILTER_BANK_FRAMES * self.vae.downsampling_ratio,
             int(min(f.duration_seconds for f in data.train_files) * self.vae.sample_rate),
         )
-        segments = data.train_dataset(segment_samples=length, augment=False)
+        segments = data.segments(samples=length)
         audio = torch.stack([segments[index] for index in range(_FILTER_BANK_SEGMENTS)])
         choice = filter_bank.plan(self.vae.config, filter_bank.analyse(self.vae.config, audio))
         start = self.folded(averaged=False)

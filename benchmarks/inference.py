@@ -1,0 +1,346 @@
+"""How fast encode and decode are, against the straight path and against what the machine can do.
+
+    python benchmarks/inference.py [--quick] [--seconds 1 10 60 600] [--batch 1 4 16] [--json OUT.json]
+
+Random weights of the published size. In one run, turn by turn: `straight`, the network as published (weight
+norm on, the plain Snake formula, the whole clip at once, eager; on a GPU with and without TF32), `ear_vae`,
+and `diffusers`, its AutoencoderOobleck of the same width, where that library is installed. Each has a process
+of its own, so that its peak memory can be told. A time is the median of the repeats after one that is not
+counted.
+
+Peak memory is what a process holds at most beyond Python and torch: weights, audio and activations. The
+straight path is left out where batch times length exceeds 60 s. The fraction of the peak is that of the best
+of several matrix products on the same device, in the same dtype and with the same threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ear_vae import EarVAE, EarVAEConfig
+from ear_vae._files import atomic_path
+from ear_vae.network.blocks import Snake
+from ear_vae.training.weight_norm import apply_weight_norm
+
+STRAIGHT, OURS, DIFFUSERS = "straight", "ear_vae", "diffusers"
+DIRECTIONS = ("encode", "decode")
+MOST_STRAIGHT_SECONDS = 60
+MATRIX_SIZES = (1024, 2048, 4096)
+COLUMNS = (
+    *("implementation", "direction", "seconds", "batch", "device", "dtype", "time_s", "times_real_time"),
+    *("ratio_to_straight", "gflops", "peak_gflops", "fraction_of_peak", "peak_memory_mb", "max_abs_error"),
+)
+
+
+class PlainSnake(nn.Module):
+    """The formula as it is written down, one operation at a time."""
+
+    def __init__(self, snake: Snake) -> None:
+        super().__init__()
+        self.log_alpha, self.log_beta = snake.log_alpha, snake.log_beta
+
+    def forward(self, x: Tensor) -> Tensor:
+        alpha, beta = self.log_alpha.exp()[:, None], self.log_beta.exp()[:, None]
+        return x + 1 / (beta + 1e-9) * torch.pow(torch.sin(x * alpha), 2)
+
+
+def straight(vae: EarVAE) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Both directions as published."""
+    for parent in list(vae.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, Snake):
+                setattr(parent, name, PlainSnake(child))
+    apply_weight_norm(vae)
+
+    def decode(latents: Tensor) -> Tensor:
+        assert vae.transformer is not None
+        return vae.decoder(vae.transformer(latents))
+
+    return {"encode": lambda audio: vae.encoder(audio).chunk(2, dim=1)[0], "decode": decode}
+
+
+def ours(vae: EarVAE) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Both directions as the package offers them."""
+    return {"encode": lambda audio: vae.encode(audio).mean, "decode": vae.decode}
+
+
+def of_diffusers(config: EarVAEConfig) -> tuple[nn.Module, dict[str, Callable[[Tensor], Tensor]]]:
+    """The peer: the same blocks and widths, without the transformer."""
+    from diffusers import AutoencoderOobleck
+
+    model = AutoencoderOobleck(
+        encoder_hidden_size=config.channels,
+        decoder_channels=config.channels,
+        downsampling_ratios=list(config.strides),
+        channel_multiples=list(config.channel_multipliers),
+        decoder_input_channels=config.latent_dim,
+        audio_channels=config.audio_channels,
+        sampling_rate=config.sample_rate,
+    ).eval()
+    return model, {
+        "encode": lambda audio: model.encode(audio).latent_dist.mode(),
+        "decode": lambda latents: model.decode(latents).sample,
+    }
+
+
+def build(implementation: str, channels: int) -> tuple[nn.Module, dict[str, Callable[[Tensor], Tensor]]]:
+    """The network with the weights that seed 0 gives, and its two directions."""
+    torch.manual_seed(0)
+    config = EarVAEConfig(channels=channels)
+    if implementation == DIFFUSERS:
+        return of_diffusers(config)
+    vae = EarVAE(config).eval().requires_grad_(False)
+    return vae, straight(vae) if implementation == STRAIGHT else ours(vae)
+
+
+def example(direction: str, seconds: float, batch: int, config: EarVAEConfig) -> Tensor:
+    """Noise as audio [B, C, T] or as latents [B, D, N]."""
+    generator = torch.Generator().manual_seed(1)
+    frames = round(seconds * config.sample_rate) // config.downsampling_ratio
+    if direction == "encode":
+        shape = (batch, config.audio_channels, frames * config.downsampling_ratio)
+        return 0.1 * torch.randn(shape, generator=generator)
+    return torch.randn(batch, config.latent_dim, frames, generator=generator)
+
+
+def serve(
+    pipe: Connection, implementation: str, channels: int, device: str, dtype: str, threads: int
+) -> None:
+    """A process with one implementation: runs what it is sent, and tells time, memory and the result."""
+    torch.set_num_threads(threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype == "tf32"
+    before = resident_bytes()
+    network, directions = build(implementation, channels)
+    config = EarVAEConfig(channels=channels)
+    network.to(device=device, dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    weight = next(network.parameters())
+    pipe.send("ready")
+    while (order := pipe.recv()) is not None:
+        direction, seconds, batch, wants_result = order
+        x = example(direction, seconds, batch, config)
+        if implementation != OURS:
+            x = x.to(device=device, dtype=weight.dtype)
+        reset_peak(device)
+        with torch.inference_mode():
+            start = now(device)
+            y = directions[direction](x)
+            elapsed = now(device) - start
+        pipe.send((elapsed, peak_bytes(device, before), y.float().cpu().numpy() if wants_result else None))
+        del x, y
+
+
+def now(device: str) -> float:
+    """The time, once a GPU has done what it was told."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def resident_bytes() -> int:
+    """What this process holds now; 0 where the system does not tell."""
+    return status_bytes("VmRSS")
+
+
+def status_bytes(field: str) -> int:
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0
+    lines = [line for line in status.read_text().splitlines() if line.startswith(f"{field}:")]
+    return int(lines[0].split()[1]) * 1024
+
+
+def reset_peak(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes(device: str, before: int) -> int | None:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    high = status_bytes("VmHWM")
+    return high - before if high else None
+
+
+def flops(direction: str, seconds: float, batch: int, channels: int) -> int:
+    """Operations of the published network on such a clip, counted on shapes alone."""
+    with torch.device("meta"):
+        config = EarVAEConfig(channels=channels)
+        vae = EarVAE(config)
+        x = torch.empty(example(direction, seconds, batch, config).shape)
+    assert vae.transformer is not None
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        vae.encoder(x) if direction == "encode" else vae.decoder(vae.transformer(x))
+    return int(counter.get_total_flops())
+
+
+def matrix_peak(device: str, dtype: str) -> float:
+    """The best of several matrix products, in operations per second."""
+    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
+    best = 0.0
+    for size in MATRIX_SIZES:
+        a, b = (
+            torch.randn(size, size, device=device).to(
+                torch.bfloat16 if dtype == "bfloat16" else torch.float32
+            )
+            for _ in range(2)
+        )
+        times = []
+        for _ in range(6):
+            start = now(device)
+            a @ b
+            times.append(now(device) - start)
+        best = max(best, 2 * size**3 / statistics.median(times[1:]))
+    return best
+
+
+class Contender:
+    """One implementation in its process."""
+
+    def __init__(self, implementation: str, arguments: argparse.Namespace, dtype: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.implementation, self.dtype = implementation, dtype
+        self._pipe, other = context.Pipe()
+        settings = (other, implementation, arguments.channels, arguments.device, dtype, arguments.threads)
+        self._process = context.Process(target=serve, args=settings, daemon=True)
+        self._process.start()
+        other.close()
+        if self._answer() != "ready":
+            raise SystemExit(f"{implementation} does not start")
+
+    def run(self, *order: Any) -> tuple[float, int | None, Any]:
+        self._pipe.send(order)
+        return self._answer()
+
+    def close(self) -> None:
+        if self._process.is_alive():
+            self._pipe.send(None)
+        self._process.join()
+
+    def _answer(self) -> Any:
+        try:
+            return self._pipe.recv()
+        except EOFError:
+            return None
+
+
+def compare(
+    contenders: list[Contender], direction: str, seconds: float, batch: int, arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """A row for each contender, run in turns."""
+    runs: dict[int, list[tuple[float, int | None, Any]]] = {}
+    for turn in range(1 + arguments.repeats):
+        for number, contender in enumerate(contenders):
+            result = contender.run(direction, seconds, batch, turn == 0)
+            if result is None:
+                raise SystemExit(
+                    f"{contender.implementation} ended at {direction} of {batch} x {seconds:g} s"
+                )
+            runs.setdefault(number, []).append(result)
+    operations = flops(direction, seconds, batch, arguments.channels)
+    reference = next((n for n, c in enumerate(contenders) if c.implementation == STRAIGHT), None)
+    rows = []
+    for number, contender in enumerate(contenders):
+        elapsed = statistics.median(time_s for time_s, _, _ in runs[number][1:])
+        straight_s = (
+            None if reference is None else statistics.median(time_s for time_s, _, _ in runs[reference][1:])
+        )
+        peak = arguments.peaks[contender.dtype]
+        memory = max((m for _, m, _ in runs[number] if m is not None), default=None)
+        comparable = reference is not None and contender.implementation != DIFFUSERS
+        error = abs(runs[number][0][2] - runs[reference][0][2]).max() if comparable else None
+        rows.append(
+            {
+                "implementation": contender.implementation,
+                "direction": direction,
+                "seconds": seconds,
+                "batch": batch,
+                "device": arguments.device,
+                "dtype": contender.dtype,
+                "time_s": elapsed,
+                "times_real_time": seconds * batch / elapsed,
+                "ratio_to_straight": straight_s and straight_s / elapsed,
+                "gflops": operations / elapsed / 1e9,
+                "peak_gflops": peak / 1e9,
+                "fraction_of_peak": operations / elapsed / peak,
+                "peak_memory_mb": memory and memory / 1e6,
+                "max_abs_error": None if error is None else float(error),
+            }
+        )
+    return rows
+
+
+def cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.2e}" if 0 < abs(value) < 1e-3 else f"{value:.4g}"
+    return "" if value is None else str(value)
+
+
+def contenders_of(arguments: argparse.Namespace) -> list[Contender]:
+    """The implementations that this machine can run, the straight path in single precision first."""
+    wanted = [(STRAIGHT, "float32"), (OURS, "float32")]
+    if arguments.device == "cuda":
+        wanted += [(STRAIGHT, "tf32"), (OURS, "tf32"), (OURS, "bfloat16")]
+    try:
+        import diffusers  # noqa: F401
+
+        wanted.append((DIFFUSERS, "float32"))
+    except ImportError:
+        print("diffusers is not installed and left out", file=sys.stderr)
+    return [Contender(implementation, arguments, dtype) for implementation, dtype in wanted]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one clip of 10 s")
+    parser.add_argument("--seconds", type=float, nargs="+", default=[1, 10, 60, 600])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--channels", type=int, default=128, help="narrower than published")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.seconds, arguments.batch = [10], [1]
+    torch.set_num_threads(arguments.threads)
+    name = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor() or "CPU"
+    print(f"{name}, {arguments.threads} threads, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
+    contenders = contenders_of(arguments)
+    dtypes = {contender.dtype for contender in contenders}
+    arguments.peaks = {dtype: matrix_peak(arguments.device, dtype) for dtype in dtypes}
+    print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
+    rows: list[dict[str, Any]] = []
+    for seconds in arguments.seconds:
+        for batch in arguments.batch:
+            able = [
+                c for c in contenders if c.implementation == OURS or seconds * batch <= MOST_STRAIGHT_SECONDS
+            ]
+            for direction in DIRECTIONS:
+                for row in compare(able, direction, seconds, batch, arguments):
+                    print("| " + " | ".join(cell(row[column]) for column in COLUMNS) + " |", flush=True)
+                    rows.append(row)
+    for contender in contenders:
+        contender.close()
+    if arguments.json:
+        with atomic_path(arguments.json, overwrite=True) as temporary:
+            temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
