@@ -20,7 +20,7 @@ import torch
 from ear_vae import EarVAEError
 from ear_vae.cli import main
 from ear_vae.dsp.stereo import correlation, side_to_mid_db
-from ear_vae.evaluation import baselines, measure
+from ear_vae.evaluation import codecs, measure
 from ear_vae.evaluation.listening import (
     Excerpt,
     Place,
@@ -306,7 +306,7 @@ def folders(tmp_path: Path) -> Path:
 def test_report_of_folders_and_models(
     folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(baselines.SYSTEMS, "gain", lambda device: Gain())
+    monkeypatch.setattr(codecs, "load_codec", lambda name, device: Gain() if name == "gain" else None)
     write(folders / "original" / "lonely.wav", music())
     out = folders / "out.html"
     original, good = folders / "original", folders / "good"

@@ -139,7 +139,8 @@ def _add_evaluation(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="make the estimates with this folder, bundled name or Hub repository; repeatable",
+        help="make the estimates with this folder, bundled name, Hub repository or other codec (dac, "
+        "encodec, sao, agc); repeatable",
     )
     command.add_argument("--variant", help="which model of a repository that holds several")
     command.add_argument("--device", default="cpu", help="for the models (%(default)s)")
@@ -177,7 +178,7 @@ def _add_report(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="rebuild the excerpts with this folder, bundled name or Hub repository; repeatable",
+        help="rebuild the excerpts with this, as for ear-vae evaluate; repeatable",
     )
     command.add_argument(
         "--from",

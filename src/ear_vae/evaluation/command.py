@@ -57,8 +57,11 @@ def run(options: argparse.Namespace, load: Callable[[str], System]) -> int:
 
 
 def _inputs(options: argparse.Namespace) -> Inputs:
-    def absolute(path: str) -> str:
-        return str(Path(path).resolve()) if Path(path).exists() else path
+    def absolute(name: str) -> str:
+        if Path(name).exists():
+            return str(Path(name).resolve())
+        codec, _, source = name.partition("=")
+        return f"{codec}={Path(source).resolve()}" if source and Path(source).exists() else name
 
     return Inputs(
         target=absolute(options.target),
@@ -101,8 +104,7 @@ def _with_progress(tasks: list[Task], partial: Path | None, options: argparse.Na
     from tqdm import tqdm
 
     shown = options.progress or (sys.stderr.isatty() and not options.quiet)
-    options_of_bar = {"disable": not shown, "leave": False, "unit": "file", "mininterval": 0, "miniters": 1}
-    with tqdm(total=len(tasks), **options_of_bar) as bar:
+    with tqdm(total=len(tasks), disable=not shown, leave=False, unit="file") as bar:
 
         def finished(task: Task, result: Row | str) -> None:
             bar.update()
