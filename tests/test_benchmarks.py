@@ -1,4 +1,4 @@
-"""What the benchmarks say of trainings: the table of the ablation, and the parts of a step."""
+"""What the benchmarks say: the tables of the ablation and of the paper, and the parts of a step."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 import pytest
+import soundfile
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -191,3 +192,48 @@ def test_the_parts_of_a_step(balanced: bool, monkeypatch: pytest.MonkeyPatch) ->
         expected |= {benchmark.LOSSES_BACK: 1_000, benchmark.FEEDBACK_BACK: 100_000}
     assert found == expected
     assert measure.plain_seconds == sum(expected.values())
+
+
+def test_paper_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = script("paper_table")
+    rate = 44_100
+    audio = torch.randn(2, 4 * rate, generator=torch.Generator().manual_seed(0)) / 10
+    noise = torch.randn(2, 4 * rate, generator=torch.Generator().manual_seed(1)) / 10
+    layouts = {"{system}/{name}": "by_system", "{name}/{system}": "by_name"}
+    for layout, folder in layouts.items():
+        for name in ("a", "b"):
+            for system, level in {"gt": 0, "near": 0.1, "far": 1}.items():
+                path = tmp_path / folder / (layout.format(system=system, name=name) + ".wav")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                soundfile.write(path, (audio + level * noise).T.numpy(), rate, subtype="FLOAT")
+    tables = []
+    for layout, folder in layouts.items():
+        assert table.main([str(tmp_path / folder), "--layout", layout]) == 0
+        tables.append(capsys.readouterr().out)
+    assert tables[0] == tables[1]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables[0].splitlines()]
+    assert [line[0] for line in lines] == ["", "---", "near", "far"]
+    near, far = (dict(zip(lines[0], line, strict=True)) for line in lines[2:])
+    # Noise that is 20 dB below, and one of equal level; nearly uncorrelated with the original.
+    assert float(near["SI-SDR dB ↑"]) == pytest.approx(20, abs=0.2)
+    assert float(far["SI-SDR dB ↑"]) == pytest.approx(0, abs=0.2)
+    assert near["files"] == far["files"] == "2"
+    assert float(near["ICPC % ↑"]) > float(far["ICPC % ↑"]) > 30
+
+    # Originals alone, through a model; the second run finds the first one's rows.
+    rows = tmp_path / "rows.jsonl"
+    options = [str(tmp_path / "by_system" / "gt"), "--layout", "{name}", "--model", "ear-vae-tiny"]
+    assert table.main([*options, "--rows", str(rows)]) == 0
+    first, written = capsys.readouterr().out, rows.read_text(encoding="utf-8").split()
+    assert "| ear-vae-tiny |" in first
+    assert table.main([*options, "--rows", str(rows)]) == 0
+    assert capsys.readouterr().out == first
+    assert rows.read_text(encoding="utf-8").split() == written
+
+    for wrong, reason in {
+        ("--layout", "{system}"): "no {name}",
+        ("--layout", "{name}/{system}", "--original", "truth"): "no originals called 'truth'",
+        ("--layout", "{name}"): "originals only",
+    }.items():
+        assert table.main([str(tmp_path / "by_name"), *wrong]) == 1
+        assert reason in capsys.readouterr().err

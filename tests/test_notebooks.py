@@ -53,5 +53,25 @@ def test_finetune() -> None:
     assert after == pytest.approx(before, abs=1.0)
 
 
+def test_evaluate() -> None:
+    """The low notes are kept better than the high ones; 8 bits and little noise cost little, much noise much."""
+    lines = printed_by("03_evaluate.ipynb")
+    low, high = (float(line.split(":")[1].split()[0]) for line in lines if line.startswith("residual below"))
+    assert low > high + 6
+    (sine,) = (line for line in lines if line.startswith("THD+N"))
+    assert -40 < float(sine.split(":")[1].split()[0]) < 0
+    curve = {
+        line.split("SI-SDR")[0].strip(): line for line in lines if "mel distance" in line and "SI-SDR" in line
+    }
+    clean, half, eight, little, much = (
+        si_sdr_of([curve[name]])[0] for name in ("none", "float16", "int8", "noise 0.01", "noise 1")
+    )
+    assert half == pytest.approx(clean, abs=0.01)
+    assert eight == pytest.approx(clean, abs=0.1)
+    assert little == pytest.approx(clean, abs=0.1)
+    assert much < clean - 3
+
+
 def test_every_notebook_is_tested() -> None:
-    assert {path.name for path in NOTEBOOKS.glob("*.ipynb")} == {"01_reconstruct.ipynb", "02_finetune.ipynb"}
+    names = {path.name for path in NOTEBOOKS.glob("*.ipynb")}
+    assert names == {"01_reconstruct.ipynb", "02_finetune.ipynb", "03_evaluate.ipynb"}
