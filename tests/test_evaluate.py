@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -267,8 +268,11 @@ def test_silence_and_short_files_have_no_figure_and_are_named(
     assert silent["lufs_target"] is None
     assert "mel_distance is undefined: the target is silent" in silent["notes"]
     assert short["mel_distance"] is None
-    assert "mel_distance: needs 46 ms of audio" in short["notes"]
-    assert "loudness_distance_lu: needs 0.4 s of audio" in short["notes"]
+    notes = [
+        "mel_distance, stft_distance, icpc, ccpc: needs 46 ms of audio",
+        "loudness_distance_lu, loudness_range_distance_lu: needs 0.4 s of audio",
+    ]
+    assert short["notes"] == notes
     assert short["si_sdr_db"] > 80
     summary = report["summary"]
     assert summary["si_sdr_db"]["undefined"] == ["a"]
@@ -276,7 +280,20 @@ def test_silence_and_short_files_have_no_figure_and_are_named(
     assert summary["mel_distance"]["count"] == 1
     printed = capsys.readouterr()
     assert "without si_sdr_db: a" in printed.out
-    assert "b (rebuilt): mel_distance: needs 46 ms of audio" in printed.err
+    assert f"b (rebuilt): {'; '.join(notes)}\n" in printed.err
+
+
+def test_many_files_do_not_flood_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in ("original", "rebuilt"):
+        for index in range(9):
+            write(tmp_path / folder / f"{index}.wav", music(0.04))
+    for index in range(7):
+        write(tmp_path / "rebuilt" / f"more{index}.wav", music(0.04))
+    assert evaluate(tmp_path / "original", tmp_path / "rebuilt", "--jobs", 1) == 0
+    printed = capsys.readouterr()
+    assert "without icpc: 0, 1, 2, 3, 4 and 4 more\n" in printed.out
+    assert re.search(r"without target: (\S+more\d.wav, ){4}\S+ and 2 more\n", printed.err)
+    assert len(printed.err.splitlines()) == 1 + 9
 
 
 def test_nan_fails_its_file(tmp_path: Path, folders: tuple[Path, Path]) -> None:

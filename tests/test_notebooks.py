@@ -54,7 +54,7 @@ def test_finetune() -> None:
 
 
 def test_evaluate() -> None:
-    """The low notes are kept better than the high ones; 8 bits and little noise cost little, much noise much."""
+    """Low notes are kept better than high ones; 8 bits and little noise cost little, much noise much."""
     lines = printed_by("03_evaluate.ipynb")
     low, high = (float(line.split(":")[1].split()[0]) for line in lines if line.startswith("residual below"))
     assert low > high + 6

@@ -11,10 +11,8 @@ from ear_vae.errors import EarVAEError
 from ear_vae.evaluation.baselines import System
 from ear_vae.evaluation.files import Row
 from ear_vae.evaluation.pairs import find_pairs, find_targets
-from ear_vae.evaluation.report import Inputs, require_replaceable, table, write_csv, write_json
+from ear_vae.evaluation.report import Inputs, require_replaceable, shortened, table, write_csv, write_json
 from ear_vae.evaluation.runner import Results, Task, run_tasks
-
-_UNPAIRED_SHOWN = 3
 
 
 def run(options: argparse.Namespace, load: Callable[[str], System]) -> int:
@@ -78,9 +76,7 @@ def _paired(options: argparse.Namespace) -> tuple[list[Task], list[dict[str, str
     found = find_pairs(Path(options.target), Path(options.estimate), pattern=options.pattern)
     name = Path(options.estimate).resolve().name
     if found.without_target and not options.quiet:
-        shown = ", ".join(map(str, found.without_target[:_UNPAIRED_SHOWN]))
-        more = len(found.without_target) - _UNPAIRED_SHOWN
-        _say(f"without target: {shown}" + (f" and {more} more" if more > 0 else ""))
+        _say(f"without target: {shortened([str(path) for path in found.without_target])}")
     missing = [
         {"name": target, "system": name, "error": f"has no estimate in {options.estimate}"}
         for target in found.without_estimate
@@ -110,8 +106,8 @@ def _with_progress(tasks: list[Task], partial: Path | None, options: argparse.Na
             bar.update()
             who = f"{task.pair.name} ({task.system_name})"
             lines = [f"ear-vae: {who}: {result}"] if isinstance(result, str) else []
-            if not isinstance(result, str) and not options.quiet:
-                lines = [f"{who}: {note}" for note in result["notes"]]
+            if not isinstance(result, str) and result["notes"] and not options.quiet:
+                lines = [f"{who}: {'; '.join(result['notes'])}"]
             for line in lines:
                 bar.write(line, file=sys.stderr)
 

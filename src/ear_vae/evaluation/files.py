@@ -105,22 +105,21 @@ def figures(
 ) -> dict[str, float | None]:
     """Every metric and quantity of audio [C, T], None where it has no value, and why appended to `notes`."""
     seconds = min(estimate.shape[1] / estimate_rate, target.shape[1] / rate)
-    left_out: dict[str, str] = {}
-    if seconds < SHORTEST_SECONDS:
-        reason = f"needs {SHORTEST_SECONDS} s of audio"
-        left_out |= dict.fromkeys(("loudness_distance_lu", "loudness_range_distance_lu"), reason)
+    left_out: dict[str, tuple[str, ...]] = {}
     if math.floor(seconds * SPECTRAL_RATE) < SHORTEST_SAMPLES:
         reason = f"needs {1000 * SHORTEST_SAMPLES / SPECTRAL_RATE:.0f} ms of audio"
-        left_out |= dict.fromkeys(("mel_distance", "stft_distance", "icpc", "ccpc"), reason)
+        left_out[reason] = ("mel_distance", "stft_distance", "icpc", "ccpc")
     elif target.shape[0] == 1:
-        left_out["ccpc"] = "needs two channels"
-    names = [name for name in METRICS if name not in left_out]
+        left_out["needs two channels"] = ("ccpc",)
+    if seconds < SHORTEST_SECONDS:
+        reason = f"needs {SHORTEST_SECONDS} s of audio"
+        left_out[reason] = ("loudness_distance_lu", "loudness_range_distance_lu")
+    notes += [f"{', '.join(theirs)}: {reason}" for reason, theirs in left_out.items()]
+    names = [name for name in METRICS if not any(name in theirs for theirs in left_out.values())]
     found = measure(estimate, target, sample_rate=rate, estimate_sample_rate=estimate_rate, names=names)
     values = {name: float(value) for name, value in found.items()}
-    for name in METRICS:
-        if name in left_out:
-            notes.append(f"{name}: {left_out[name]}")
-        elif not math.isfinite(values[name]):
+    for name in names:
+        if not math.isfinite(values[name]):
             notes.append(f"{name} is undefined: {why_undefined(name)}")
     finite = {name: value for name, value in values.items() if math.isfinite(value)}
     return {name: finite.get(name) for name in (*METRICS, *QUANTITIES)}

@@ -20,6 +20,7 @@ from ear_vae.evaluation.runner import Results
 HIGHER_IS_BETTER = frozenset({"si_sdr_db", "icpc", "ccpc"})
 _DECIMALS = {"si_sdr_db": 2, "true_peak_distance_db": 2, "loudness_distance_lu": 2}
 _WORST_SHOWN = 3
+_NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -182,11 +183,17 @@ def _system_table(name: str, rows: Sequence[Row]) -> str:
         for line in lines
     ]
     undefined = [
-        f"without {metric}: {', '.join(summary[metric]['undefined'])}"
+        f"without {metric}: {shortened(summary[metric]['undefined'])}"
         for metric in METRICS
         if summary[metric]["undefined"]
     ]
     return "\n".join([name, *(line.rstrip() for line in body), *undefined])
+
+
+def shortened(names: Sequence[str]) -> str:
+    """The first names, and how many more there are: a terminal is no place for thousands."""
+    more = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _systems(rows: Iterable[Row]) -> dict[str, list[Row]]:
