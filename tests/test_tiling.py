@@ -5,8 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ear_vae import EarVAE, EarVAEConfig
-from ear_vae.tiling import decoder_reach, encoder_reach, run_tiled, tile_length
+from ear_vae import EarVAE, EarVAEConfig, tiling
+from ear_vae.tiling import (
+    decoder_reach,
+    decoder_stages,
+    encoder_reach,
+    encoder_stages,
+    run_stages,
+    run_tiled,
+    tile_length,
+)
 
 HOP_1024 = EarVAEConfig(channels=4)
 HOP_960 = EarVAEConfig(channels=4, sample_rate=48_000, strides=(2, 2, 4, 6, 10), transformer_depth=0)
@@ -94,12 +102,15 @@ def test_a_context_one_frame_too_short_is_seen() -> None:
 @pytest.mark.parametrize("samples", [1, 1023, 1024, 1025, 3584, 441_000, 2_646_000])
 def test_public_methods_tile_by_themselves(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same audio with small tiles and in one pass, through the public methods."""
+    monkeypatch.setitem(tiling._ACTIVATION_BYTES, "cpu", 1)
     vae = random_model(HOP_1024)
     audio = torch.randn(2, samples) * 0.3
     frames = -(-samples // 1024)
     monkeypatch.setattr("ear_vae.vae.tile_length", lambda *_: 100)
+    monkeypatch.setattr(tiling, "_FEWEST_UNITS", 2000)
     tiled = vae.encode(audio).mean
     rebuilt = vae.decode(tiled, num_samples=samples)
+    monkeypatch.setattr(tiling, "_FEWEST_UNITS", 10**9)
     monkeypatch.setattr("ear_vae.vae.tile_length", lambda *_: 10**9)
     assert tiled.shape == (64, frames)
     assert rebuilt.shape == (2, samples)
@@ -121,10 +132,58 @@ def test_batches_are_cut_to_the_memory_of_one_tile() -> None:
     assert_equal_to_peak(tiled, vae.encoder(audio))
 
 
-def test_tile_of_the_full_size_network_stays_within_its_memory() -> None:
-    frames = tile_length(128, 1024)
-    assert frames > 22
-    assert frames * 1024 * 128 * 4 <= 2**26
+@pytest.mark.parametrize(("tile_frames", "units"), [(1, 40), (7, 61), (16, 1000), (1000, 40)])
+@pytest.mark.parametrize("layout", ["plain", "channels last"])
+@BOTH
+def test_stages_equal_the_whole(
+    config: EarVAEConfig, layout: str, tile_frames: int, units: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiling, "_FEWEST_UNITS", units)
+    monkeypatch.setitem(tiling._ACTIVATION_BYTES, "cpu", 1)
+    vae, ratio, frames = random_model(config), config.downsampling_ratio, 21
+    options = {"tile_frames": tile_frames}
+    if layout == "channels last":
+        options["prepare"] = lambda x: x.unsqueeze(-2).contiguous(memory_format=torch.channels_last)
+        options["finish"] = lambda x: x.squeeze(-2)
+    device = torch.device("cpu")
+    audio = torch.randn(2, 2, frames * ratio) * 0.3
+    assert_equal_to_peak(
+        run_stages(encoder_stages(vae.encoder, config, device), audio, **options), vae.encoder(audio)
+    )
+    latents = torch.randn(2, 64, frames)
+    assert_equal_to_peak(
+        run_stages(decoder_stages(vae.decoder, config, device), latents, **options), vae.decoder(latents)
+    )
+
+
+def test_a_stage_computes_little_beyond_its_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the stages of one tile take in: their own context, not that of the whole network."""
+    vae, seen = random_model(HOP_1024), []
+    stages = decoder_stages(vae.decoder, vae.config, torch.device("cpu"))
+    for stage in stages:
+        stage.network.register_forward_hook(lambda module, given, result: seen.append(given[0].shape[-1]))
+    latents = torch.randn(1, 64, 120)
+    run_stages(stages, latents, tile_frames=40)
+    # Tile by tile: units of each stage, beside the 40, 320, 1280, ... that are kept.
+    middle = seen[len(stages) : 2 * len(stages)]
+    kept = [40 * 8, 40 * 32, 40 * 128, 40 * 512]
+    assert middle[0] == 40 + 2 * 11
+    for found, needed in zip(middle[1:], kept, strict=True):
+        assert needed < found <= needed + 2 * 60
+
+
+def test_tiles_of_the_full_size_network_stay_within_their_memory() -> None:
+    config, device = EarVAEConfig(), torch.device("cpu")
+    assert tile_length(config.channels, config.downsampling_ratio) * 1024 * 128 * 4 <= 2**28
+    with torch.device("meta"):
+        vae = EarVAE(config)
+    for stages in (
+        encoder_stages(vae.encoder, config, device),
+        decoder_stages(vae.decoder, config, device)[::-1],
+    ):
+        for stage, (width, _) in zip(stages, config.block_widths, strict=True):
+            values = width * stage.tile_units * max(stage.inputs, stage.outputs)
+            assert 4 * values <= (2**24 if stage.tile_units == 512 else 2**22)
 
 
 def assert_equal_to_peak(found: torch.Tensor, expected: torch.Tensor) -> None:

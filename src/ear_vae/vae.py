@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -16,9 +16,10 @@ from ear_vae.config import EarVAEConfig
 from ear_vae.errors import EarVAEError
 from ear_vae.network import Decoder, Encoder, LatentTransformer
 from ear_vae.posterior import Posterior
-from ear_vae.tiling import decoder_reach, encoder_reach, run_tiled, tile_length
+from ear_vae.tiling import Stage, decoder_stages, encoder_stages, run_stages, tile_length
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+_Network = TypeVar("_Network", Encoder, Decoder)
 
 
 class Reconstruction(NamedTuple):
@@ -338,49 +339,50 @@ class EarVAE(nn.Module):
     def _encode_batch(self, audio: Tensor) -> Tensor:
         """[B, C, T] at the model's rate to the posterior's parameters [B, 2 D, N]."""
         ratio = self.downsampling_ratio
-        before, after = encoder_reach(self.encoder, ratio)
         num_frames = -(-audio.shape[-1] // ratio)
         whole = functional.pad(audio, (0, num_frames * ratio - audio.shape[-1]))
-        return self._run(self.encoder, whole, ratio, 1, (-(-before // ratio), -(-after // ratio)))
+        return self._run(self.encoder, whole, encoder_stages)
 
     def _decode_batch(self, latents: Tensor) -> Tensor:
         """[B, D, N] to audio [B, C, N * downsampling_ratio]."""
         if self.transformer is not None:
-            latents = self._on_device(self.transformer)(latents).to(latents.device)
-        reach = decoder_reach(self.decoder, self.downsampling_ratio)
-        return self._run(self.decoder, latents, 1, self.downsampling_ratio, reach)
+            latents = self._wide(self.transformer(self._here(latents))).to(latents.device)
+        return self._run(self.decoder, latents, decoder_stages)
 
     def _run(
         self,
-        network: nn.Module,
+        network: _Network,
         x: Tensor,
-        inputs_per_frame: int,
-        outputs_per_frame: int,
-        context_frames: tuple[int, int],
+        stages_of: Callable[[_Network, EarVAEConfig, torch.device], list[Stage]],
     ) -> Tensor:
-        on_device = self._on_device(network)
         if torch.is_grad_enabled() and (
             x.requires_grad or any(p.requires_grad for p in network.parameters())
         ):
             # A recorded graph holds every activation anyway: tiles would only add their contexts to it.
-            return on_device(x).to(x.device)
-        return run_tiled(
-            on_device,
+            return self._wide(network(self._here(x))).to(x.device)
+
+        def prepare(tile: Tensor) -> Tensor:
+            return self._here(tile).unsqueeze(-2).contiguous(memory_format=torch.channels_last)
+
+        def finish(tile: Tensor) -> Tensor:
+            return self._wide(tile.squeeze(-2)).to(x.device)
+
+        return run_stages(
+            stages_of(network, self.config, self.device),
             x,
-            inputs_per_frame=inputs_per_frame,
-            outputs_per_frame=outputs_per_frame,
-            context_frames=context_frames,
             tile_frames=tile_length(self.config.channels, self.downsampling_ratio),
+            prepare=prepare,
+            finish=finish,
         )
 
-    def _on_device(self, network: nn.Module) -> Callable[[Tensor], Tensor]:
-        """`network` for input of any device and floating dtype, with float32 results at least."""
+    def _here(self, x: Tensor) -> Tensor:
+        """On the model's device, in its dtype."""
+        return x.to(device=self.device, dtype=self.dtype)
 
-        def call(x: Tensor) -> Tensor:
-            y: Tensor = network(x.to(device=self.device, dtype=self.dtype))
-            return y.to(torch.promote_types(y.dtype, torch.float32))
-
-        return call
+    @staticmethod
+    def _wide(x: Tensor) -> Tensor:
+        """In float32 at least."""
+        return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _require_floating(what: str, x: Tensor, cure: str) -> None:

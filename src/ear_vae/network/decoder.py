@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ear_vae.config import EarVAEConfig
-from ear_vae.network.blocks import Snake, residual_units
+from ear_vae.network.blocks import Conv1d, ConvTranspose1d, Snake, residual_units
 
 IN_KERNEL_SIZE = 7
 OUT_KERNEL_SIZE = 7
@@ -17,9 +17,7 @@ class DecoderBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
         self.snake = Snake(in_channels)
-        self.conv = nn.ConvTranspose1d(
-            in_channels, out_channels, 2 * stride, stride=stride, padding=stride // 2
-        )
+        self.conv = ConvTranspose1d(in_channels, out_channels, 2 * stride, stride=stride, padding=stride // 2)
         self.residual_units = residual_units(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -32,7 +30,7 @@ class Decoder(nn.Module):
     def __init__(self, config: EarVAEConfig) -> None:
         super().__init__()
         first = config.block_widths[-1][1]
-        self.conv_in = nn.Conv1d(config.latent_dim, first, IN_KERNEL_SIZE, padding=IN_KERNEL_SIZE // 2)
+        self.conv_in = Conv1d(config.latent_dim, first, IN_KERNEL_SIZE, padding=IN_KERNEL_SIZE // 2)
         self.blocks = nn.Sequential(
             *(
                 DecoderBlock(low_rate, wide_rate, stride)
@@ -42,9 +40,16 @@ class Decoder(nn.Module):
             )
         )
         self.snake_out = Snake(config.channels)
-        self.conv_out = nn.Conv1d(
+        self.conv_out = Conv1d(
             config.channels, config.audio_channels, OUT_KERNEL_SIZE, padding=OUT_KERNEL_SIZE // 2, bias=False
         )
 
     def forward(self, latents: Tensor) -> Tensor:
         return self.conv_out(self.snake_out(self.blocks(self.conv_in(latents))))
+
+    def stages(self) -> list[nn.Sequential]:
+        """The same in pieces, each of which changes the rate once by its stride."""
+        parts: list[list[nn.Module]] = [[block] for block in self.blocks]
+        parts[0].insert(0, self.conv_in)
+        parts[-1] += [self.snake_out, self.conv_out]
+        return [nn.Sequential(*modules) for modules in parts]

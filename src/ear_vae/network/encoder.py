@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ear_vae.config import EarVAEConfig
-from ear_vae.network.blocks import Snake, residual_units
+from ear_vae.network.blocks import Conv1d, Snake, residual_units
 
 IN_KERNEL_SIZE = 7
 OUT_KERNEL_SIZE = 3
@@ -18,7 +18,7 @@ class EncoderBlock(nn.Module):
         super().__init__()
         self.residual_units = residual_units(in_channels)
         self.snake = Snake(in_channels)
-        self.conv = nn.Conv1d(in_channels, out_channels, 2 * stride, stride=stride, padding=stride // 2)
+        self.conv = Conv1d(in_channels, out_channels, 2 * stride, stride=stride, padding=stride // 2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(self.snake(self.residual_units(x)))
@@ -29,7 +29,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: EarVAEConfig) -> None:
         super().__init__()
-        self.conv_in = nn.Conv1d(
+        self.conv_in = Conv1d(
             config.audio_channels, config.channels, IN_KERNEL_SIZE, padding=IN_KERNEL_SIZE // 2
         )
         self.blocks = nn.Sequential(
@@ -40,7 +40,14 @@ class Encoder(nn.Module):
         )
         last = config.block_widths[-1][1]
         self.snake_out = Snake(last)
-        self.conv_out = nn.Conv1d(last, 2 * config.latent_dim, OUT_KERNEL_SIZE, padding=OUT_KERNEL_SIZE // 2)
+        self.conv_out = Conv1d(last, 2 * config.latent_dim, OUT_KERNEL_SIZE, padding=OUT_KERNEL_SIZE // 2)
 
     def forward(self, audio: Tensor) -> Tensor:
         return self.conv_out(self.snake_out(self.blocks(self.conv_in(audio))))
+
+    def stages(self) -> list[nn.Sequential]:
+        """The same in pieces, each of which changes the rate once by its stride."""
+        parts: list[list[nn.Module]] = [[block] for block in self.blocks]
+        parts[0].insert(0, self.conv_in)
+        parts[-1] += [self.snake_out, self.conv_out]
+        return [nn.Sequential(*modules) for modules in parts]
