@@ -265,11 +265,12 @@ import signal, sys
 from ear_vae.cli import main
 from ear_vae.vae import EarVAE
 signal.signal(signal.SIGINT, signal.default_int_handler)
-whole = EarVAE.reconstruct
+whole = EarVAE.decode_stream
 def announced(*arguments, **options):
-    print("at work", flush=True)
-    return whole(*arguments, **options)
-EarVAE.reconstruct = announced
+    for block in whole(*arguments, tile_frames=1000, **options):
+        yield block
+        print("at work", flush=True)
+EarVAE.decode_stream = announced
 sys.exit(main(sys.argv[1:]))
 """
 

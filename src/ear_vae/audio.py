@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 import math
 import os
+import tempfile
 import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -27,7 +30,9 @@ __all__ = [
     "find_audio_files",
     "read_audio",
     "resample",
+    "stream_audio",
     "write_audio",
+    "write_audio_stream",
 ]
 
 PeakPolicy = Literal["keep", "scale", "clip"]
@@ -155,17 +160,35 @@ def read_audio(source: AudioSource, *, start: int = 0, num_samples: int | None =
         if start >= info.num_samples:
             raise EarVAEError(f"{name}: start {start} is past the end, at {info.num_samples} samples")
         wanted = min(info.num_samples - start, num_samples or info.num_samples)
-        audio = _read_frames(opened.file, name, start, wanted)
-        found = audio.shape[1]
-        if opened.exact and found < wanted - (_MISSING_MP3_SAMPLES if info.format == "MP3" else 0):
-            raise EarVAEError(
-                f"{name}: truncated: {start + found} of {info.num_samples} samples could be read"
-            )
-    if found == 0:
-        raise EarVAEError(f"{name}: no samples could be read at {start}")
-    if not bool(torch.isfinite(audio).all()):
-        raise EarVAEError(f"{name}: holds NaN or infinite samples; repair it or export it again")
-    return audio, info.sample_rate
+        audio = torch.empty(info.channels, wanted)
+        found = 0
+        # Into place at once: of hours there is no room for a second copy.
+        for block in _checked_blocks(opened, info, name, start, wanted):
+            audio[:, found : found + block.shape[1]] = block
+            found += block.shape[1]
+    return audio[:, :found], info.sample_rate
+
+
+@contextmanager
+def stream_audio(source: AudioSource) -> Iterator[tuple[AudioInfo, Iterator[Tensor]]]:
+    """Opens audio to be read block by block, in memory that does not grow with its length.
+
+    What only ffmpeg reads is decoded to a temporary file first.
+
+    Args:
+        source: As for `read_audio`.
+
+    Yields:
+        What the header says, and an iterator over blocks [C, T_i] in float32 that together are what
+        `read_audio` returns. It raises what `read_audio` would raise of the samples.
+
+    Raises:
+        EarVAEError: As `audio_info`.
+    """
+    name = name_of(source)
+    with opened_audio(source) as opened:
+        info = _info(opened, name)
+        yield info, _checked_blocks(opened, info, name, 0, info.num_samples)
 
 
 def write_audio(
@@ -196,58 +219,196 @@ def write_audio(
         EarVAEError: Unknown format or subtype, a rate that the format cannot hold, wrong shape, NaN or
             infinity in the audio, an existing or unwritable destination, a full disk.
     """
-    import soundfile
-
     name = name_of(destination)
     audio = audio.detach()
-    if isinstance(sample_rate, bool) or not isinstance(sample_rate, int) or sample_rate < 1:
-        raise EarVAEError(f"{name}: the sample rate must be a positive integer in Hz, got {sample_rate!r}")
     if audio.ndim != 2 or audio.shape[0] not in (1, 2) or audio.shape[1] == 0:
         raise EarVAEError(
             f"{name}: audio to write must be [C, T] with 1 or 2 channels, got {list(audio.shape)}"
         )
+    encoding = _encoding(destination, format, subtype, sample_rate, audio.shape[0], audio.shape[1], peak)
+    blocks = audio.split(_BLOCK_FRAMES, dim=1)
+    highest = max(_peak(block, name) for block in blocks)
+    _write(destination, blocks, encoding, gain=encoding.gain(highest), overwrite=overwrite)
+
+
+def write_audio_stream(
+    destination: str | os.PathLike[str] | IO[bytes],
+    blocks: Iterable[Tensor],
+    sample_rate: int,
+    *,
+    channels: int,
+    num_samples: int,
+    format: str | None = None,
+    subtype: str | None = None,
+    peak: PeakPolicy = "keep",
+    overwrite: bool = False,
+) -> None:
+    """`write_audio` for audio that comes in blocks; none of it is held but for a destination that is no path.
+
+    Args:
+        destination: As for `write_audio`.
+        blocks: Pieces of the audio, [C, T_i].
+        sample_rate: In Hz.
+        channels: C, 1 or 2.
+        num_samples: About how many samples there will be, to choose a container that is large enough.
+        format: As for `write_audio`.
+        subtype: As for `write_audio`.
+        peak: As for `write_audio`. For `scale` the blocks are kept in a temporary file until the peak is
+            known.
+        overwrite: As for `write_audio`.
+
+    Raises:
+        EarVAEError: As for `write_audio`.
+    """
+    encoding = _encoding(destination, format, subtype, sample_rate, channels, num_samples, peak)
+    if peak != "scale":
+        _write(destination, blocks, encoding, gain=1.0, overwrite=overwrite)
+        return
+    folder = Path(destination).parent if isinstance(destination, (str, os.PathLike)) else None
+    try:
+        with tempfile.NamedTemporaryFile(prefix=".ear-vae-", suffix=".wav", dir=folder) as spool:
+            kept = _encoding(spool.name, "wav", "FLOAT", sample_rate, channels, num_samples, "keep")
+            highest = _write(spool.name, blocks, kept, gain=1.0, overwrite=True)
+            with stream_audio(spool.name) as (_, again):
+                _write(destination, again, encoding, gain=encoding.gain(highest), overwrite=overwrite)
+    except FileNotFoundError:
+        raise EarVAEError(f"{name_of(destination)}: the folder {folder} does not exist") from None
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """How audio is written: what `soundfile` needs to know, and what happens to peaks."""
+
+    name: str
+    container: str
+    subtype: str
+    sample_rate: int
+    channels: int
+    peak: PeakPolicy
+
+    @property
+    def bounded(self) -> bool:
+        """Whether it holds nothing beyond full scale."""
+        return self.subtype not in _UNBOUNDED_SUBTYPES
+
+    @property
+    def limits(self) -> bool:
+        """Whether samples beyond full scale are cut off."""
+        return self.peak == "clip" or (self.peak == "keep" and self.bounded)
+
+    def gain(self, highest: float) -> float:
+        """To write audio with this peak."""
+        return 1 / highest if self.peak == "scale" and highest > 1 else 1.0
+
+
+def _encoding(
+    destination: str | os.PathLike[str] | IO[bytes],
+    format: str | None,
+    subtype: str | None,
+    sample_rate: int,
+    channels: int,
+    num_samples: int,
+    peak: PeakPolicy,
+) -> _Encoding:
+    """What the arguments of `write_audio` come to.
+
+    Raises:
+        EarVAEError: As `write_audio`.
+    """
+    import soundfile
+
+    name = name_of(destination)
+    if isinstance(sample_rate, bool) or not isinstance(sample_rate, int) or sample_rate < 1:
+        raise EarVAEError(f"{name}: the sample rate must be a positive integer in Hz, got {sample_rate!r}")
+    if peak not in get_args(PeakPolicy):
+        raise EarVAEError(f"{name}: peak must be keep, scale or clip, got {peak!r}")
     kind = (format or (Path(name).suffix[1:] if isinstance(destination, (str, os.PathLike)) else "")).lower()
     kind = {"aif": "aiff", "oga": "ogg"}.get(kind, kind)
     if kind not in _WRITTEN:
         raise EarVAEError(f"{name}: cannot write format {kind!r}; choose one of {', '.join(_WRITTEN)}")
     container, default = _WRITTEN[kind]
-    encoding = (subtype or default).upper()
-    if container == "RF64" and audio.numel() * 8 < _RIFF_BYTES:
+    chosen = (subtype or default).upper()
+    if container == "RF64" and channels * num_samples * 8 < _RIFF_BYTES:
         container = "WAV"
-    if not soundfile.check_format(container, encoding):
+    if not soundfile.check_format(container, chosen):
         choices = ", ".join(soundfile.available_subtypes(container))
-        raise EarVAEError(f"{name}: {kind} cannot hold subtype {encoding!r}; choose one of {choices}")
-    gain, limit = _peak_treatment(audio, name, peak, bounded=encoding not in _UNBOUNDED_SUBTYPES)
+        raise EarVAEError(f"{name}: {kind} cannot hold subtype {chosen!r}; choose one of {choices}")
+    return _Encoding(name, container, chosen, sample_rate, channels, peak)
 
-    def write(target: Any) -> None:
+
+def _peak(block: Tensor, name: str) -> float:
+    highest = float(block.abs().max())
+    if not math.isfinite(highest):
+        raise EarVAEError(f"{name}: the audio to write holds NaN or infinite samples; nothing was written")
+    return highest
+
+
+def _write(
+    destination: str | os.PathLike[str] | IO[bytes],
+    blocks: Iterable[Tensor],
+    encoding: _Encoding,
+    *,
+    gain: float,
+    overwrite: bool,
+) -> float:
+    """Writes the blocks and returns their peak before the gain."""
+    import soundfile
+
+    name, highest = encoding.name, 0.0
+
+    @contextmanager
+    def full_disk_is_said() -> Iterator[None]:
         try:
-            file = soundfile.SoundFile(
-                target, "w", sample_rate, audio.shape[0], subtype=encoding, format=container
-            )
-        except soundfile.LibsndfileError as error:
-            raise EarVAEError(
-                f"{name}: cannot write {kind} at {sample_rate} Hz: {error.error_string.strip()} "
-                "Choose another format or resample first."
-            ) from error
-        try:
-            with file:
-                for block in audio.split(_BLOCK_FRAMES, dim=1):
-                    block = block.float().cpu() * gain
-                    file.write((block.clamp(-1, 1) if limit else block).T.contiguous().numpy())
+            yield
         except (soundfile.LibsndfileError, OSError, AssertionError) as error:
             # soundfile asserts that all frames went out, which is how a full disk shows.
             raise EarVAEError(f"{name}: could not be written, is the disk full? ({error})") from error
 
+    def write(target: Any) -> None:
+        nonlocal highest
+        try:
+            file = soundfile.SoundFile(
+                target,
+                "w",
+                encoding.sample_rate,
+                encoding.channels,
+                subtype=encoding.subtype,
+                format=encoding.container,
+            )
+        except soundfile.LibsndfileError as error:
+            kind = {"RF64": "wav"}.get(encoding.container, encoding.container.lower())
+            raise EarVAEError(
+                f"{name}: cannot write {kind} at {encoding.sample_rate} Hz: {error.error_string.strip()} "
+                "Choose another format or resample first."
+            ) from error
+        with file:
+            for block in blocks:
+                highest = max(highest, _peak(block, name))
+                scaled = block.detach().float().cpu() * gain
+                samples = (scaled.clamp(-1, 1) if encoding.limits else scaled).T.contiguous().numpy()
+                with full_disk_is_said():
+                    file.write(samples)
+            with full_disk_is_said():
+                file.close()
+
     if isinstance(destination, (str, os.PathLike)):
         with atomic_path(destination, overwrite) as temporary:
             write(str(temporary))
-        return
-    buffer = io.BytesIO()
-    write(buffer)
-    try:
-        destination.write(buffer.getbuffer())
-    except OSError as error:
-        raise EarVAEError(f"{name}: could not be written: {error.strerror or error}") from error
+    else:
+        buffer = io.BytesIO()
+        write(buffer)
+        try:
+            destination.write(buffer.getbuffer())
+        except OSError as error:
+            raise EarVAEError(f"{name}: could not be written: {error.strerror or error}") from error
+    if highest > 1 and encoding.bounded and encoding.peak == "keep":
+        warnings.warn(
+            f"{name}: peaks reach {20 * math.log10(highest):+.2f} dBFS and are cut off in this format; write "
+            "float wav, or choose peak 'scale' (lower the whole file) or 'clip' (cut off knowingly)",
+            PeakWarning,
+            stacklevel=3,
+        )
+    return highest
 
 
 def find_audio_files(folder: str | os.PathLike[str]) -> list[Path]:
@@ -287,50 +448,44 @@ def _info(opened: OpenedAudio, name: str) -> AudioInfo:
     return info
 
 
-def _read_frames(file: Any, name: str, start: int, wanted: int) -> Tensor:
-    """Up to `wanted` samples per channel, [C, T], without a second copy of the whole."""
+def _checked_blocks(
+    opened: OpenedAudio, info: AudioInfo, name: str, start: int, wanted: int
+) -> Iterator[Tensor]:
+    """Blocks [C, T_i] of up to `wanted` samples per channel.
+
+    Raises:
+        EarVAEError: The file is damaged, ends before it should, or holds NaN or infinity.
+    """
+    found = 0
+    for block in _read_blocks(opened.file, name, start, wanted):
+        if not bool(torch.isfinite(block).all()):
+            raise EarVAEError(f"{name}: holds NaN or infinite samples; repair it or export it again")
+        found += block.shape[1]
+        yield block
+    if opened.exact and found < wanted - (_MISSING_MP3_SAMPLES if info.format == "MP3" else 0):
+        raise EarVAEError(f"{name}: truncated: {start + found} of {info.num_samples} samples could be read")
+    if found == 0:
+        raise EarVAEError(f"{name}: no samples could be read at {start}")
+
+
+def _read_blocks(file: Any, name: str, start: int, wanted: int) -> Iterator[Tensor]:
     import soundfile
 
-    audio = torch.empty(file.channels, wanted)
     longest_run_up = _MP3_RUN_UP if file.format == "MP3" else 0
     position = 0
-    try:
-        while position < wanted:
+    while position < wanted:
+        try:
             # soundfile seeks after every read, so that each block of an mp3 needs its run-up.
             run_up = min(start + position, longest_run_up)
             if run_up or position == 0:
                 file.seek(start + position - run_up)
             size = min(_BLOCK_FRAMES, wanted - position)
             block = file.read(run_up + size, dtype="float32", always_2d=True)[run_up:]
-            if not len(block):
-                break
-            audio[:, position : position + len(block)] = torch.from_numpy(block.T)
-            position += len(block)
-    except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise EarVAEError(
-            f"{name}: damaged or truncated after {start + position} samples: {one_line(error)}"
-        ) from error
-    return audio[:, :position]
-
-
-def _peak_treatment(audio: Tensor, name: str, peak: str, *, bounded: bool) -> tuple[float, bool]:
-    """The gain to write with, and whether to limit to full scale."""
-    if peak not in ("keep", "scale", "clip"):
-        raise EarVAEError(f"{name}: peak must be keep, scale or clip, got {peak!r}")
-    peaks = [float(block.abs().max()) for block in audio.split(_BLOCK_FRAMES, dim=1)]
-    if not all(map(math.isfinite, peaks)):
-        raise EarVAEError(f"{name}: the audio to write holds NaN or infinite samples; nothing was written")
-    highest = max(peaks)
-    if highest <= 1 or (peak == "keep" and not bounded):
-        return 1.0, False
-    if peak == "scale":
-        return 1 / highest, False
-    if peak == "keep":
-        above_db = 20 * math.log10(highest)
-        warnings.warn(
-            f"{name}: peaks reach {above_db:+.2f} dBFS and are cut off in this format; write float wav, or "
-            "choose peak 'scale' (lower the whole file) or 'clip' (cut off knowingly)",
-            PeakWarning,
-            stacklevel=3,
-        )
-    return 1.0, True
+        except (soundfile.LibsndfileError, RuntimeError) as error:
+            raise EarVAEError(
+                f"{name}: damaged or truncated after {start + position} samples: {one_line(error)}"
+            ) from error
+        if not len(block):
+            return
+        yield torch.from_numpy(block.T)
+        position += len(block)

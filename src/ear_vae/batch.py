@@ -193,7 +193,8 @@ def progress(name: str, audio_seconds: float, latent_rate: float, *, shown: bool
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s, {rate_noinv_fmt}",
             unit="x real time",
         ) as bar,
-        observe_tiles(lambda frames: bar.update(frames / latent_rate) and None),
+        # The last frame may be longer than what is left of the audio.
+        observe_tiles(lambda frames: bar.update(min(frames / latent_rate, bar.total - bar.n)) and None),
     ):
         yield
 

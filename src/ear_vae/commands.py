@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,38 +28,57 @@ OFFICIAL_EXTENSION = ".pyt"
 
 def reconstruct(options: argparse.Namespace) -> int:
     """Audio to the audio that the model makes of it."""
-    from ear_vae.audio import find_audio_files, read_audio
+    from ear_vae.audio import find_audio_files, stream_audio
 
     def work(vae: EarVAE, job: Job) -> float:
-        audio, sample_rate = read_audio(_source(job))
-        seconds = audio.shape[1] / sample_rate
-        with _at_work(options, job, 2 * seconds, vae):
-            rebuilt = vae.reconstruct(audio, sample_rate=sample_rate)
-        del audio  # An hour of it is a gigabyte, and writing needs memory too.
-        _write_audio(job, rebuilt, sample_rate, options)
-        return seconds
+        with stream_audio(_source(job)) as (info, blocks):
+            seconds = info.num_samples / info.sample_rate
+            with _at_work(options, job, 2 * seconds, vae):
+                counted = _Counted(blocks)
+                # Latents are a thousandth of the audio: they are held, it is not.
+                latents = [posterior.mean for posterior in vae.encode_stream(counted, info.sample_rate)]
+                num_samples = -(-counted.num_samples * vae.sample_rate // info.sample_rate)
+                _decode_to_file(
+                    vae,
+                    latents,
+                    job,
+                    options,
+                    num_samples=num_samples,
+                    channels=info.channels,
+                    sample_rate=info.sample_rate,
+                    source_num_samples=counted.num_samples,
+                )
+        return counted.num_samples / info.sample_rate
 
     return _each(options, work, find=find_audio_files, extension=options.format or "wav")
 
 
 def encode(options: argparse.Namespace) -> int:
     """Audio to latent files."""
-    from ear_vae.audio import find_audio_files, read_audio
+    import torch
+
+    from ear_vae.audio import find_audio_files, stream_audio
     from ear_vae.latents import Latents, save_latents
+    from ear_vae.posterior import Posterior
 
     def work(vae: EarVAE, job: Job) -> float:
-        audio, sample_rate = read_audio(_source(job))
-        audio_channels, num_samples = audio.shape
-        with _at_work(options, job, num_samples / sample_rate, vae):
-            posterior = vae.encode(audio, sample_rate=sample_rate)
-            mean = posterior.sample(_generator(options.seed, job)) if options.sample else posterior.mean
+        with stream_audio(_source(job)) as (info, blocks):
+            counted = _Counted(blocks)
+            with _at_work(options, job, info.num_samples / info.sample_rate, vae):
+                parts = list(vae.encode_stream(counted, info.sample_rate))
+        num_samples, sample_rate = counted.num_samples, info.sample_rate
+        posterior = Posterior(
+            torch.cat([part.mean for part in parts], dim=-1), torch.cat([part.std for part in parts], dim=-1)
+        )
+        del parts
+        mean = posterior.sample(_generator(options.seed, job)) if options.sample else posterior.mean
         latents = Latents(
             mean=mean,
             std=posterior.std if options.std else None,
             sample_rate=vae.sample_rate,
             downsampling_ratio=vae.downsampling_ratio,
             num_samples=-(-num_samples * vae.sample_rate // sample_rate),
-            audio_channels=audio_channels,
+            audio_channels=info.channels,
             source_sample_rate=sample_rate,
             source_num_samples=num_samples,
             model_name=vae.name,
@@ -78,7 +97,6 @@ def encode(options: argparse.Namespace) -> int:
 
 def decode(options: argparse.Namespace) -> int:
     """Latent files to audio."""
-    from ear_vae.audio import resample
     from ear_vae.latents import load_latents
 
     def work(vae: EarVAE, job: Job) -> float:
@@ -101,14 +119,74 @@ def decode(options: argparse.Namespace) -> int:
                 f"{latents.source_sample_rate} Hz promised, {longest} there"
             )
         with _at_work(options, job, latents.duration_seconds, vae):
-            audio = vae.decode(latents.mean, num_samples=latents.num_samples)
-            if latents.audio_channels == 1:
-                audio = audio.mean(dim=0, keepdim=True)
-            audio = resample(audio, latents.sample_rate, latents.source_sample_rate)
-        _write_audio(job, audio[:, : latents.source_num_samples], latents.source_sample_rate, options)
+            _decode_to_file(
+                vae,
+                [latents.mean],
+                job,
+                options,
+                num_samples=latents.num_samples,
+                channels=latents.audio_channels,
+                sample_rate=latents.source_sample_rate,
+                source_num_samples=latents.source_num_samples,
+            )
         return latents.duration_seconds
 
     return _each(options, work, find=_find_latent_files, extension=options.format or "wav")
+
+
+def _decode_to_file(
+    vae: EarVAE,
+    latents: list[torch.Tensor],
+    job: Job,
+    options: argparse.Namespace,
+    *,
+    num_samples: int,
+    channels: int,
+    sample_rate: int,
+    source_num_samples: int,
+) -> None:
+    """Latents in pieces [D, n] to an audio file of the source's rate, channels and length."""
+    from ear_vae.audio import write_audio_stream
+    from ear_vae.resampling import resample_stream
+
+    def decoded() -> Iterator[torch.Tensor]:
+        for audio in _first_samples(vae.decode_stream(latents), num_samples):
+            yield audio.mean(dim=0, keepdim=True) if channels == 1 else audio
+
+    to_stream = job.destination == STREAM
+    write_audio_stream(
+        sys.stdout.buffer if to_stream else job.destination,
+        _first_samples(resample_stream(decoded(), vae.sample_rate, sample_rate), source_num_samples),
+        sample_rate,
+        channels=channels,
+        num_samples=source_num_samples,
+        format=_format(job, options),
+        subtype=options.subtype,
+        peak=options.peak,
+        overwrite=options.force,
+    )
+    if to_stream:
+        sys.stdout.flush()
+
+
+def _first_samples(blocks: Iterable[torch.Tensor], num_samples: int) -> Iterator[torch.Tensor]:
+    for block in blocks:
+        if block[..., :num_samples].shape[-1]:
+            yield block[..., :num_samples]
+        num_samples = max(0, num_samples - block.shape[-1])
+
+
+class _Counted:
+    """Blocks of audio as they come, and how many samples they have been."""
+
+    def __init__(self, blocks: Iterable[torch.Tensor]) -> None:
+        self._blocks = blocks
+        self.num_samples = 0
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for block in self._blocks:
+            self.num_samples += block.shape[-1]
+            yield block
 
 
 def info(options: argparse.Namespace) -> int:
@@ -269,23 +347,6 @@ def _source(job: Job) -> Any:
 def _format(job: Job, options: argparse.Namespace) -> str:
     named = "wav" if job.destination == STREAM else Path(job.destination).suffix[1:]
     return str(options.format or named)
-
-
-def _write_audio(job: Job, audio: torch.Tensor, sample_rate: int, options: argparse.Namespace) -> None:
-    from ear_vae.audio import write_audio
-
-    to_stream = job.destination == STREAM
-    write_audio(
-        sys.stdout.buffer if to_stream else job.destination,
-        audio,
-        sample_rate,
-        format=_format(job, options),
-        subtype=options.subtype,
-        peak=options.peak,
-        overwrite=options.force,
-    )
-    if to_stream:
-        sys.stdout.flush()
 
 
 @contextmanager

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ear_vae._torchaudio import functional
+from ear_vae.backlog import Backlog
 from ear_vae.errors import EarVAEError
 
 # A Kaiser window of 64 zero crossings with its transition band just below the lower Nyquist frequency:
@@ -42,14 +43,31 @@ def resample(audio: Tensor, original_rate: int, target_rate: int) -> Tensor:
     Raises:
         EarVAEError: A rate is not a positive integer.
     """
-    old, new = _ratio(original_rate, target_rate)
-    if old == new or audio.shape[-1] == 0:
+    if audio.shape[-1] == 0 or _ratio(original_rate, target_rate) == (1, 1):
         return audio
-    width = math.ceil(_ZERO_CROSSINGS * old / (min(old, new) * _ROLLOFF))
-    if new * (2 * width + old) <= _MOST_TAPS:
-        return _in_blocks(_by_filter, audio, old, new, original_rate, context=width)
-    # The filter has an end; the ideal low-pass of the spectrum dies away like 1 / t.
-    return _in_blocks(_by_spectrum, audio, old, new, original_rate, context=original_rate)
+    return _resampler(original_rate, target_rate).whole(audio)
+
+
+def resample_stream(blocks: Iterable[Tensor], original_rate: int, target_rate: int) -> Iterator[Tensor]:
+    """`resample` on audio that comes in pieces, with the same result to the bit.
+
+    Some 20 s are held at a time.
+
+    Args:
+        blocks: Pieces of the audio, [..., T_i], floating point.
+        original_rate: Their rate in Hz.
+        target_rate: Rate wanted in Hz.
+
+    Yields:
+        Pieces [..., T_j], together of ceil(T * target_rate / original_rate) samples.
+
+    Raises:
+        EarVAEError: A rate is not a positive integer.
+    """
+    if _ratio(original_rate, target_rate) == (1, 1):
+        yield from blocks
+    else:
+        yield from _resampler(original_rate, target_rate).stream(blocks)
 
 
 def resample_briefly(audio: Tensor, original_rate: int, target_rate: int) -> Tensor:
@@ -75,7 +93,7 @@ def resample_briefly(audio: Tensor, original_rate: int, target_rate: int) -> Ten
     context = math.ceil(_BRIEF_ZERO_CROSSINGS * old / (min(old, new) * _BRIEF_ROLLOFF))
     if new * (2 * context + old) > _MOST_TAPS:
         return resample(audio, original_rate, target_rate)
-    return _in_blocks(_by_brief_filter, audio, old, new, original_rate, context=context)
+    return _Resampler(_by_brief_filter, old, new, original_rate, context).whole(audio)
 
 
 def _ratio(original_rate: int, target_rate: int) -> tuple[int, int]:
@@ -87,30 +105,76 @@ def _ratio(original_rate: int, target_rate: int) -> tuple[int, int]:
     return original_rate // divisor, target_rate // divisor
 
 
-def _in_blocks(
-    convert: Callable[[Tensor, int, int], Tensor],
-    audio: Tensor,
-    old: int,
-    new: int,
-    original_rate: int,
-    *,
-    context: int,
-) -> Tensor:
-    """What `convert` makes of the whole, block by block with `context` samples on either side."""
-    length = -(-audio.shape[-1] * new // old)
-    # Whole periods, so that every block starts on a sample of both rates.
-    block = max(1, _BLOCK_SECONDS * original_rate // old) * old
-    context = -(-context // old) * old
-    if audio.shape[-1] <= block + 2 * context:
-        return convert(audio, old, new)[..., :length]
-    resampled = audio.new_empty(*audio.shape[:-1], length)
-    for start in range(0, audio.shape[-1], block):
-        first = max(0, start - context)
-        piece = convert(audio[..., first : start + block + context], old, new)
-        skipped = (start - first) // old * new
-        target = resampled[..., start // old * new :][..., : block // old * new]
-        target.copy_(piece[..., skipped : skipped + target.shape[-1]])
-    return resampled
+def _resampler(original_rate: int, target_rate: int) -> _Resampler:
+    old, new = _ratio(original_rate, target_rate)
+    width = math.ceil(_ZERO_CROSSINGS * old / (min(old, new) * _ROLLOFF))
+    if new * (2 * width + old) <= _MOST_TAPS:
+        return _Resampler(_by_filter, old, new, original_rate, width)
+    # The filter has an end; the ideal low-pass of the spectrum dies away like 1 / t.
+    return _Resampler(_by_spectrum, old, new, original_rate, original_rate)
+
+
+class _Resampler:
+    """A conversion that is done block by block, with `context` samples on either side of each.
+
+    Args:
+        convert: Makes audio of `old` samples per period to audio of `new`.
+        old: Samples of a period at the original rate.
+        new: Samples of a period at the target rate.
+        original_rate: In Hz.
+        context: Samples around a block that its conversion depends on.
+    """
+
+    def __init__(
+        self,
+        convert: Callable[[Tensor, int, int], Tensor],
+        old: int,
+        new: int,
+        original_rate: int,
+        context: int,
+    ) -> None:
+        self._convert, self._old, self._new = convert, old, new
+        # Whole periods, so that every block starts on a sample of both rates.
+        self._block = max(1, _BLOCK_SECONDS * original_rate // old) * old
+        self._context = -(-context // old) * old
+
+    def whole(self, audio: Tensor) -> Tensor:
+        """[..., T] to [..., ceil(T * new / old)]."""
+        length = self._length(audio.shape[-1])
+        if audio.shape[-1] <= self._block + 2 * self._context:
+            return self._convert(audio, self._old, self._new)[..., :length]
+        resampled = audio.new_empty(*audio.shape[:-1], length)
+        for start in range(0, audio.shape[-1], self._block):
+            first = max(0, start - self._context)
+            piece = self._piece(audio[..., first : start + self._block + self._context], start - first)
+            target = resampled[..., self._length(start) :][..., : self._length(self._block)]
+            target.copy_(piece[..., : target.shape[-1]])
+        return resampled
+
+    def stream(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The same, piece by piece."""
+        held = Backlog()
+        source = iter(blocks)
+        if not held.fill(source, self._block + 2 * self._context + 1):
+            if held.stop:
+                yield self.whole(held.take(0, held.stop))
+            return
+        start, more = 0, True
+        while more or start < held.stop:
+            more = more and held.fill(source, start + self._block + self._context)
+            first = max(0, start - self._context)
+            last = min(held.stop, start + self._block + self._context)
+            wanted = min(self._length(held.stop) - self._length(start), self._length(self._block))
+            if wanted > 0:
+                yield self._piece(held.take(first, last), start - first)[..., :wanted]
+            start += self._block
+            held.drop(max(0, start - self._context))
+
+    def _piece(self, audio: Tensor, skipped: int) -> Tensor:
+        return self._convert(audio, self._old, self._new)[..., skipped // self._old * self._new :]
+
+    def _length(self, num_samples: int) -> int:
+        return -(-num_samples * self._new // self._old)
 
 
 def _by_filter(audio: Tensor, old: int, new: int) -> Tensor:

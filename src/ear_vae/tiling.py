@@ -17,7 +17,8 @@ it has served, so that little is computed twice.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ear_vae.backlog import Backlog
 from ear_vae.config import EarVAEConfig
 from ear_vae.network import Decoder, Encoder
 
@@ -151,20 +153,87 @@ def run_stages(
     Returns:
         Output of the last stage, [B, C, T].
     """
-    # Units of each stage to a latent frame: the product of the steps between the two.
-    units = [
-        math.prod(stage.outputs for stage in stages[:index])
-        * math.prod(stage.inputs for stage in stages[index + 1 :])
-        for index in range(len(stages))
-    ]
-    num_frames = x.shape[-1] // (units[0] * stages[0].inputs)
-    outputs_per_frame = units[-1] * stages[-1].outputs
+    chain = _Chain(stages, prepare, finish)
+    num_frames = x.shape[-1] // chain.inputs_per_frame
 
     def compute(rows: slice, start: int, stop: int) -> Tensor:
-        spans = _spans(stages, units, num_frames, start * outputs_per_frame, stop * outputs_per_frame)
-        (first, last), *others = spans
-        tile = prepare(x[rows, :, first:last])
-        for stage, (wanted, end) in zip(stages, others, strict=True):
+        spans = chain.spans(start, stop, num_frames)
+        return chain.run(x[rows, :, slice(*spans[0])], spans)
+
+    return _assembled(compute, x.shape[0], num_frames, chain.outputs_per_frame, tile_frames)
+
+
+def stream_stages(
+    stages: Sequence[Stage],
+    blocks: Iterable[Tensor],
+    *,
+    tile_frames: int,
+    prepare: Callable[[Tensor], Tensor] = lambda tile: tile,
+    finish: Callable[[Tensor], Tensor] = lambda tile: tile,
+) -> Iterator[Tensor]:
+    """`run_stages` on input that comes in pieces, tile by tile as soon as the input of one is there.
+
+    Args:
+        stages: Of an encoder or a decoder.
+        blocks: Pieces of the input, [B, C, T_i], together of a whole number of latent frames.
+        tile_frames: Frames of one tile.
+        prepare: As for `run_stages`.
+        finish: As for `run_stages`.
+
+    Yields:
+        Pieces of the output, [B, C, T_j], each of `tile_frames` frames but for the last.
+    """
+    chain = _Chain(stages, prepare, finish)
+    held = Backlog()
+    source = iter(blocks)
+    start, num_frames = 0, sys.maxsize
+    while start < num_frames:
+        spans = chain.spans(start, start + tile_frames, num_frames)
+        if not held.fill(source, spans[0][1]):
+            num_frames = held.stop // chain.inputs_per_frame
+            if start >= num_frames:
+                return
+            spans = chain.spans(start, min(start + tile_frames, num_frames), num_frames)
+        yield chain.run(held.take(*spans[0]), spans)
+        start += tile_frames
+        held.drop(chain.spans(start, start + 1, sys.maxsize)[0][0])
+
+
+class _Chain:
+    """Stages one behind the other, and which part of each is needed for a part of the last."""
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        prepare: Callable[[Tensor], Tensor],
+        finish: Callable[[Tensor], Tensor],
+    ) -> None:
+        self._stages, self._prepare, self._finish = stages, prepare, finish
+        # Units of each stage to a latent frame: the product of the steps between the two.
+        self._units = [
+            math.prod(stage.outputs for stage in stages[:index])
+            * math.prod(stage.inputs for stage in stages[index + 1 :])
+            for index in range(len(stages))
+        ]
+        self.inputs_per_frame = self._units[0] * stages[0].inputs
+        self.outputs_per_frame = self._units[-1] * stages[-1].outputs
+
+    def spans(self, start: int, stop: int, num_frames: int) -> list[tuple[int, int]]:
+        """First and last position of what each stage takes, and of what is wanted of the last one."""
+        first, last = start * self.outputs_per_frame, stop * self.outputs_per_frame
+        spans = [(first, last)]
+        for stage, per_frame in zip(reversed(self._stages), reversed(self._units), strict=True):
+            before, after = stage.context
+            first = max(0, first // stage.outputs - before) * stage.inputs
+            last = min(num_frames * per_frame, -(-last // stage.outputs) + after) * stage.inputs
+            spans.insert(0, (first, last))
+        return spans
+
+    def run(self, x: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
+        """The last span of the output, from the first of the input."""
+        (first, _), *others = spans
+        tile = self._prepare(x)
+        for stage, (wanted, end) in zip(self._stages, others, strict=True):
             tile = run_tiled(
                 stage.network,
                 tile,
@@ -176,25 +245,10 @@ def run_stages(
             first = first // stage.inputs * stage.outputs
             tile = tile[..., wanted - first : end - first]
             first = wanted
-        tile = finish(tile)
+        tile = self._finish(tile)
         if (callback := _observer.get()) is not None:
-            callback(stop - start)
+            callback(tile.shape[-1] // self.outputs_per_frame)
         return tile
-
-    return _assembled(compute, x.shape[0], num_frames, outputs_per_frame, tile_frames)
-
-
-def _spans(
-    stages: Sequence[Stage], units: Sequence[int], num_frames: int, first: int, last: int
-) -> list[tuple[int, int]]:
-    """First and last position of what each stage takes, and of what is wanted of the last one."""
-    spans = [(first, last)]
-    for stage, per_frame in zip(reversed(stages), reversed(units), strict=True):
-        before, after = stage.context
-        first = max(0, first // stage.outputs - before) * stage.inputs
-        last = min(num_frames * per_frame, -(-last // stage.outputs) + after) * stage.inputs
-        spans.insert(0, (first, last))
-    return spans
 
 
 def run_tiled(

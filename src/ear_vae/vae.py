@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
 
 from ear_vae.config import EarVAEConfig
 from ear_vae.errors import EarVAEError
 from ear_vae.network import Decoder, Encoder, LatentTransformer
 from ear_vae.posterior import Posterior
-from ear_vae.tiling import Stage, decoder_stages, encoder_stages, run_stages, tile_length
+from ear_vae.tiling import Stage, decoder_stages, encoder_stages, run_stages, stream_stages, tile_length
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _Network = TypeVar("_Network", Encoder, Decoder)
+_StagesOf = Callable[[_Network, EarVAEConfig, torch.device], list[Stage]]
 
 
 class Reconstruction(NamedTuple):
@@ -136,20 +139,96 @@ class EarVAE(nn.Module):
         Raises:
             EarVAEError: Wrong rank, dtype or number of channels, no frames, `num_samples` out of range.
         """
-        z = torch.as_tensor(latents)
-        if z.ndim not in (2, 3) or z.shape[-2] != self.latent_dim:
-            raise EarVAEError(
-                f"latents have shape {_shape(z)}; "
-                f"expected [{self.latent_dim}, N] or [B, {self.latent_dim}, N]"
-            )
-        _require_floating("latents", z, "convert them with .float()")
-        if z.numel() == 0:
-            raise EarVAEError(f"latents have shape {_shape(z)}: there is nothing to decode")
+        z, squeeze = self._as_latents(latents)
         longest = z.shape[-1] * self.downsampling_ratio
         if num_samples is not None and not 0 < num_samples <= longest:
             raise EarVAEError(f"num_samples is {num_samples}; these latents decode to 1 to {longest} samples")
-        audio = self._decode_batch(z if z.ndim == 3 else z.unsqueeze(0))
-        return (audio if z.ndim == 3 else audio[0])[..., :num_samples]
+        audio = self._decode_batch(z)
+        return (audio[0] if squeeze else audio)[..., :num_samples]
+
+    def encode_stream(
+        self,
+        blocks: Iterable[Tensor | np.ndarray],
+        sample_rate: int | None = None,
+        *,
+        tile_frames: int | None = None,
+    ) -> Iterator[Posterior]:
+        """Encodes audio that comes in blocks of any length, in memory that does not grow.
+
+        The posteriors, put side by side, are that of the whole. Each comes out as soon as its audio and
+        what the encoder sees after it has come in: 8293 samples at the published strides. At another
+        sample rate the resampling holds back some 20 s more.
+
+        Args:
+            blocks: Pieces of the audio, each as for `encode`, all of one shape but for their length.
+            sample_rate: As for `encode`.
+            tile_frames: Frames of one posterior, all but the last; by default as many as are fast. Each
+                computes its neighbourhood again, about 9 frames on either side.
+
+        Yields:
+            Posteriors with tensors [D, n] or [B, D, n].
+
+        Raises:
+            EarVAEError: As for `encode`; or `tile_frames` below 1.
+        """
+        length = self._tile_frames(tile_frames)
+        squeeze = False
+
+        def batches() -> Iterator[Tensor]:
+            nonlocal squeeze
+            for block in blocks:
+                if torch.as_tensor(block).shape[-1:] != (0,):
+                    batched, squeeze = self._as_batch(block)
+                    yield batched
+
+        def padded(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+            count = 0
+            for piece in pieces:
+                count += piece.shape[-1]
+                yield piece
+            if (missing := -count % self.downsampling_ratio) and count:
+                yield piece.new_zeros(*piece.shape[:-1], missing)
+
+        resampled = batches() if sample_rate is None else self._resampled_stream(batches(), sample_rate)
+        for parameters in self._stream(self.encoder, padded(resampled), encoder_stages, length):
+            posterior = Posterior.from_parameters(parameters)
+            yield Posterior(posterior.mean[0], posterior.std[0]) if squeeze else posterior
+
+    def decode_stream(
+        self, blocks: Iterable[Tensor | np.ndarray], *, tile_frames: int | None = None
+    ) -> Iterator[Tensor]:
+        """Decodes latents to audio that comes out in blocks, in memory that does not grow with the audio.
+
+        The blocks, put side by side, are what `decode` gives of the whole. A model with a transformer looks
+        at all latents before the first sample comes out, so these are held; one without holds back 11 frames.
+
+        Args:
+            blocks: Pieces of the latents, each as for `decode`, all of one shape but for their length.
+            tile_frames: Frames of one block of audio, all but the last; by default as many as are fast. Each
+                computes its neighbourhood again, about 11 frames on either side.
+
+        Yields:
+            Audio [C, t] or [B, C, t] at the model's rate.
+
+        Raises:
+            EarVAEError: As for `decode`; or `tile_frames` below 1.
+        """
+        length = self._tile_frames(tile_frames)
+        squeeze = False
+
+        def batches() -> Iterator[Tensor]:
+            nonlocal squeeze
+            for block in blocks:
+                if torch.as_tensor(block).shape[-1:] != (0,):
+                    batched, squeeze = self._as_latents(block)
+                    yield batched
+
+        latents: Iterable[Tensor] = batches()
+        if self.transformer is not None and (pieces := list(latents)):
+            latents = [self._transformed(torch.cat(pieces, dim=-1))]
+            del pieces
+        for audio in self._stream(self.decoder, latents, decoder_stages, length):
+            yield audio[0] if squeeze else audio
 
     def reconstruct(self, audio: Tensor | np.ndarray, sample_rate: int | None = None) -> Tensor:
         """Encodes audio to the posterior's mean and decodes it again.
@@ -328,6 +407,19 @@ class EarVAE(nn.Module):
             x = x.expand(*x.shape[:-2], self.audio_channels, num_samples)
         return (x, False) if x.ndim == 3 else (x.unsqueeze(0), True)
 
+    def _as_latents(self, latents: Tensor | np.ndarray) -> tuple[Tensor, bool]:
+        """Latents as [B, D, N], and whether a batch axis was added."""
+        z = torch.as_tensor(latents)
+        if z.ndim not in (2, 3) or z.shape[-2] != self.latent_dim:
+            raise EarVAEError(
+                f"latents have shape {_shape(z)}; "
+                f"expected [{self.latent_dim}, N] or [B, {self.latent_dim}, N]"
+            )
+        _require_floating("latents", z, "convert them with .float()")
+        if z.numel() == 0:
+            raise EarVAEError(f"latents have shape {_shape(z)}: there is nothing to decode")
+        return (z, False) if z.ndim == 3 else (z.unsqueeze(0), True)
+
     @staticmethod
     def _resampled(audio: Tensor, original_rate: int | None, target_rate: int) -> Tensor:
         if original_rate is None or original_rate == target_rate:
@@ -335,6 +427,11 @@ class EarVAE(nn.Module):
         from ear_vae.audio import resample
 
         return resample(audio, original_rate, target_rate)
+
+    def _resampled_stream(self, blocks: Iterable[Tensor], original_rate: int) -> Iterator[Tensor]:
+        from ear_vae.resampling import resample_stream
+
+        return resample_stream(blocks, original_rate, self.sample_rate)
 
     def _encode_batch(self, audio: Tensor) -> Tensor:
         """[B, C, T] at the model's rate to the posterior's parameters [B, 2 D, N]."""
@@ -346,34 +443,69 @@ class EarVAE(nn.Module):
     def _decode_batch(self, latents: Tensor) -> Tensor:
         """[B, D, N] to audio [B, C, N * downsampling_ratio]."""
         if self.transformer is not None:
-            latents = self._wide(self.transformer(self._here(latents))).to(latents.device)
+            latents = self._transformed(latents)
         return self._run(self.decoder, latents, decoder_stages)
 
-    def _run(
-        self,
-        network: _Network,
-        x: Tensor,
-        stages_of: Callable[[_Network, EarVAEConfig, torch.device], list[Stage]],
-    ) -> Tensor:
+    def _transformed(self, latents: Tensor) -> Tensor:
+        """Latents [B, D, N] after the transformer, in float32 at least.
+
+        It computes in float32 whatever the weights' dtype: it is a thousandth of the work, and what it gets
+        wrong goes into every sample.
+        """
+        assert self.transformer is not None
+        weights = {name: self._wide(weight) for name, weight in self.transformer.named_parameters()}
+        x = latents.to(device=self.device, dtype=torch.promote_types(self.dtype, torch.float32))
+        transformed: Tensor = functional_call(self.transformer, weights, (x,))
+        return transformed.to(latents.device)
+
+    def _run(self, network: _Network, x: Tensor, stages_of: _StagesOf[_Network]) -> Tensor:
         if torch.is_grad_enabled() and (
             x.requires_grad or any(p.requires_grad for p in network.parameters())
         ):
             # A recorded graph holds every activation anyway: tiles would only add their contexts to it.
             return self._wide(network(self._here(x))).to(x.device)
-
-        def prepare(tile: Tensor) -> Tensor:
-            return self._here(tile).unsqueeze(-2).contiguous(memory_format=torch.channels_last)
-
-        def finish(tile: Tensor) -> Tensor:
-            return self._wide(tile.squeeze(-2)).to(x.device)
-
         return run_stages(
             stages_of(network, self.config, self.device),
             x,
-            tile_frames=tile_length(self.config.channels, self.downsampling_ratio),
-            prepare=prepare,
-            finish=finish,
+            tile_frames=self._tile_frames(),
+            prepare=self._prepared,
+            finish=lambda tile: self._wide(tile.squeeze(-2)).to(x.device),
         )
+
+    def _stream(
+        self,
+        network: _Network,
+        blocks: Iterable[Tensor],
+        stages_of: _StagesOf[_Network],
+        tile_frames: int,
+    ) -> Iterator[Tensor]:
+        """As `_run`, piece by piece; results lie on the device of the input, and no gradients are kept."""
+        source = iter(blocks)
+        if (first := next(source, None)) is None:
+            return
+        tiles = stream_stages(
+            stages_of(network, self.config, self.device),
+            chain((first,), source),
+            tile_frames=tile_frames,
+            prepare=self._prepared,
+            finish=lambda tile: self._wide(tile.squeeze(-2)).to(first.device),
+        )
+        while True:
+            # Not around the whole: between two tiles the caller's code runs.
+            with torch.no_grad():
+                tile = next(tiles, None)
+            if tile is None:
+                return
+            yield tile
+
+    def _tile_frames(self, wanted: int | None = None) -> int:
+        if wanted is not None and wanted < 1:
+            raise EarVAEError(f"tile_frames is {wanted}; expected 1 or more")
+        return wanted or tile_length(self.config.channels, self.downsampling_ratio)
+
+    def _prepared(self, tile: Tensor) -> Tensor:
+        """[B, C, T] as the networks take it in inference, see `ear_vae.network.blocks`."""
+        return self._here(tile).unsqueeze(-2).contiguous(memory_format=torch.channels_last)
 
     def _here(self, x: Tensor) -> Tensor:
         """On the model's device, in its dtype."""

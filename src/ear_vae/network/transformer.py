@@ -11,6 +11,7 @@ from ear_vae.config import EarVAEConfig
 
 ROTARY_BASE = 10_000.0
 FEED_FORWARD_MULTIPLE = 4
+_FRAMES_AT_ONCE = 8192
 
 
 class LatentTransformer(nn.Module):
@@ -80,6 +81,10 @@ class FeedForward(nn.Module):
         self.out = nn.Linear(FEED_FORWARD_MULTIPLE * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        # Every frame goes through alone. Together those of hours would take gigabytes in the wide middle.
+        return torch.cat([self._of_some(frames) for frames in x.split(_FRAMES_AT_ONCE, dim=1)], dim=1)
+
+    def _of_some(self, x: Tensor) -> Tensor:
         value, gate = self.value_gate(x).chunk(2, dim=-1)
         return self.out(value * functional.silu(gate))
 
