@@ -70,3 +70,22 @@ print(EarVAE.from_pretrained("ear-vae-tiny").name)
     )
     assert found.stdout.strip() == "ear-vae-tiny"
     assert not list(tmp_path.iterdir())
+
+
+def test_bfloat16_keeps_30_db(vae: EarVAE) -> None:
+    """Of what float32 gives, on music, through both directions and through the decoder alone."""
+    audio, sample_rate = read_audio(PIECE)
+    audio = audio[:, : 8 * sample_rate]
+    half = EarVAE.from_pretrained("ear-vae-tiny", dtype=torch.bfloat16)
+    latents = vae.encode(audio, sample_rate=sample_rate).mode()
+    expected = vae.decode(latents)
+    assert si_sdr_db(half.decode(latents), expected) > 36
+    assert si_sdr_db(half.decode(half.encode(audio, sample_rate=sample_rate).mode()), expected) > 36
+
+
+def test_the_transformer_computes_in_float32_whatever_the_weights(vae: EarVAE) -> None:
+    half = EarVAE.from_pretrained("ear-vae-tiny", dtype=torch.bfloat16)
+    latents = torch.randn(1, 64, 50, generator=torch.Generator().manual_seed(0))
+    expected = half.float().transformer(latents)
+    found = EarVAE.from_pretrained("ear-vae-tiny", dtype=torch.bfloat16)._transformed(latents)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+
 import pytest
 import torch
 
@@ -22,28 +25,94 @@ def snake_formula(x: torch.Tensor, snake: Snake) -> torch.Tensor:
     return x + torch.sin(alpha * x) ** 2 / (beta + 1e-9)
 
 
-@pytest.mark.parametrize("shape", [(3, 50), (2, 3, 50)])
-def test_snake_is_its_formula_with_and_without_gradient(shape: tuple[int, ...]) -> None:
-    snake, x = random_snake(3), torch.randn(*shape, dtype=torch.float64)
-    expected = snake_formula(x, snake)
+def of_shape(*shape: int, last: bool = False, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Noise, with the channels last in memory if asked."""
+    x = torch.randn(*shape, dtype=dtype)
+    return x.contiguous(memory_format=torch.channels_last) if last else x
+
+
+def formula_of(snake: Snake, x: torch.Tensor) -> torch.Tensor:
+    """The formula on [B, C, N] or [B, C, 1, N]."""
+    return snake_formula(x.flatten(2), snake).reshape(x.shape)
+
+
+SHAPES = pytest.mark.parametrize(
+    ("shape", "last"), [((2, 3, 50), False), ((2, 3, 1, 50), False), ((2, 3, 1, 50), True)]
+)
+
+
+@SHAPES
+def test_snake_is_its_formula_with_and_without_gradient(shape: tuple[int, ...], last: bool) -> None:
+    snake, x = random_snake(3), of_shape(*shape, last=last)
+    expected = formula_of(snake, x)
     torch.testing.assert_close(snake(x), expected)
     with torch.no_grad():
-        torch.testing.assert_close(snake(x), expected)
+        found = snake(x)
+    torch.testing.assert_close(found, expected)
+    assert found.stride() == x.stride()
 
 
-def test_snake_gradients_are_those_of_the_formula() -> None:
-    snake, x = random_snake(3), torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
-    weights = torch.randn(2, 3, 7, dtype=torch.float64)
+@SHAPES
+def test_snake_gradients_are_those_of_the_formula(shape: tuple[int, ...], last: bool) -> None:
+    snake, x = random_snake(3), of_shape(*shape, last=last).requires_grad_()
+    weights = torch.randn(shape, dtype=torch.float64)
     inputs = (x, snake.log_alpha, snake.log_beta)
     found = torch.autograd.grad((weights * snake(x)).sum(), inputs)
-    expected = torch.autograd.grad((weights * snake_formula(x, snake)).sum(), inputs)
+    expected = torch.autograd.grad((weights * formula_of(snake, x)).sum(), inputs)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
 
 
-def test_snake_passes_gradcheck() -> None:
-    snake = random_snake(2)
-    assert torch.autograd.gradcheck(snake, torch.randn(2, 2, 5, dtype=torch.float64, requires_grad=True))
+@SHAPES
+def test_snake_passes_gradcheck(shape: tuple[int, ...], last: bool) -> None:
+    snake, x = random_snake(3), of_shape(*shape[:-1], 3, last=last).requires_grad_()
+    assert torch.autograd.gradcheck(snake, x)
+    # The operator that a GPU uses, in its form without Triton.
+    alpha, inverse_beta = snake.log_alpha.exp().detach(), (-snake.log_beta).exp().detach()
+    inputs = (x, alpha.requires_grad_(), inverse_beta.requires_grad_())
+    assert torch.autograd.gradcheck(torch.ops.ear_vae.snake, inputs)
+    torch.testing.assert_close(torch.ops.ear_vae.snake(*inputs), snake(x))
+
+
+def test_snake_operator_is_one_that_compilers_take() -> None:
+    inputs = [torch.randn(2, 3, 1, 8, requires_grad=True), torch.rand(3) + 1, torch.rand(3)]
+    torch.library.opcheck(torch.ops.ear_vae.snake.default, inputs)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs Triton and TRITON_INTERPRET=1",
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@SHAPES
+def test_snake_kernels_in_the_interpreter(shape: tuple[int, ...], last: bool, dtype: torch.dtype) -> None:
+    """Both kernels on the CPU against the formula; more values than one block holds."""
+    from ear_vae.network import snake_triton
+
+    snake, x = random_snake(3, torch.float32), of_shape(*shape[:-1], 1500, last=last, dtype=dtype)
+    alpha, inverse_beta = snake.log_alpha.exp().detach(), (-snake.log_beta).exp().detach()
+    grad = of_shape(*x.shape, dtype=dtype)
+    tolerances = {"atol": 1e-5, "rtol": 1e-4} if dtype is torch.float32 else {"atol": 1e-2, "rtol": 1e-2}
+    found = snake_triton.forward(x, alpha, inverse_beta)
+    assert (found.dtype, found.stride()) == (x.dtype, x.stride())
+    torch.testing.assert_close(found, torch.ops.ear_vae.snake(x, alpha, inverse_beta), **tolerances)
+    expected = torch.ops.ear_vae.snake_backward(grad, x, alpha, inverse_beta)
+    for one, other in zip(snake_triton.backward(grad, x, alpha, inverse_beta), expected, strict=True):
+        torch.testing.assert_close(one, other, **(tolerances | {"atol": 10 * tolerances["atol"]}))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@SHAPES
+def test_snake_on_a_gpu(shape: tuple[int, ...], last: bool) -> None:
+    snake, x = random_snake(3, torch.float32), of_shape(*shape, last=last, dtype=torch.float32)
+    expected = snake(x.requires_grad_())
+    expected.sum().backward()
+    x_there = x.detach().cuda().requires_grad_()
+    found = snake.cuda()(x_there)
+    found.sum().backward()
+    torch.testing.assert_close(found.cpu(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(x_there.grad.cpu(), x.grad, atol=1e-4, rtol=1e-4)
 
 
 def test_snake_keeps_bfloat16_but_computes_its_sine_in_float32() -> None:

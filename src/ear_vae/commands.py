@@ -64,17 +64,22 @@ def encode(options: argparse.Namespace) -> int:
     def work(vae: EarVAE, job: Job) -> float:
         with stream_audio(_source(job)) as (info, blocks):
             counted = _Counted(blocks)
+            means, stds = [], []
             with _at_work(options, job, info.num_samples / info.sample_rate, vae):
-                parts = list(vae.encode_stream(counted, info.sample_rate))
+                for part in vae.encode_stream(counted, info.sample_rate):
+                    means.append(part.mean)
+                    if options.std or options.sample:
+                        stds.append(part.std)
         num_samples, sample_rate = counted.num_samples, info.sample_rate
-        posterior = Posterior(
-            torch.cat([part.mean for part in parts], dim=-1), torch.cat([part.std for part in parts], dim=-1)
-        )
-        del parts
-        mean = posterior.sample(_generator(options.seed, job)) if options.sample else posterior.mean
+        mean = torch.cat(means, dim=-1)
+        std = torch.cat(stds, dim=-1) if stds else None
+        means, stds = [], []
+        if options.sample:
+            assert std is not None
+            mean = Posterior(mean, std).sample(_generator(options.seed, job))
         latents = Latents(
             mean=mean,
-            std=posterior.std if options.std else None,
+            std=std if options.std else None,
             sample_rate=vae.sample_rate,
             downsampling_ratio=vae.downsampling_ratio,
             num_samples=-(-num_samples * vae.sample_rate // sample_rate),

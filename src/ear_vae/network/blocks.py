@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ear_vae.network.snake import snake
+
 RESIDUAL_DILATIONS = (1, 3, 9)
 RESIDUAL_KERNEL_SIZE = 7
 _BETA_EPSILON = 1e-9
@@ -64,38 +66,8 @@ class Snake(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         compute_dtype = torch.promote_types(x.dtype, torch.float32)
-        per_channel = (-1, *(1 for _ in x.shape[2:]))
-        alpha = self.log_alpha.to(compute_dtype).exp().view(per_channel)
-        inverse_beta = 1 / (self.log_beta.to(compute_dtype).exp().view(per_channel) + _BETA_EPSILON)
-        wide = x.to(compute_dtype)
-        if torch.is_grad_enabled() and (wide.requires_grad or alpha.requires_grad):
-            return _SnakeFunction.apply(wide, alpha, inverse_beta).to(x.dtype)
-        # sin²(αx)/β as the square of sin(αx)/√β: a pass over memory less.
-        sine = torch.mul(wide, alpha).sin_().mul_(inverse_beta.sqrt())
-        return torch.addcmul(wide, sine, sine, out=sine).to(x.dtype)
-
-
-class _SnakeFunction(torch.autograd.Function):
-    """The same formula for training: keeps only its input, where autograd would keep four copies of it."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, alpha: Tensor, inverse_beta: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x, alpha, inverse_beta)
-        return torch.mul(x, alpha).sin_().square_().mul_(inverse_beta).add_(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
-        x, alpha, inverse_beta = ctx.saved_tensors
-        # With s = sin(αx): dy/dx = 1 + α/β sin(2αx), dy/dα = x/β sin(2αx), dy/d(1/β) = s².
-        angle = x * alpha
-        grad_inverse_beta = _sum_per_channel(angle.sin().square_().mul_(grad))
-        weighted = angle.mul_(2).sin_().mul_(grad).mul_(inverse_beta)
-        grad_alpha = _sum_per_channel(weighted * x)
-        return weighted.mul_(alpha).add_(grad), grad_alpha, grad_inverse_beta
-
-
-def _sum_per_channel(x: Tensor) -> Tensor:
-    return x.sum(dim=-1, keepdim=True).sum(dim=tuple(range(x.ndim - 2)))
+        alpha = self.log_alpha.to(compute_dtype).exp()
+        return snake(x, alpha, 1 / (self.log_beta.to(compute_dtype).exp() + _BETA_EPSILON))
 
 
 class ResidualUnit(nn.Module):

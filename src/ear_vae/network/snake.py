@@ -1,0 +1,119 @@
+"""The Snake function x + sin²(αx)/β in as few passes over memory as the device allows.
+
+On a GPU it is one pass: a Triton kernel behind `torch.ops.ear_vae.snake`, an operator that compilers and
+exporters take as a whole; where Triton is missing, that operator computes the plain formula. On a CPU it is a
+handful of passes over what should lie in the cache, see `ear_vae.tiling`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+
+def snake(x: Tensor, alpha: Tensor, inverse_beta: Tensor) -> Tensor:
+    """x + sin²(αx)/β, the sine in at least float32 whatever the dtype of `x`.
+
+    Args:
+        x: [B, C, N], or [B, C, 1, N] with channels first or last in memory.
+        alpha: α, [C], in float32 at least.
+        inverse_beta: 1/β, likewise, above 0.
+
+    Returns:
+        Shape, dtype and memory layout of `x`.
+    """
+    if x.is_cuda:
+        result: Tensor = torch.ops.ear_vae.snake(x, alpha, inverse_beta)
+        return result
+    wide, alpha, inverse_beta = x.to(alpha.dtype), _like(alpha, x), _like(inverse_beta, x)
+    if torch.is_grad_enabled() and (x.requires_grad or alpha.requires_grad):
+        return _SnakeFunction.apply(wide, alpha, inverse_beta).to(x.dtype)
+    # sin²(αx)/β as the square of sin(αx)/√β: a pass over memory less.
+    sine = torch.mul(wide, alpha).sin_().mul_(inverse_beta.sqrt())
+    return torch.addcmul(wide, sine, sine).to(x.dtype)
+
+
+def _like(per_channel: Tensor, x: Tensor) -> Tensor:
+    """[C] so that it goes with the channels of [B, C, ...]."""
+    return per_channel.view(-1, *(1 for _ in x.shape[2:]))
+
+
+class _SnakeFunction(torch.autograd.Function):
+    """The same formula for training: keeps only its input, where autograd would keep four copies of it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, alpha: Tensor, inverse_beta: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, alpha, inverse_beta)
+        return torch.mul(x, alpha).sin_().square_().mul_(inverse_beta).add_(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
+        return _gradients(grad, *ctx.saved_tensors)
+
+
+def _gradients(grad: Tensor, x: Tensor, alpha: Tensor, inverse_beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # With s = sin(αx): dy/dx = 1 + α/β sin(2αx), dy/dα = x/β sin(2αx), dy/d(1/β) = s².
+    angle = x * alpha
+    grad_inverse_beta = _sum_per_channel(angle.sin().square_().mul_(grad))
+    weighted = angle.mul_(2).sin_().mul_(grad).mul_(inverse_beta)
+    grad_alpha = _sum_per_channel(weighted * x)
+    return weighted.mul_(alpha).add_(grad), grad_alpha, grad_inverse_beta
+
+
+def _sum_per_channel(x: Tensor) -> Tensor:
+    """[B, C, ...] to [C, 1, ...]."""
+    return x.flatten(2).sum(dim=-1).sum(dim=0).view(-1, *(1 for _ in x.shape[2:]))
+
+
+@torch.library.custom_op("ear_vae::snake", mutates_args=())
+def _snake_operator(x: Tensor, alpha: Tensor, inverse_beta: Tensor) -> Tensor:
+    wide = x.to(alpha.dtype)
+    sine = torch.sin(wide * _like(alpha, x))
+    return (wide + sine.square() * _like(inverse_beta, x)).to(x.dtype)
+
+
+@torch.library.custom_op("ear_vae::snake_backward", mutates_args=())
+def _snake_backward_operator(
+    grad: Tensor, x: Tensor, alpha: Tensor, inverse_beta: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide, wide_grad = x.to(alpha.dtype), grad.to(alpha.dtype)
+    for_x, for_alpha, for_inverse_beta = _gradients(wide_grad, wide, _like(alpha, x), _like(inverse_beta, x))
+    return for_x.to(x.dtype), for_alpha.flatten(), for_inverse_beta.flatten()
+
+
+@_snake_operator.register_fake
+def _(x: Tensor, alpha: Tensor, inverse_beta: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@_snake_backward_operator.register_fake
+def _(grad: Tensor, x: Tensor, alpha: Tensor, inverse_beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(alpha), torch.empty_like(inverse_beta)
+
+
+def _keep(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    result: tuple[Tensor, Tensor, Tensor] = torch.ops.ear_vae.snake_backward(grad, *ctx.saved_tensors)
+    return result
+
+
+_snake_operator.register_autograd(_backward, setup_context=_keep)
+
+if importlib.util.find_spec("triton") is not None:
+
+    @_snake_operator.register_kernel("cuda")
+    def _(x: Tensor, alpha: Tensor, inverse_beta: Tensor) -> Tensor:
+        from ear_vae.network import snake_triton
+
+        return snake_triton.forward(x, alpha, inverse_beta)
+
+    @_snake_backward_operator.register_kernel("cuda")
+    def _(grad: Tensor, x: Tensor, alpha: Tensor, inverse_beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        from ear_vae.network import snake_triton
+
+        return snake_triton.backward(grad, x, alpha, inverse_beta)
