@@ -96,6 +96,28 @@ def test_gradients_pass_encode_and_decode(vae: EarVAE) -> None:
     )
 
 
+def test_gradient_checkpointing_gives_the_same_gradients_and_keeps_less() -> None:
+    torch.manual_seed(0)
+    vae, audio = EarVAE(EarVAEConfig(channels=4)), torch.randn(1, 2, 8 * 1024)
+    gradients, kept = [], []
+    for vae.gradient_checkpointing in (False, True):
+        sizes: dict[int, int] = {}
+
+        def remember(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+            loss = vae(audio).audio.square().mean()
+        loss.backward()
+        gradients.append([parameter.grad for parameter in vae.parameters()])
+        kept.append(sum(sizes.values()))
+        vae.zero_grad()
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+    assert kept[1] < kept[0] / 3
+
+
 def test_a_frozen_model_still_gives_gradients_to_its_input(vae: EarVAE) -> None:
     latents = torch.randn(64, 4, requires_grad=True)
     vae.decode(latents).square().sum().backward()

@@ -88,6 +88,8 @@ class EarVAEModule(L.LightningModule):
         train_encoder: False keeps the encoder, and with it the latents, exactly as they are.
         initialization: Of a new model: `random`, or `filter_bank` (see `ear_vae.training.filter_bank`),
             which needs the Trainer's data to choose its bands from.
+        gradient_checkpointing: Compute activations again on the way back instead of keeping them, see
+            `EarVAE.gradient_checkpointing`.
         max_skipped_steps: Steps in a row whose gradient is not finite before training stops.
         seed: Of the draws from the posterior.
 
@@ -109,6 +111,7 @@ class EarVAEModule(L.LightningModule):
         average_decay: float = 0.999,
         train_encoder: bool = True,
         initialization: Literal["random", "filter_bank"] = "random",
+        gradient_checkpointing: bool = False,
         max_skipped_steps: int = 20,
         seed: int = 0,
     ) -> None:
@@ -128,6 +131,7 @@ class EarVAEModule(L.LightningModule):
             EarVAE(config) if pretrained is None else EarVAE.from_pretrained(pretrained, variant=variant)
         )
         self.vae.train().requires_grad_(True)
+        self.vae.gradient_checkpointing = gradient_checkpointing
         self.average = AveragedWeights(self.vae, average_decay) if average_decay else None
         self.initialization = initialization if pretrained is None else "random"
         self.train_encoder = train_encoder
