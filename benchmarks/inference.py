@@ -35,6 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ear_vae import EarVAE, EarVAEConfig
 from ear_vae._files import atomic_path
+from ear_vae._torchaudio import functional as functional_of_torchaudio
 from ear_vae.network.blocks import Snake
 from ear_vae.training.weight_norm import apply_weight_norm
 
@@ -82,6 +83,8 @@ def ours(vae: EarVAE) -> dict[str, Callable[[Tensor], Tensor]]:
 
 def of_diffusers(config: EarVAEConfig) -> tuple[nn.Module, dict[str, Callable[[Tensor], Tensor]]]:
     """The peer: the same blocks and widths, without the transformer."""
+    # diffusers imports torchaudio, which has to come up without its extension where that does not fit.
+    functional_of_torchaudio()
     from diffusers import AutoencoderOobleck
 
     model = AutoencoderOobleck(

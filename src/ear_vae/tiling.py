@@ -32,7 +32,7 @@ from ear_vae.network import Decoder, Encoder
 
 # Of a tile along the file: what its widest activation would take in one piece. With all stages but the last
 # whole, about half as much is alive at a time.
-_TILE_BYTES = 2**28
+_TILE_BYTES = 2**27
 # Of a tile within a stage, by device: its widest activation. A CPU's are to stay in its cache. A GPU needs
 # enough to do at once.
 _ACTIVATION_BYTES = {"cpu": 2**22}
