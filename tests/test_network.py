@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ear_vae.config import EarVAEConfig
-from ear_vae.network.blocks import ResidualUnit, Snake
+from ear_vae.network.blocks import Conv1d, ConvTranspose1d, ResidualUnit, Snake, channels_last_weights
 from ear_vae.network.transformer import LatentTransformer, rotary_table, rotate
 
 
@@ -126,6 +126,31 @@ def test_snake_keeps_bfloat16_but_computes_its_sine_in_float32() -> None:
     assert (found - expected).abs().max() <= 2.0
     naive = x + torch.sin(snake.log_alpha.exp() * x) ** 2 / snake.log_beta.exp()
     assert (found - expected).abs().float().mean() <= (naive - expected).abs().float().mean()
+
+
+CONVOLUTIONS = pytest.mark.parametrize(
+    "build",
+    [
+        lambda base: base[0](3, 5, 7, padding=9, dilation=3),
+        lambda base: base[0](3, 5, 8, stride=4, padding=2),
+        lambda base: base[1](3, 5, 8, stride=4, padding=2),
+        lambda base: base[1](3, 5, 4, stride=2, padding=1, bias=False),
+    ],
+)
+
+
+@CONVOLUTIONS
+def test_convolutions_are_those_of_torch_in_both_forms(build) -> None:  # type: ignore[no-untyped-def]
+    ours, plain = build((Conv1d, ConvTranspose1d)), build((torch.nn.Conv1d, torch.nn.ConvTranspose1d))
+    plain.load_state_dict(ours.state_dict())
+    channels_last_weights(ours)
+    assert torch.equal(ours.weight, plain.weight)
+    assert ours.weight.unsqueeze(-2).is_contiguous(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 40)
+    wanted = plain(x)
+    image = x[:, :, None].contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(ours(x), wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours(image)[:, :, 0], wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_residual_unit_uses_one_snake_twice_and_keeps_the_length() -> None:

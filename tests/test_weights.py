@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ear_vae import EarVAE, EarVAEConfig, EarVAEError
 from ear_vae.export import convert_to_folder, convert_to_official
 from ear_vae.official import from_official, to_official
+from ear_vae.training.weight_norm import apply_weight_norm
 from ear_vae.weights import save_pretrained
 
 TINY = EarVAEConfig(
@@ -58,6 +59,16 @@ def test_save_and_load_are_bit_equal(vae: EarVAE, folder: Path) -> None:
         assert torch.equal(loaded.state_dict()[name], tensor), name
     audio = torch.randn(2, 300)
     assert torch.equal(loaded.reconstruct(audio), vae.reconstruct(audio))
+
+
+def test_kernels_lie_as_inference_takes_them_and_as_training_does(vae: EarVAE, folder: Path) -> None:
+    for model in (EarVAE(vae.config), EarVAE.from_pretrained(folder)):
+        convolutions = [m for m in model.modules() if isinstance(m, (nn.Conv1d, nn.ConvTranspose1d))]
+        kernels = [convolution.weight.unsqueeze(-2) for convolution in convolutions]
+        assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
+        assert any(not kernel.is_contiguous() for kernel in kernels)
+        apply_weight_norm(model)
+        assert all(convolution.weight.is_contiguous() for convolution in convolutions)
 
 
 def test_saving_again_keeps_the_users_card(vae: EarVAE, folder: Path) -> None:

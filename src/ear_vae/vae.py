@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ear_vae.config import EarVAEConfig
 from ear_vae.errors import EarVAEError
 from ear_vae.network import Decoder, Encoder, LatentTransformer
+from ear_vae.network.blocks import channels_last_weights
 from ear_vae.posterior import Posterior
 from ear_vae.tiling import Stage, decoder_stages, encoder_stages, run_stages, stream_stages, tile_length
 
@@ -62,6 +63,7 @@ class EarVAE(nn.Module):
         self.encoder = Encoder(self.config)
         self.transformer = LatentTransformer(self.config) if self.config.transformer_depth else None
         self.decoder = Decoder(self.config)
+        channels_last_weights(self)
         self.gradient_checkpointing = False
         self._fingerprint: tuple[str, int] | None = None
 

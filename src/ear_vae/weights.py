@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ear_vae.config import EarVAEConfig
 from ear_vae.errors import EarVAEError
+from ear_vae.network.blocks import channels_last_weights
 
 if TYPE_CHECKING:
     from ear_vae.vae import EarVAE
@@ -68,7 +69,7 @@ def assemble(
     Args:
         cls: The class to build.
         config: The architecture.
-        state: Our state dict; float32 tensors become the parameters themselves.
+        state: Our state dict.
         name: What the model will be called.
         path: Where `state` came from, for messages.
 
@@ -78,6 +79,7 @@ def assemble(
     vae = _without_weights(cls, config, name=name, path=path)
     require_fit(path, state, {key: tensor.shape for key, tensor in vae.state_dict().items()})
     vae.load_state_dict({key: tensor.float() for key, tensor in state.items()}, assign=True)
+    channels_last_weights(vae)
     return vae.eval().requires_grad_(False)
 
 

@@ -2,7 +2,9 @@
 
 All of them take [B, C, N], and [B, C, 1, N] as well. The second form is for inference: with its channels last
 in memory, a convolution is a plain matrix product on what lies side by side, and nothing is reordered on the
-way in and out, which on a CPU takes as long as the products themselves.
+way in and out, which on a CPU takes as long as the products themselves. `channels_last_weights` does the same
+for the weights. Where a gradient is recorded that form is the slower one: [B, C, N] then goes with weights in
+their plain order.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ class Conv1d(nn.Conv1d):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim == 3:
-            return super().forward(x)
+            return self._conv_forward(x, self.weight.contiguous(), self.bias)
         (stride,), (dilation,), padding = self.stride, self.dilation, self.padding
         assert not isinstance(padding, str)
         return functional.conv2d(
@@ -39,14 +41,24 @@ class Conv1d(nn.Conv1d):
 class ConvTranspose1d(nn.ConvTranspose1d):
     """`torch.nn.ConvTranspose1d` that also takes [B, C, 1, N]."""
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        if x.ndim == 3:
-            return super().forward(x, output_size)
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         (stride,), padding = self.stride, self.padding
         assert not isinstance(padding, str)
+        if x.ndim == 3:
+            return functional.conv_transpose1d(
+                x, self.weight.contiguous(), self.bias, stride=stride, padding=padding[0]
+            )
         return functional.conv_transpose2d(
             x, self.weight.unsqueeze(-2), self.bias, stride=(1, stride), padding=(0, padding[0])
         )
+
+
+def channels_last_weights(network: nn.Module) -> None:
+    """Stores the kernels of all convolutions as [O, K, C], in place; their shape stays [O, C, K]."""
+    for module in network.modules():
+        if isinstance(module, (Conv1d, ConvTranspose1d)):
+            weight = module.weight.data
+            module.weight.data = weight.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 class Snake(nn.Module):
