@@ -1,12 +1,13 @@
 """How fast encode and decode are, against the straight path and against what the machine can do.
 
-    python benchmarks/inference.py [--quick] [--seconds 1 10 60 600] [--batch 1 4 16] [--json OUT.json]
+    python benchmarks/inference.py [--quick] [--compile] [--seconds 1 10 60 600] [--batch 1 4 16]
+        [--json OUT.json]
 
 Random weights of the published size. In one run, turn by turn: `straight`, the network as published (weight
 norm on, the plain Snake formula, the whole clip at once, eager; on a GPU with and without TF32), `ear_vae`,
-and `diffusers`, its AutoencoderOobleck of the same width, where that library is installed. Each has a process
-of its own, so that its peak memory can be told. A time is the median of the repeats after one that is not
-counted.
+and `diffusers`, its AutoencoderOobleck of the same width, where that library is installed; `--compile` adds
+`ear_vae_compiled`, after `EarVAE.compile`. Each has a process of its own, so that its peak memory can be
+told. A time is the median of the repeats after one that is not counted.
 
 Peak memory is what a process holds at most beyond Python and torch: weights, audio and activations. The
 straight path is left out where batch times length exceeds 60 s. The fraction of the peak is that of the best
@@ -23,6 +24,7 @@ import platform
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -39,7 +41,7 @@ from ear_vae._torchaudio import functional as functional_of_torchaudio
 from ear_vae.network.blocks import Snake
 from ear_vae.training.weight_norm import apply_weight_norm
 
-STRAIGHT, OURS, DIFFUSERS = "straight", "ear_vae", "diffusers"
+STRAIGHT, OURS, COMPILED, DIFFUSERS = "straight", "ear_vae", "ear_vae_compiled", "diffusers"
 DIRECTIONS = ("encode", "decode")
 MOST_STRAIGHT_SECONDS = 60
 MATRIX_SIZES = (1024, 2048, 4096)
@@ -109,6 +111,10 @@ def build(implementation: str, channels: int) -> tuple[nn.Module, dict[str, Call
     if implementation == DIFFUSERS:
         return of_diffusers(config)
     vae = EarVAE(config).eval().requires_grad_(False)
+    if implementation == COMPILED:
+        # A warning would mean that the row shows something else than its name says.
+        with warnings.catch_warnings(action="error"):
+            vae.compile()
     return vae, straight(vae) if implementation == STRAIGHT else ours(vae)
 
 
@@ -137,7 +143,7 @@ def serve(
     while (order := pipe.recv()) is not None:
         direction, seconds, batch, wants_result = order
         x = example(direction, seconds, batch, config)
-        if implementation != OURS:
+        if implementation not in (OURS, COMPILED):
             x = x.to(device=device, dtype=weight.dtype)
         reset_peak(device)
         with torch.inference_mode():
@@ -305,6 +311,8 @@ def contenders_of(arguments: argparse.Namespace) -> list[Contender]:
     wanted = [(STRAIGHT, "float32"), (OURS, "float32")]
     if arguments.device == "cuda":
         wanted += [(STRAIGHT, "tf32"), (OURS, "tf32"), (OURS, "bfloat16")]
+    if arguments.compile:
+        wanted.append((COMPILED, "float32"))
     try:
         import diffusers  # noqa: F401
 
@@ -317,6 +325,7 @@ def contenders_of(arguments: argparse.Namespace) -> list[Contender]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one clip of 10 s")
+    parser.add_argument("--compile", action="store_true", help="also after EarVAE.compile")
     parser.add_argument("--seconds", type=float, nargs="+", default=[1, 10, 60, 600])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -338,7 +347,9 @@ def main() -> None:
     for seconds in arguments.seconds:
         for batch in arguments.batch:
             able = [
-                c for c in contenders if c.implementation == OURS or seconds * batch <= MOST_STRAIGHT_SECONDS
+                c
+                for c in contenders
+                if c.implementation in (OURS, COMPILED) or seconds * batch <= MOST_STRAIGHT_SECONDS
             ]
             for direction in DIRECTIONS:
                 for row in compare(able, direction, seconds, batch, arguments):

@@ -422,6 +422,23 @@ def test_bfloat16_is_near_float32(tmp_path: Path, small_model: Path) -> None:
     assert 1e-5 < difference < 0.1
 
 
+@pytest.mark.filterwarnings("always")
+def test_compiling_is_asked_for_and_not_required(
+    tmp_path: Path, small_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr("ear_vae.network.snake._compiled", lambda: refuse)
+    source, model = str(write(tmp_path / "a.wav")), ["--model", str(small_model)]
+    assert main(["reconstruct", source, str(tmp_path / "one.wav"), *model]) == 0
+    assert "compiled" not in capsys.readouterr().err
+    assert main(["reconstruct", source, str(tmp_path / "two.wav"), *model, "--compile"]) == 0
+    assert "runs without being compiled: no compiler" in capsys.readouterr().err
+    one, two = (soundfile.read(tmp_path / name)[0] for name in ("one.wav", "two.wav"))
+    assert np.array_equal(one, two)
+
+
 def test_bars_are_for_terminals_and_for_those_who_ask(
     tmp_path: Path, small_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 
 import pytest
 import torch
 
 from ear_vae.config import EarVAEConfig
 from ear_vae.network.blocks import Conv1d, ConvTranspose1d, ResidualUnit, Snake, channels_last_weights
+from ear_vae.network.snake import compile_snake
 from ear_vae.network.transformer import LatentTransformer, rotary_table, rotate
 
 
@@ -126,6 +128,24 @@ def test_snake_keeps_bfloat16_but_computes_its_sine_in_float32() -> None:
     assert (found - expected).abs().max() <= 2.0
     naive = x + torch.sin(snake.log_alpha.exp() * x) ** 2 / snake.log_beta.exp()
     assert (found - expected).abs().float().mean() <= (naive - expected).abs().float().mean()
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="nothing to compile with")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_snake_compiled_is_its_formula(dtype: torch.dtype) -> None:
+    compile_snake(torch.device("cpu"), dtype)
+    snake, wide = random_snake(3).to(dtype), of_shape(2, 3, 1, 60, last=True)
+    snake.compiled = True
+    # The second is a part of a tile: with the channels last, but not in one piece.
+    for x in (wide.to(dtype), wide.to(dtype)[..., 5:40]):
+        with torch.no_grad():
+            found = snake(x)
+        expected = formula_of(snake.double(), x.double())
+        snake.to(dtype)
+        assert found.dtype == dtype
+        tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float64: 1e-12}[dtype]
+        torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+        assert found.is_contiguous(memory_format=torch.channels_last)
 
 
 CONVOLUTIONS = pytest.mark.parametrize(

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from ear_vae import EarVAE, EarVAEConfig, EarVAEError
+from ear_vae.network import snake as snake_module
+from ear_vae.network.blocks import Snake
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +137,45 @@ def test_bfloat16_is_near_float32_and_returns_float32() -> None:
     assert found.dtype == torch.float32
     assert (found - expected).norm() < 0.05 * expected.norm()
     assert (found - expected).norm() > 0
+
+
+def test_compiled_it_gives_the_same_and_only_where_no_gradient_is_recorded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    vae = EarVAE(EarVAEConfig(channels=4)).eval()
+    audio, latents = torch.randn(2, 2, 30_000) * 0.1, torch.randn(2, 64, 20)
+    with torch.no_grad():
+        expected = vae.encode(audio).mean, vae.decode(latents)
+    calls = []
+
+    def stand_in(*arguments: torch.Tensor) -> torch.Tensor:
+        calls.append(arguments)
+        return snake_module._formula_of_rows(*arguments)
+
+    monkeypatch.setattr(snake_module, "_compiled", lambda: stand_in)
+    vae.compile()
+    calls.clear()
+    with torch.no_grad():
+        found = vae.encode(audio).mean, vae.decode(latents)
+    snakes = sum(isinstance(module, Snake) for module in vae.modules())
+    assert len(calls) > snakes
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    calls.clear()
+    vae.decode(latents).sum().backward()
+    assert not calls
+
+
+def test_where_nothing_can_be_compiled_it_runs_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("C++ compiler not found\nand more")
+
+    monkeypatch.setattr(snake_module, "_compiled", lambda: refuse)
+    vae, latents = EarVAE(EarVAEConfig(channels=4)).eval().requires_grad_(False), torch.randn(64, 5)
+    expected = vae.decode(latents)
+    with pytest.warns(UserWarning, match="without being compiled: C\\+\\+ compiler not found$"):
+        vae.compile()
+    torch.testing.assert_close(vae.decode(latents), expected, rtol=0, atol=0)
 
 
 def test_facts_of_the_published_variants() -> None:

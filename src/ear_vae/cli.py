@@ -245,6 +245,9 @@ def _shared_options() -> tuple[argparse.ArgumentParser, ...]:
     model.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="to compute in (%(default)s)"
     )
+    model.add_argument(
+        "--compile", action="store_true", help="compile first: some seconds, then faster on a CPU"
+    )
 
     audio.add_argument(
         "--format",

@@ -288,9 +288,12 @@ def _load(options: argparse.Namespace) -> EarVAE:
     device = _device(options.device)
     vae = EarVAE.from_pretrained(options.model, variant=options.variant, revision=options.revision)
     try:
-        return vae.to(device, getattr(torch, options.dtype))
+        vae.to(device, getattr(torch, options.dtype))
     except RuntimeError as error:  # a full or broken device
         raise EarVAEError(f"cannot put {vae.name} on {device}: {one_line(error)}") from error
+    if options.compile:
+        vae.compile()
+    return vae
 
 
 def _device(name: str) -> torch.device:

@@ -67,6 +67,9 @@ class Snake(nn.Module):
     The sine is computed in at least float32 whatever the input's dtype: a bfloat16 argument of a
     few hundred has lost its phase. The output has the input's dtype.
 
+    Attributes:
+        compiled: Whether `ear_vae.network.snake.compile_snake` has been called for it.
+
     Reference: Ziyin et al., "Neural Networks Fail to Learn Periodic Functions and How to Fix It"
     (2020); two-parameter form of Lee et al., "BigVGAN" (2023).
     """
@@ -75,11 +78,13 @@ class Snake(nn.Module):
         super().__init__()
         self.log_alpha = nn.Parameter(torch.zeros(channels))
         self.log_beta = nn.Parameter(torch.zeros(channels))
+        self.compiled = False
 
     def forward(self, x: Tensor) -> Tensor:
         compute_dtype = torch.promote_types(x.dtype, torch.float32)
         alpha = self.log_alpha.to(compute_dtype).exp()
-        return snake(x, alpha, 1 / (self.log_beta.to(compute_dtype).exp() + _BETA_EPSILON))
+        inverse_beta = 1 / (self.log_beta.to(compute_dtype).exp() + _BETA_EPSILON)
+        return snake(x, alpha, inverse_beta, compiled=self.compiled)
 
 
 class ResidualUnit(nn.Module):

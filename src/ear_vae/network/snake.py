@@ -1,25 +1,28 @@
 """The Snake function x + sin²(αx)/β in as few passes over memory as the device allows.
 
 On a GPU it is one pass: a Triton kernel behind `torch.ops.ear_vae.snake`, an operator that compilers and
-exporters take as a whole; where Triton is missing, that operator computes the plain formula. On a CPU it is a
-handful of passes over what should lie in the cache, see `ear_vae.tiling`.
+exporters take as a whole; where Triton is missing, that operator computes the plain formula. Elsewhere it is
+a handful of passes over what should lie in the cache, see `ear_vae.tiling`, or one that torch.compile writes.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 
-def snake(x: Tensor, alpha: Tensor, inverse_beta: Tensor) -> Tensor:
+def snake(x: Tensor, alpha: Tensor, inverse_beta: Tensor, *, compiled: bool = False) -> Tensor:
     """x + sin²(αx)/β, the sine in at least float32 whatever the dtype of `x`.
 
     Args:
         x: [B, C, N], or [B, C, 1, N] with channels first or last in memory.
         alpha: α, [C], in float32 at least.
         inverse_beta: 1/β, likewise, above 0.
+        compiled: Use what `compile_snake` has tried, where no gradient is recorded and `x` is [B, C, 1, N].
 
     Returns:
         Shape, dtype and memory layout of `x`.
@@ -27,12 +30,45 @@ def snake(x: Tensor, alpha: Tensor, inverse_beta: Tensor) -> Tensor:
     if x.is_cuda:
         result: Tensor = torch.ops.ear_vae.snake(x, alpha, inverse_beta)
         return result
+    recorded = torch.is_grad_enabled() and (x.requires_grad or alpha.requires_grad)
+    if compiled and not recorded and x.ndim == 4:
+        return _one_pass(x, alpha, inverse_beta)
     wide, alpha, inverse_beta = x.to(alpha.dtype), _like(alpha, x), _like(inverse_beta, x)
-    if torch.is_grad_enabled() and (x.requires_grad or alpha.requires_grad):
+    if recorded:
         return _SnakeFunction.apply(wide, alpha, inverse_beta).to(x.dtype)
     # sin²(αx)/β as the square of sin(αx)/√β: a pass over memory less.
     sine = torch.mul(wide, alpha).sin_().mul_(inverse_beta.sqrt())
     return torch.addcmul(wide, sine, sine).to(x.dtype)
+
+
+def compile_snake(device: torch.device, dtype: torch.dtype) -> None:
+    """Compiles what `snake` uses with `compiled=True` on input of that kind, which takes some seconds.
+
+    Raises:
+        RuntimeError, OSError: torch cannot compile here; most often there is no C++ compiler.
+    """
+    x = torch.zeros(2, 4, 1, 8, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    alpha = torch.ones(4, device=device, dtype=torch.promote_types(dtype, torch.float32))
+    _one_pass(x, alpha, alpha.clone())
+
+
+@torch.no_grad()
+def _one_pass(x: Tensor, alpha: Tensor, inverse_beta: Tensor) -> Tensor:
+    """[B, C, 1, N], fastest with the channels last in memory."""
+    last = x.movedim(1, -1)
+    # As rows that are no view of something, and without gradients: one compilation then serves all tiles.
+    rows = last.flatten(0, -2).data
+    return _compiled()(rows, alpha, inverse_beta).view(last.shape).movedim(-1, 1)
+
+
+@functools.cache
+def _compiled() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return torch.compile(_formula_of_rows, dynamic=True)
+
+
+def _formula_of_rows(rows: Tensor, alpha: Tensor, inverse_beta: Tensor) -> Tensor:
+    wide = rows.to(alpha.dtype)
+    return (wide + torch.sin(wide * alpha).square() * inverse_beta).to(rows.dtype)
 
 
 def _like(per_channel: Tensor, x: Tensor) -> Tensor:
