@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from ear_vae.tiling import (
     decoder_stages,
     encoder_reach,
     encoder_stages,
+    observe_tiles,
     run_stages,
     run_tiled,
     tile_length,
@@ -102,7 +105,7 @@ def test_a_context_one_frame_too_short_is_seen() -> None:
 @pytest.mark.parametrize("samples", [1, 1023, 1024, 1025, 3584, 441_000, 2_646_000])
 def test_public_methods_tile_by_themselves(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same audio with small tiles and in one pass, through the public methods."""
-    monkeypatch.setitem(tiling._ACTIVATION_BYTES, "cpu", 1)
+    monkeypatch.setattr(tiling, "_ACTIVATION_BYTES", 1)
     vae = random_model(HOP_1024)
     audio = torch.randn(2, samples) * 0.3
     frames = -(-samples // 1024)
@@ -134,26 +137,53 @@ def test_batches_are_cut_to_the_memory_of_one_tile() -> None:
 
 @pytest.mark.parametrize(("tile_frames", "units"), [(1, 40), (7, 61), (16, 1000), (1000, 40)])
 @pytest.mark.parametrize("layout", ["plain", "channels last"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @BOTH
 def test_stages_equal_the_whole(
-    config: EarVAEConfig, layout: str, tile_frames: int, units: int, monkeypatch: pytest.MonkeyPatch
+    config: EarVAEConfig,
+    device: str,
+    layout: str,
+    tile_frames: int,
+    units: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """In the tiles of either device, all of them computed on the CPU."""
     monkeypatch.setattr(tiling, "_FEWEST_UNITS", units)
-    monkeypatch.setitem(tiling._ACTIVATION_BYTES, "cpu", 1)
+    monkeypatch.setattr(tiling, "_ACTIVATION_BYTES", 1)
     vae, ratio, frames = random_model(config), config.downsampling_ratio, 21
     options = {"tile_frames": tile_frames}
     if layout == "channels last":
         options["prepare"] = lambda x: x.unsqueeze(-2).contiguous(memory_format=torch.channels_last)
-        options["finish"] = lambda x: x.squeeze(-2)
-    device = torch.device("cpu")
-    audio = torch.randn(2, 2, frames * ratio) * 0.3
-    assert_equal_to_peak(
-        run_stages(encoder_stages(vae.encoder, config, device), audio, **options), vae.encoder(audio)
-    )
-    latents = torch.randn(2, 64, frames)
-    assert_equal_to_peak(
-        run_stages(decoder_stages(vae.decoder, config, device), latents, **options), vae.decoder(latents)
-    )
+        options["deliver"] = lambda x: lambda: x.squeeze(-2)
+    audio, latents = torch.randn(2, 2, frames * ratio) * 0.3, torch.randn(2, 64, frames)
+    encoding = encoder_stages(vae.encoder, config, torch.device(device))
+    decoding = decoder_stages(vae.decoder, config, torch.device(device))
+    assert_equal_to_peak(run_stages(encoding, audio, **options), vae.encoder(audio))
+    assert_equal_to_peak(run_stages(decoding, latents, **options), vae.decoder(latents))
+
+
+def test_tiles_are_equally_long_and_the_next_is_begun_before_one_is_waited_for() -> None:
+    vae, events = random_model(HOP_1024), []
+    stages = encoder_stages(vae.encoder, vae.config, torch.device("cuda"))
+
+    def deliver(tile: torch.Tensor) -> Callable[[], torch.Tensor]:
+        number = sum(kind == "begun" for kind, *_ in events)
+        events.append(("begun", number))
+
+        def wait() -> torch.Tensor:
+            events.append(("waited for", number, tile.shape[-1]))
+            return tile
+
+        return wait
+
+    audio, heard = torch.randn(1, 2, 25 * 1024), []
+    with observe_tiles(heard.append):
+        found = run_stages(stages, audio, tile_frames=8, deliver=deliver)
+    begun, lengths = [("begun", n) for n in range(4)], [6, 6, 6, 7]
+    waited = [("waited for", n, length) for n, length in enumerate(lengths)]
+    assert events == [begun[0], begun[1], waited[0], begun[2], waited[1], begun[3], waited[2], waited[3]]
+    assert heard == lengths
+    assert_equal_to_peak(found, vae.encoder(audio))
 
 
 def test_a_stage_computes_little_beyond_its_tile(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +204,7 @@ def test_a_stage_computes_little_beyond_its_tile(monkeypatch: pytest.MonkeyPatch
 
 def test_tiles_of_the_full_size_network_stay_within_their_memory() -> None:
     config, device = EarVAEConfig(), torch.device("cpu")
-    assert tile_length(config.channels, config.downsampling_ratio) * 1024 * 128 * 4 <= 2**27
+    assert tile_length(config.channels, config.downsampling_ratio, device) * 1024 * 128 * 4 <= 2**27
     with torch.device("meta"):
         vae = EarVAE(config)
     for stages in (

@@ -8,10 +8,12 @@ Pieces start on the grid of latent frames, so that strided convolutions keep the
        ├──context──┼────── kept ──────┼──context──┤          one tile
                               ├──context──┼────── kept ──────┼──context──┤
 
-A network goes through its stages in this way twice over. Along the file it takes tiles of some seconds, whose
-memory is what a long file costs. Within one, each stage takes tiles whose activations fit the processor's
-cache, with the context that this stage alone needs; the context of the stages behind it is cut off as soon as
-it has served, so that little is computed twice.
+On a CPU a network goes through its stages in this way twice over. Along the file it takes tiles of some
+seconds, whose memory is what a long file costs. Within one, each stage takes tiles whose activations fit the
+processor's cache, with the context that this stage alone needs; the context of the stages behind it is cut
+off as soon as it has served, so that little is computed twice. Other devices have no such cache and need much
+to do at once: there the whole network is one stage, in tiles as long as their memory allows, and results
+travel to the host while the next tile is computed.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +33,12 @@ from ear_vae.backlog import Backlog
 from ear_vae.config import EarVAEConfig
 from ear_vae.network import Decoder, Encoder
 
-# Of a tile along the file: what its widest activation would take in one piece. With all stages but the last
-# whole, about half as much is alive at a time.
-_TILE_BYTES = 2**27
-# Of a tile within a stage, by device: its widest activation. A CPU's are to stay in its cache. A GPU needs
-# enough to do at once.
-_ACTIVATION_BYTES = {"cpu": 2**22}
-_OTHER_ACTIVATION_BYTES = 2**28
+# Of a tile along the file, by device: what its widest activation would take in one piece. A CPU has all
+# stages but the last whole, about half as much at a time; elsewhere up to four such activations are alive.
+_TILE_BYTES = {"cpu": 2**27, "cuda": 2**30}
+_OTHER_TILE_BYTES = 2**28
+# Of a tile within a stage on a CPU: its widest activation, to stay in the cache.
+_ACTIVATION_BYTES = 2**22
 # With fewer, reading the weights takes longer than using them.
 _FEWEST_UNITS = 512
 _BYTES_PER_VALUE = 4
@@ -79,9 +81,10 @@ def decoder_reach(decoder: nn.Module, downsampling_ratio: int) -> tuple[int, int
     return -first, last
 
 
-def tile_length(channels: int, downsampling_ratio: int) -> int:
+def tile_length(channels: int, downsampling_ratio: int, device: torch.device) -> int:
     """Latent frames per tile along a file, for a network that is `channels` wide at full rate."""
-    return max(1, _TILE_BYTES // (_BYTES_PER_VALUE * channels * downsampling_ratio))
+    budget = _TILE_BYTES.get(device.type, _OTHER_TILE_BYTES)
+    return max(1, budget // (_BYTES_PER_VALUE * channels * downsampling_ratio))
 
 
 @dataclass(frozen=True)
@@ -106,31 +109,44 @@ class Stage:
 
 
 def encoder_stages(encoder: Encoder, config: EarVAEConfig, device: torch.device) -> list[Stage]:
-    """The stages of an encoder, the rate falling by a stride in each."""
-    stages = []
-    for network, stride, (width, _) in zip(
-        encoder.stages(), config.strides, config.block_widths, strict=True
-    ):
-        before, after = encoder_reach(network, stride)
-        context = (-(-before // stride), -(-after // stride))
-        stages.append(Stage(network, stride, 1, context, _tile_units(width * stride, device)))
-    return stages
+    """The stages of an encoder, the rate falling by a stride in each; off the CPU a single one."""
+    if device.type != "cpu":
+        return [_encoder_stage(encoder, config.downsampling_ratio, sys.maxsize)]
+    return [
+        _encoder_stage(network, stride, _tile_units(width * stride))
+        for network, stride, (width, _) in zip(
+            encoder.stages(), config.strides, config.block_widths, strict=True
+        )
+    ]
 
 
 def decoder_stages(decoder: Decoder, config: EarVAEConfig, device: torch.device) -> list[Stage]:
-    """The stages of a decoder, the rate rising by a stride in each."""
-    stages = []
-    for network, stride, (width, _) in zip(
-        decoder.stages(), reversed(config.strides), reversed(config.block_widths), strict=True
-    ):
-        context = decoder_reach(network, stride)
-        stages.append(Stage(network, 1, stride, context, _tile_units(width * stride, device)))
-    return stages
+    """The stages of a decoder, the rate rising by a stride in each; off the CPU a single one."""
+    if device.type != "cpu":
+        return [_decoder_stage(decoder, config.downsampling_ratio, sys.maxsize)]
+    return [
+        _decoder_stage(network, stride, _tile_units(width * stride))
+        for network, stride, (width, _) in zip(
+            decoder.stages(), reversed(config.strides), reversed(config.block_widths), strict=True
+        )
+    ]
 
 
-def _tile_units(values_per_unit: int, device: torch.device) -> int:
-    budget = _ACTIVATION_BYTES.get(device.type, _OTHER_ACTIVATION_BYTES)
-    return max(_FEWEST_UNITS, budget // (_BYTES_PER_VALUE * values_per_unit))
+def _encoder_stage(network: nn.Module, ratio: int, tile_units: int) -> Stage:
+    before, after = encoder_reach(network, ratio)
+    return Stage(network, ratio, 1, (-(-before // ratio), -(-after // ratio)), tile_units)
+
+
+def _decoder_stage(network: nn.Module, ratio: int, tile_units: int) -> Stage:
+    return Stage(network, 1, ratio, decoder_reach(network, ratio), tile_units)
+
+
+def _tile_units(values_per_unit: int) -> int:
+    return max(_FEWEST_UNITS, _ACTIVATION_BYTES // (_BYTES_PER_VALUE * values_per_unit))
+
+
+def _at_once(tile: Tensor) -> Callable[[], Tensor]:
+    return lambda: tile
 
 
 def run_stages(
@@ -139,28 +155,39 @@ def run_stages(
     *,
     tile_frames: int,
     prepare: Callable[[Tensor], Tensor] = lambda tile: tile,
-    finish: Callable[[Tensor], Tensor] = lambda tile: tile,
+    deliver: Callable[[Tensor], Callable[[], Tensor]] = _at_once,
 ) -> Tensor:
-    """All stages of a network, in tiles of `tile_frames` latent frames and in those of each stage.
+    """All stages of a network, in tiles of at most `tile_frames` latent frames and in those of each stage.
 
     Args:
         stages: Of an encoder or a decoder.
         x: Input of the first stage, [B, C, T], of a whole number of latent frames.
-        tile_frames: Frames of one tile along the sequence; short items of a batch share one.
+        tile_frames: Most frames of one tile along the sequence; short items of a batch share one.
         prepare: What is done to the input of a tile, such as moving it to a device.
-        finish: What is done to the output of a tile; it gives [B, C, T] again.
+        deliver: Begins what is done to the output of a tile, such as moving it from a device, and gives a
+            function that waits for it: [B, C, T] again. The next tile is begun before that is called.
 
     Returns:
         Output of the last stage, [B, C, T].
     """
-    chain = _Chain(stages, prepare, finish)
+    chain = _Chain(stages, prepare, deliver)
     num_frames = x.shape[-1] // chain.inputs_per_frame
 
-    def compute(rows: slice, start: int, stop: int) -> Tensor:
-        spans = chain.spans(start, stop, num_frames)
-        return chain.run(x[rows, :, slice(*spans[0])], spans)
+    def begin(place: _Place) -> Callable[[], Tensor]:
+        spans = chain.spans(place.start, place.stop, num_frames)
+        return chain.begin(x[place.rows, :, slice(*spans[0])], spans)
 
-    return _assembled(compute, x.shape[0], num_frames, chain.outputs_per_frame, tile_frames)
+    def tiles() -> Iterator[tuple[_Place, Tensor]]:
+        begun: tuple[_Place, Callable[[], Tensor]] | None = None
+        for place in _places(x.shape[0], num_frames, tile_frames):
+            following = place, begin(place)
+            if begun is not None:
+                yield begun[0], begun[1]()
+            begun = following
+        assert begun is not None, "an empty input is refused before it comes here"
+        yield begun[0], begun[1]()
+
+    return _assembled(tiles(), x.shape[0], num_frames, chain.outputs_per_frame)
 
 
 def stream_stages(
@@ -169,7 +196,7 @@ def stream_stages(
     *,
     tile_frames: int,
     prepare: Callable[[Tensor], Tensor] = lambda tile: tile,
-    finish: Callable[[Tensor], Tensor] = lambda tile: tile,
+    deliver: Callable[[Tensor], Callable[[], Tensor]] = _at_once,
 ) -> Iterator[Tensor]:
     """`run_stages` on input that comes in pieces, tile by tile as soon as the input of one is there.
 
@@ -178,12 +205,12 @@ def stream_stages(
         blocks: Pieces of the input, [B, C, T_i], together of a whole number of latent frames.
         tile_frames: Frames of one tile.
         prepare: As for `run_stages`.
-        finish: As for `run_stages`.
+        deliver: As for `run_stages`, but waited for at once.
 
     Yields:
         Pieces of the output, [B, C, T_j], each of `tile_frames` frames but for the last.
     """
-    chain = _Chain(stages, prepare, finish)
+    chain = _Chain(stages, prepare, deliver)
     held = Backlog()
     source = iter(blocks)
     start, num_frames = 0, sys.maxsize
@@ -194,7 +221,7 @@ def stream_stages(
             if start >= num_frames:
                 return
             spans = chain.spans(start, min(start + tile_frames, num_frames), num_frames)
-        yield chain.run(held.take(*spans[0]), spans)
+        yield chain.begin(held.take(*spans[0]), spans)()
         start += tile_frames
         held.drop(chain.spans(start, start + 1, sys.maxsize)[0][0])
 
@@ -206,9 +233,9 @@ class _Chain:
         self,
         stages: Sequence[Stage],
         prepare: Callable[[Tensor], Tensor],
-        finish: Callable[[Tensor], Tensor],
+        deliver: Callable[[Tensor], Callable[[], Tensor]],
     ) -> None:
-        self._stages, self._prepare, self._finish = stages, prepare, finish
+        self._stages, self._prepare, self._deliver = stages, prepare, deliver
         # Units of each stage to a latent frame: the product of the steps between the two.
         self._units = [
             math.prod(stage.outputs for stage in stages[:index])
@@ -229,8 +256,8 @@ class _Chain:
             spans.insert(0, (first, last))
         return spans
 
-    def run(self, x: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
-        """The last span of the output, from the first of the input."""
+    def begin(self, x: Tensor, spans: Sequence[tuple[int, int]]) -> Callable[[], Tensor]:
+        """Begins the last span of the output, from the first of the input, and gives a function to wait."""
         (first, _), *others = spans
         tile = self._prepare(x)
         for stage, (wanted, end) in zip(self._stages, others, strict=True):
@@ -245,10 +272,15 @@ class _Chain:
             first = first // stage.inputs * stage.outputs
             tile = tile[..., wanted - first : end - first]
             first = wanted
-        tile = self._finish(tile)
-        if (callback := _observer.get()) is not None:
-            callback(tile.shape[-1] // self.outputs_per_frame)
-        return tile
+        arrival = self._deliver(tile)
+
+        def wait() -> Tensor:
+            delivered = arrival()
+            if (callback := _observer.get()) is not None:
+                callback(delivered.shape[-1] // self.outputs_per_frame)
+            return delivered
+
+        return wait
 
 
 def run_tiled(
@@ -260,7 +292,7 @@ def run_tiled(
     context_frames: tuple[int, int],
     tile_frames: int,
 ) -> Tensor:
-    """`network(x)`, computed in tiles of `tile_frames` frames and batches that fit one tile's memory.
+    """`network(x)`, computed in tiles of at most `tile_frames` frames and batches that fit one tile's memory.
 
     Args:
         network: Maps [B, *, n * inputs_per_frame] to [B, *, n * outputs_per_frame].
@@ -268,7 +300,7 @@ def run_tiled(
         inputs_per_frame: Input positions per frame.
         outputs_per_frame: Output positions per frame.
         context_frames: Frames that a tile needs before and after itself.
-        tile_frames: Frames kept of each tile.
+        tile_frames: Most frames kept of each tile.
 
     Returns:
         [B, *, N * outputs_per_frame].
@@ -276,36 +308,46 @@ def run_tiled(
     num_frames = x.shape[-1] // inputs_per_frame
     before, after = context_frames
 
-    def compute(rows: slice, start: int, stop: int) -> Tensor:
-        first, last = max(0, start - before), min(num_frames, stop + after)
-        tile = network(x[rows, ..., first * inputs_per_frame : last * inputs_per_frame])
-        return tile[..., (start - first) * outputs_per_frame : (stop - first) * outputs_per_frame]
+    def compute(place: _Place) -> Tensor:
+        first, last = max(0, place.start - before), min(num_frames, place.stop + after)
+        tile = network(x[place.rows, ..., first * inputs_per_frame : last * inputs_per_frame])
+        return tile[..., (place.start - first) * outputs_per_frame : (place.stop - first) * outputs_per_frame]
 
-    return _assembled(compute, x.shape[0], num_frames, outputs_per_frame, tile_frames)
+    tiles = ((place, compute(place)) for place in _places(x.shape[0], num_frames, tile_frames))
+    return _assembled(tiles, x.shape[0], num_frames, outputs_per_frame)
+
+
+class _Place(NamedTuple):
+    """Of a tile: rows of the batch, and frames from `start` to before `stop`."""
+
+    rows: slice
+    start: int
+    stop: int
+
+
+def _places(batch: int, num_frames: int, tile_frames: int) -> Iterator[_Place]:
+    """Equally long tiles of at most `tile_frames` frames, items that are shorter side by side."""
+    items = max(1, tile_frames // num_frames)
+    tiles = -(-num_frames // tile_frames)
+    for row in range(0, batch, items):
+        for tile in range(tiles):
+            start, stop = num_frames * tile // tiles, num_frames * (tile + 1) // tiles
+            yield _Place(slice(row, row + items), start, stop)
 
 
 def _assembled(
-    compute: Callable[[slice, int, int], Tensor],
-    batch: int,
-    num_frames: int,
-    outputs_per_frame: int,
-    tile_frames: int,
+    tiles: Iterable[tuple[_Place, Tensor]], batch: int, num_frames: int, outputs_per_frame: int
 ) -> Tensor:
-    """Tiles side by side in one tensor; `compute` gives those of some rows, from one frame to another."""
-    items = max(1, tile_frames // num_frames)
-    if num_frames <= tile_frames and batch <= items:
-        return compute(slice(0, batch), 0, num_frames)
+    """Tiles side by side in one tensor."""
     output: Tensor | None = None
-    for row in range(0, batch, items):
-        rows = slice(row, row + items)
-        for start in range(0, num_frames, tile_frames):
-            stop = min(start + tile_frames, num_frames)
-            tile = compute(rows, start, stop)
-            if output is None:
-                shape = (batch, *tile.shape[1:-1], num_frames * outputs_per_frame)
-                layout = torch.channels_last if tile.ndim == 4 else torch.contiguous_format
-                output = torch.empty(shape, dtype=tile.dtype, device=tile.device, memory_format=layout)
-            output[rows, ..., start * outputs_per_frame : stop * outputs_per_frame] = tile
+    for (rows, start, stop), tile in tiles:
+        if output is None:
+            if tile.shape[0] == batch and stop - start == num_frames:
+                return tile
+            shape = (batch, *tile.shape[1:-1], num_frames * outputs_per_frame)
+            layout = torch.channels_last if tile.ndim == 4 else torch.contiguous_format
+            output = torch.empty(shape, dtype=tile.dtype, device=tile.device, memory_format=layout)
+        output[rows, ..., start * outputs_per_frame : stop * outputs_per_frame] = tile
     assert output is not None, "an empty input is refused before it comes here"
     return output
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -18,11 +20,13 @@ from torch.utils.checkpoint import checkpoint
 
 from ear_vae.config import EarVAEConfig
 from ear_vae.errors import EarVAEError
+from ear_vae.graphs import forget, replayed
 from ear_vae.network import Decoder, Encoder, LatentTransformer
 from ear_vae.network.blocks import Snake, channels_last_weights
 from ear_vae.network.snake import compile_snake
 from ear_vae.posterior import Posterior
 from ear_vae.tiling import Stage, decoder_stages, encoder_stages, run_stages, stream_stages, tile_length
+from ear_vae.transfers import begin_delivery, to_device
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _Network = TypeVar("_Network", Encoder, Decoder)
@@ -67,6 +71,7 @@ class EarVAE(nn.Module):
         self.decoder = Decoder(self.config)
         channels_last_weights(self)
         self.gradient_checkpointing = False
+        self._replays = False
         self._fingerprint: tuple[str, int] | None = None
 
     @property
@@ -374,15 +379,21 @@ class EarVAE(nn.Module):
         return push(self, repo_id, token=token, private=private, commit_message=commit_message)
 
     def compile(self) -> None:
-        """Has the activation compiled for the CPU: one pass over memory instead of four.
+        """Prepares for many passes that record no gradient, on the device where the model is now.
 
-        It takes some seconds, once in a process. Encode and decode then run about an eighth faster at the
-        published size, with the same result but for the rounding; `docs/speed.md` has figures. Where torch
-        cannot compile, there is a warning and nothing changes. On CUDA the activation is one pass already.
+        On a CPU the activation is compiled to one pass over memory instead of four, which takes some seconds
+        once in a process. Encode and decode then run about an eighth faster at the published size, with the
+        same result but for the rounding; `docs/speed.md` has figures. Where torch cannot compile, there is a
+        warning and nothing changes.
 
-        Nothing is compiled for passes that record a gradient.
+        On CUDA, where the activation is one pass already, tiles of a shape that comes again are recorded as
+        CUDA graphs and replayed, for one thread at a time. They keep the settings of torch, such as TF32,
+        that they were recorded under: call `compile` again after a change.
         """
         if self.device.type == "cuda":
+            self._replays = True
+            for network in (self.encoder, self.decoder):
+                forget(network)
             return
         try:
             compile_snake(self.device, self.dtype)
@@ -497,12 +508,19 @@ class EarVAE(nn.Module):
             # A recorded graph holds every activation anyway: tiles would only add their contexts to it.
             return self._wide(self._recorded(network, self._here(x))).to(x.device)
         return run_stages(
-            stages_of(network, self.config, self.device),
+            self._stages(network, stages_of),
             x,
             tile_frames=self._tile_frames(),
             prepare=self._prepared,
-            finish=lambda tile: self._wide(tile.squeeze(-2)).to(x.device),
+            deliver=lambda tile: self._delivered(tile, x.device),
         )
+
+    def _stages(self, network: _Network, stages_of: _StagesOf[_Network]) -> list[Stage]:
+        stages = stages_of(network, self.config, self.device)
+        if self._replays and self.device.type == "cuda":
+            # On a GPU the only stage is the network itself.
+            return [replace(stage, network=partial(replayed, network)) for stage in stages]
+        return stages
 
     def _recorded(self, network: Encoder | Decoder, x: Tensor) -> Tensor:
         if not self.gradient_checkpointing:
@@ -524,11 +542,11 @@ class EarVAE(nn.Module):
         if (first := next(source, None)) is None:
             return
         tiles = stream_stages(
-            stages_of(network, self.config, self.device),
+            self._stages(network, stages_of),
             chain((first,), source),
             tile_frames=tile_frames,
             prepare=self._prepared,
-            finish=lambda tile: self._wide(tile.squeeze(-2)).to(first.device),
+            deliver=lambda tile: self._delivered(tile, first.device),
         )
         while True:
             # Not around the whole: between two tiles the caller's code runs.
@@ -541,15 +559,19 @@ class EarVAE(nn.Module):
     def _tile_frames(self, wanted: int | None = None) -> int:
         if wanted is not None and wanted < 1:
             raise EarVAEError(f"tile_frames is {wanted}; expected 1 or more")
-        return wanted or tile_length(self.config.channels, self.downsampling_ratio)
+        return wanted or tile_length(self.config.channels, self.downsampling_ratio, self.device)
 
     def _prepared(self, tile: Tensor) -> Tensor:
         """[B, C, T] as the networks take it in inference, see `ear_vae.network.blocks`."""
         return self._here(tile).unsqueeze(-2).contiguous(memory_format=torch.channels_last)
 
+    def _delivered(self, tile: Tensor, device: torch.device) -> Callable[[], Tensor]:
+        """The way back, as [B, C, T] in float32 at least."""
+        return begin_delivery(self._wide(tile.squeeze(-2)), device)
+
     def _here(self, x: Tensor) -> Tensor:
         """On the model's device, in its dtype."""
-        return x.to(device=self.device, dtype=self.dtype)
+        return to_device(x, self.device, self.dtype)
 
     @staticmethod
     def _wide(x: Tensor) -> Tensor:
