@@ -18,6 +18,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -271,6 +272,17 @@ def main() -> None:
     report(module, measure)
 
 
+def peak_bytes(target: Tensor) -> int | None:
+    """The most memory that has been held so far; None where the system does not tell."""
+    if target.is_cuda:
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    kilobytes = next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(kilobytes) * 1024
+
+
 def report(module: EarVAEModule, measure: Measure) -> None:
     """Prints all that was measured."""
     target, steps = measure.batch, measure.steps
@@ -283,6 +295,8 @@ def report(module: EarVAEModule, measure: Measure) -> None:
     print(f"batch {list(target.shape)}: {audio_seconds:.2f} s of audio a step")
     speed = f"{1 / each:.3g} steps/s, {1000 * each:.1f} ms a step"
     print(f"{speed}, {audio_seconds / each:.3g} s of audio per second")
+    if peak := peak_bytes(target):
+        print(f"{peak / 1e6:.0f} MB at most, {'on the GPU' if target.is_cuda else 'of the whole process'}")
     total = sum(measure.ledger.seconds.values())
     print(f"\nparts of {steps} more steps, {1000 * total / steps:.1f} ms each:")
     for part in PARTS:

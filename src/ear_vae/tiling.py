@@ -179,7 +179,8 @@ def run_stages(
 
     def tiles() -> Iterator[tuple[_Place, Tensor]]:
         begun: tuple[_Place, Callable[[], Tensor]] | None = None
-        for place in _places(x.shape[0], num_frames, tile_frames):
+        # Even ones: a last tile of a few frames would cost reading all weights.
+        for place in _places(x.shape[0], num_frames, tile_frames, even=True):
             following = place, begin(place)
             if begun is not None:
                 yield begun[0], begun[1]()
@@ -313,7 +314,9 @@ def run_tiled(
         tile = network(x[place.rows, ..., first * inputs_per_frame : last * inputs_per_frame])
         return tile[..., (place.start - first) * outputs_per_frame : (place.stop - first) * outputs_per_frame]
 
-    tiles = ((place, compute(place)) for place in _places(x.shape[0], num_frames, tile_frames))
+    # As few different lengths as can be, whatever the whole is: oneDNN keeps code for each, by the megabyte.
+    places = _places(x.shape[0], num_frames, tile_frames, even=False)
+    tiles = ((place, compute(place)) for place in places)
     return _assembled(tiles, x.shape[0], num_frames, outputs_per_frame)
 
 
@@ -325,14 +328,16 @@ class _Place(NamedTuple):
     stop: int
 
 
-def _places(batch: int, num_frames: int, tile_frames: int) -> Iterator[_Place]:
-    """Equally long tiles of at most `tile_frames` frames, items that are shorter side by side."""
+def _places(batch: int, num_frames: int, tile_frames: int, *, even: bool) -> Iterator[_Place]:
+    """Tiles of at most `tile_frames` frames, short items side by side.
+
+    All but the last are of one length: `tile_frames` itself, or with `even` the least that needs no more tiles.
+    """
     items = max(1, tile_frames // num_frames)
-    tiles = -(-num_frames // tile_frames)
+    length = -(-num_frames // -(-num_frames // tile_frames)) if even else tile_frames
     for row in range(0, batch, items):
-        for tile in range(tiles):
-            start, stop = num_frames * tile // tiles, num_frames * (tile + 1) // tiles
-            yield _Place(slice(row, row + items), start, stop)
+        for start in range(0, num_frames, length):
+            yield _Place(slice(row, row + items), start, min(start + length, num_frames))
 
 
 def _assembled(
