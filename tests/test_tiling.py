@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -200,6 +201,22 @@ def test_a_stage_computes_little_beyond_its_tile(monkeypatch: pytest.MonkeyPatch
     assert middle[0] == 40 + 2 * 11
     for found, needed in zip(middle[1:], kept, strict=True):
         assert needed < found <= needed + 2 * 60
+
+
+def test_tiles_of_a_stage_have_few_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first, a middle one, and what is left at the ends, whatever the length of the whole."""
+    monkeypatch.setattr(tiling, "_FEWEST_UNITS", 40)
+    monkeypatch.setattr(tiling, "_ACTIVATION_BYTES", 1)
+    vae, seen = random_model(HOP_1024), []
+    stages = decoder_stages(vae.decoder, vae.config, torch.device("cpu"))
+    stages[1].network.register_forward_hook(lambda module, given, result: seen.append(given[0].shape[-1]))
+    for frames in (80, 95, 111):
+        run_stages(stages, torch.randn(1, 64, frames), tile_frames=30)
+    usual = [length for length, _ in Counter(seen).most_common(2)]
+    # Of some dozen tiles between the ends of a tile along the file, all.
+    assert sum(length in usual for length in seen) / len(seen) > 0.8
+    before, after = stages[1].context
+    assert sorted(usual) == [40 + after, before + 40 + after]
 
 
 def test_tiles_of_the_full_size_network_stay_within_their_memory() -> None:

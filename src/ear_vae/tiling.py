@@ -331,7 +331,7 @@ class _Place(NamedTuple):
 def _places(batch: int, num_frames: int, tile_frames: int, *, even: bool) -> Iterator[_Place]:
     """Tiles of at most `tile_frames` frames, short items side by side.
 
-    All but the last are of one length: `tile_frames` itself, or with `even` the least that needs no more tiles.
+    All but the last are of one length: `tile_frames` itself, or with `even` the least that is enough.
     """
     items = max(1, tile_frames // num_frames)
     length = -(-num_frames // -(-num_frames // tile_frames)) if even else tile_frames
