@@ -192,6 +192,7 @@ class Measure(L.Callback):
         """Starts and stops the clocks."""
         step = trainer.global_step
         if step == self.warmup:
+            reset_peak()
             self.plain_seconds = -now()
         elif step == self.warmup + self.steps:
             self.plain_seconds += now()
@@ -272,8 +273,16 @@ def main() -> None:
     report(module, measure)
 
 
+def reset_peak() -> None:
+    """What was held before, such as by making the first weights, is not a step's."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_bytes(target: Tensor) -> int | None:
-    """The most memory that has been held so far; None where the system does not tell."""
+    """The most memory that has been held in the counted steps; None where the system does not tell."""
     if target.is_cuda:
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
