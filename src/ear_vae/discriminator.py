@@ -11,6 +11,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from ear_vae.dsp.spectral import MultiResolutionSTFT
 from ear_vae.errors import EarVAEError
+from ear_vae.precision import single_at_least
 
 _KERNEL = (3, 9)
 _LAST_KERNEL = (3, 3)
@@ -87,7 +88,7 @@ class Discriminator(nn.Module):
             raise EarVAEError(f"the discriminator needs audio [B, 2, T], got {list(audio.shape)}")
         # Under autocast the convolutions run in lower precision, the transforms do not.
         with torch.autocast(device_type=audio.device.type, enabled=False):
-            spectra = self.stft(audio.float())
+            spectra = self.stft(single_at_least(audio))
         return [judge(spectrum) for judge, spectrum in zip(self.resolutions, spectra, strict=True)]
 
 

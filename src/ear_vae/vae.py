@@ -25,6 +25,7 @@ from ear_vae.network import Decoder, Encoder, LatentTransformer
 from ear_vae.network.blocks import Snake, channels_last_weights
 from ear_vae.network.snake import compile_snake
 from ear_vae.posterior import Posterior
+from ear_vae.precision import single_at_least
 from ear_vae.tiling import Stage, decoder_stages, encoder_stages, run_stages, stream_stages, tile_length
 from ear_vae.transfers import begin_delivery, to_device
 
@@ -496,7 +497,7 @@ class EarVAE(nn.Module):
         wrong goes into every sample.
         """
         assert self.transformer is not None
-        weights = {name: self._wide(weight) for name, weight in self.transformer.named_parameters()}
+        weights = {name: single_at_least(weight) for name, weight in self.transformer.named_parameters()}
         x = latents.to(device=self.device, dtype=torch.promote_types(self.dtype, torch.float32))
         transformed: Tensor = functional_call(self.transformer, weights, (x,))
         return transformed.to(latents.device)
@@ -506,7 +507,7 @@ class EarVAE(nn.Module):
             x.requires_grad or any(p.requires_grad for p in network.parameters())
         ):
             # A recorded graph holds every activation anyway: tiles would only add their contexts to it.
-            return self._wide(self._recorded(network, self._here(x))).to(x.device)
+            return single_at_least(self._recorded(network, self._here(x))).to(x.device)
         return run_stages(
             self._stages(network, stages_of),
             x,
@@ -567,16 +568,11 @@ class EarVAE(nn.Module):
 
     def _delivered(self, tile: Tensor, device: torch.device) -> Callable[[], Tensor]:
         """The way back, as [B, C, T] in float32 at least."""
-        return begin_delivery(self._wide(tile.squeeze(-2)), device)
+        return begin_delivery(single_at_least(tile.squeeze(-2)), device)
 
     def _here(self, x: Tensor) -> Tensor:
         """On the model's device, in its dtype."""
         return to_device(x, self.device, self.dtype)
-
-    @staticmethod
-    def _wide(x: Tensor) -> Tensor:
-        """In float32 at least."""
-        return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _require_floating(what: str, x: Tensor, cure: str) -> None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ear_vae.precision import single_at_least
+
 if TYPE_CHECKING:
     from ear_vae.discriminator import Judgement
 
@@ -25,7 +27,7 @@ def discriminator_loss(estimate: Sequence[Judgement], target: Sequence[Judgement
     Reference: Mao et al., "Least Squares Generative Adversarial Networks" (2017), equation 2 without ½.
     """
     terms = [
-        x.logits.float().square().mean() + (1 - y.logits.float()).square().mean()
+        single_at_least(x.logits).square().mean() + (1 - single_at_least(y.logits)).square().mean()
         for x, y in zip(estimate, target, strict=True)
     ]
     return torch.stack(terms).mean()
@@ -39,7 +41,7 @@ def adversarial(estimate: Sequence[Judgement]) -> Tensor:
 
     Reference: as `discriminator_loss`.
     """
-    return torch.stack([(1 - x.logits.float()).square().mean() for x in estimate]).mean()
+    return torch.stack([(1 - single_at_least(x.logits)).square().mean() for x in estimate]).mean()
 
 
 def feature_matching(estimate: Sequence[Judgement], target: Sequence[Judgement]) -> Tensor:
@@ -55,7 +57,7 @@ def feature_matching(estimate: Sequence[Judgement], target: Sequence[Judgement])
     Reference: Kumar et al., "MelGAN" (2019), equation 4, as a mean.
     """
     terms = [
-        (a.float() - b.detach().float()).abs().mean()
+        (single_at_least(a) - single_at_least(b.detach())).abs().mean()
         for x, y in zip(estimate, target, strict=True)
         for a, b in zip(x.features, y.features, strict=True)
     ]

@@ -16,6 +16,7 @@ from ear_vae.losses import spectral
 from ear_vae.losses.phase import PhaseComparison
 from ear_vae.losses.spectral import Planar
 from ear_vae.posterior import Posterior
+from ear_vae.precision import single_at_least
 
 DEFAULT_WINDOW_SIZES = (2048, 1024, 512, 256, 128)
 DEFAULT_LOSS_WEIGHTS = {
@@ -123,7 +124,7 @@ class ReconstructionObjective(nn.Module):
             posterior: What the encoder gave for the original.
 
         Returns:
-            Scalars in float32; spectral ones are averaged over window sizes.
+            Scalars in float32, or float64 for such audio; spectral ones are averaged over window sizes.
 
         Raises:
             EarVAEError: The signals differ in shape, are not stereo, or are shorter than half a window.
@@ -135,14 +136,16 @@ class ReconstructionObjective(nn.Module):
         # Under autocast too, spectra and logarithms of magnitudes need single precision.
         with torch.autocast(device_type=estimate.device.type, enabled=False):
             weight = _WEIGHTINGS[self.weighting]
-            x = weight(estimate.float(), self.sample_rate)
+            x = weight(single_at_least(estimate), self.sample_rate)
             with torch.no_grad():
-                y = weight(target.float(), self.sample_rate)
+                y = weight(single_at_least(target), self.sample_rate)
             terms = self._spectral_terms(x, y)
             if self.weights["waveform"]:
                 terms["waveform"] = spectral.waveform(x, y)
             if self.weights["kl"]:
-                terms["kl"] = Posterior(posterior.mean.float(), posterior.std.float()).kl().mean()
+                terms["kl"] = (
+                    Posterior(single_at_least(posterior.mean), single_at_least(posterior.std)).kl().mean()
+                )
         return terms
 
     def total(self, terms: Mapping[str, Tensor]) -> Tensor:
