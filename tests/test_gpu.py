@@ -20,9 +20,9 @@ class Recording:
 
     made = 0
 
-    def __init__(self, network: nn.Module, x: torch.Tensor) -> None:
+    def __init__(self, network: nn.Module, x: torch.Tensor, beside: Recording | None) -> None:
         type(self).made += 1
-        self._network = network
+        self._network, self.device, self.beside = network, x.device, beside
 
     def replay(self, x: torch.Tensor) -> torch.Tensor:
         return 2 * self._network(x)
@@ -60,6 +60,17 @@ def test_the_shapes_that_are_remembered_are_few(recordings: type[Recording]) -> 
     assert recordings.made == 1
     assert torch.equal(graphs.replayed(network, inputs[0]), network(inputs[0]))
     assert len(graphs._graphs[network]) == graphs._MOST_SHAPES
+
+
+def test_recordings_of_a_network_share_memory(recordings: type[Recording]) -> None:
+    network, other = (nn.Conv1d(2, 3, 1).requires_grad_(False) for _ in range(2))
+    for part in (network, other):
+        for x in (torch.randn(1, 2, 4), torch.randn(1, 2, 5)):
+            graphs.replayed(part, x)
+            graphs.replayed(part, x)
+    for part in (network, other):
+        first, second = graphs._graphs[part].values()
+        assert (first.beside, second.beside) == (None, first)
 
 
 def test_recordings_go_with_their_network(recordings: type[Recording]) -> None:
@@ -122,6 +133,28 @@ class TestOnAGpu:
         before = [vae.decode(latents) for _ in range(3)][-1]
         vae.decoder.conv_out.weight.data.mul_(2)
         torch.testing.assert_close(vae.decode(latents), 2 * before, rtol=0, atol=1e-4)
+
+    def test_recordings_of_one_network_take_turns(self, vae: EarVAE) -> None:
+        """They share memory: what one leaves there is nothing to another, and each costs little more."""
+        vae.to("cuda")
+        inputs = [torch.randn(64, frames, device="cuda") for frames in (50, 40, 30, 20)]
+        expected = [vae.decode(latents) for latents in inputs]
+        vae.compile()
+        for latents in inputs[:1] * 2:
+            vae.decode(latents)
+        one = torch.cuda.memory_reserved()
+        for _ in range(3):
+            for latents, audio in zip(inputs, expected, strict=True):
+                torch.testing.assert_close(vae.decode(latents), audio, rtol=0, atol=1e-4)
+        assert torch.cuda.memory_reserved() < 1.4 * one
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+    def test_it_need_not_be_the_current_gpu(self, vae: EarVAE) -> None:
+        latents = torch.randn(64, 30)
+        expected = vae.decode(latents)
+        vae.to("cuda:1").compile()
+        for _ in range(3):
+            torch.testing.assert_close(vae.decode(latents), expected, rtol=0, atol=1e-4)
 
     def test_streams(self, vae: EarVAE) -> None:
         audio = 0.3 * torch.randn(2, 50 * 1024)

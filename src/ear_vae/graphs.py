@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-# Each holds the memory of a pass.
+# Each holds its input and output.
 _MOST_SHAPES = 8
 
 _graphs: WeakKeyDictionary[nn.Module, OrderedDict[Hashable, _Graph | None]] = WeakKeyDictionary()
@@ -36,7 +36,9 @@ def replayed(network: nn.Module, x: Tensor) -> Tensor:
         result: Tensor = network(x)
         return result
     known.move_to_end(key)
-    graph = known[key] = known[key] or _Graph(network, x)
+    if (graph := known[key]) is None:
+        beside = next((other for other in known.values() if other and other.device == x.device), None)
+        graph = known[key] = _Graph(network, x, beside)
     return graph.replay(x)
 
 
@@ -46,14 +48,25 @@ def forget(network: nn.Module) -> None:
 
 
 class _Graph:
-    """A recording, with the memory that it reads and writes."""
+    """A recording, with the memory that it reads and writes.
 
-    def __init__(self, network: nn.Module, x: Tensor) -> None:
+    Args:
+        network: What to record.
+        x: Input of the shape, dtype and device to record it for.
+        beside: A recording on that device, never replayed at the same time, whose memory between input and
+            output this one uses too. With eight of their own, a network would fill the GPU.
+    """
+
+    def __init__(self, network: nn.Module, x: Tensor, beside: _Graph | None) -> None:
+        self.device = x.device
         # Outside of inference mode, whose tensors could not be written to in another mode.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(x.device):
             self._input = x.clone()
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            # Memory is shared on one stream only. torch's own is on the device that it first recorded on.
+            self._stream = beside._stream if beside else torch.cuda.Stream()
+            pool = beside._graph.pool() if beside else None
+            with torch.cuda.graph(self._graph, pool=pool, stream=self._stream):
                 self._output: Tensor = network(self._input)
 
     def replay(self, x: Tensor) -> Tensor:

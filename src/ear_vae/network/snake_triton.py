@@ -1,4 +1,7 @@
-"""Triton kernels of the Snake function; imported only where Triton is."""
+"""Triton kernels of the Snake function; imported only where Triton is.
+
+Triton launches on the current device, which need not be that of its arguments.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,10 @@ def forward(x: Tensor, alpha: Tensor, inverse_beta: Tensor) -> Tensor:
     x, inner = _dense(x)
     y = torch.empty_like(x)
     size = x.numel()
-    _forward_kernel[(triton.cdiv(size, _BLOCK),)](
-        x, alpha, inverse_beta, y, size, x.shape[1], inner, BLOCK=_BLOCK
-    )
+    with torch.cuda.device_of(x):
+        _forward_kernel[(triton.cdiv(size, _BLOCK),)](
+            x, alpha, inverse_beta, y, size, x.shape[1], inner, BLOCK=_BLOCK
+        )
     return y
 
 
@@ -30,9 +34,10 @@ def backward(grad: Tensor, x: Tensor, alpha: Tensor, inverse_beta: Tensor) -> tu
     parts = triton.cdiv(length, _BLOCK)
     # Sums within a part only, so that the result does not depend on which part is done first.
     sums = torch.empty(2, x.shape[0], channels, parts, dtype=alpha.dtype, device=x.device)
-    _backward_kernel[(rows, parts)](
-        grad, x, alpha, inverse_beta, for_x, sums[0], sums[1], length, channels, parts, BLOCK=_BLOCK
-    )
+    with torch.cuda.device_of(x):
+        _backward_kernel[(rows, parts)](
+            grad, x, alpha, inverse_beta, for_x, sums[0], sums[1], length, channels, parts, BLOCK=_BLOCK
+        )
     for_alpha, for_inverse_beta = sums.sum(dim=-1).sum(dim=1)
     return for_x, for_alpha, for_inverse_beta
 
