@@ -64,7 +64,7 @@ class _Graph:
             self._input = x.clone()
             self._graph = torch.cuda.CUDAGraph()
             # Memory is shared on one stream only. torch's own is on the device that it first recorded on.
-            self._stream = beside._stream if beside else torch.cuda.Stream()
+            self._stream: torch.cuda.Stream = beside._stream if beside else torch.cuda.Stream()
             pool = beside._graph.pool() if beside else None
             with torch.cuda.graph(self._graph, pool=pool, stream=self._stream):
                 self._output: Tensor = network(self._input)
