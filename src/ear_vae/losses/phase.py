@@ -7,21 +7,26 @@ from torch import Tensor
 
 from ear_vae.losses.spectral import MAGNITUDE_FLOOR, Planar
 
-_PRODUCT_EPSILON = 1e-8
 _FRAMES, _BINS = -1, -2
 
 
 def correlation(estimate: Tensor, target: Tensor) -> Tensor:
-    """1 − mean over bins and frames of Re(X Y*) / (|X| |Y| + 1e-8).
+    """1 − mean over the audible bins and frames of Re(X Y*) / (|X| |Y|).
+
+    A bin is audible where the target, and the target alone, is above −90 dBFS: if the estimate had a say,
+    it would be rewarded for silence. Below that level |X| is taken as −90 dBFS, so that an estimate that
+    misses an audible bin is at 1 there and has a finite gradient out of it.
 
     Args:
-        estimate: Complex spectra X of left and right, [..., F, frames].
+        estimate: Complex spectra X of left and right, [B, 2, F, frames].
         target: Complex spectra Y, same shape.
 
     Returns:
-        Scalar from 0 (same phase in every audible bin) over 1 (unrelated, or silence) to 2 (opposite).
+        Scalar from 0 (same phase in every audible bin, at whatever level) over 1 (unrelated, or a silent
+        estimate) to 2 (opposite); 0 for an item whose target is silent. The mean of each item, then over the
+        items of the batch, so that a batch may be split over processes.
 
-    Reference: the correlation loss of arXiv 2509.14912.
+    Reference: the correlation loss of arXiv 2509.14912, without the ε that its published helper adds.
     """
     return PhaseComparison.of(estimate, target).correlation()
 
@@ -80,8 +85,9 @@ class PhaseComparison:
 
     def correlation(self) -> Tensor:
         """See the function of this name."""
-        product = self.estimate_magnitude * self.target_magnitude
-        return 1 - (self.turned.real * self.target_magnitude / (product + _PRODUCT_EPSILON)).mean()
+        cosine = self.turned.real / self.estimate_magnitude.clamp(min=MAGNITUDE_FLOOR)
+        silent = self.target_magnitude <= MAGNITUDE_FLOOR
+        return _mean_of_items((1 - cosine).masked_fill(silent, 0), silent)
 
     def instantaneous_frequency(self) -> Tensor:
         """See the function of this name."""
@@ -105,9 +111,13 @@ class PhaseComparison:
         imag = torch.addcmul(imag_after * real_before, real_after, imag_before, value=-1).masked_fill(
             silent, 0
         )
-        axes = tuple(range(1, silent.ndim))
-        audible = (~silent).sum(axes).clamp(min=1)
-        return (torch.atan2(imag, real).abs().sum(axes) / audible).mean()
+        return _mean_of_items(torch.atan2(imag, real).abs(), silent)
+
+
+def _mean_of_items(distance: Tensor, silent: Tensor) -> Tensor:
+    """Mean over the bins of each item that are not silent, where `distance` is 0, then over the items."""
+    axes = tuple(range(1, silent.ndim))
+    return (distance.sum(axes) / (~silent).sum(axes).clamp(min=1)).mean()
 
 
 def _neighbours(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
