@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -237,3 +238,46 @@ def test_paper_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     }.items():
         assert table.main([str(tmp_path / "by_name"), *wrong]) == 1
         assert reason in capsys.readouterr().err
+
+
+def test_reconstruction_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of estimates whose faults are known: treble 6 dB too low, noise in silence, a click at the end."""
+    benchmark = script("reconstruction")
+    rate = 44_100
+    time = torch.arange(4 * rate) / rate
+    low, high = (torch.sin(2 * math.pi * hz * time).expand(2, -1) for hz in (400.0, 9_000.0))
+    target = 0.3 * low + 0.1 * high
+    figures = benchmark.excerpt_figures(0.3 * low + 0.05 * high, target, rate)
+    assert figures["treble_db"] == pytest.approx(-6.02, abs=0.01)
+    assert figures["si_sdr_db"] == pytest.approx(10 * math.log10((0.3**2 + 0.1**2) / 0.05**2), abs=0.2)
+
+    target[:, : 2 * rate] = 0
+    estimate = target.clone()
+    estimate[:, rate // 2 : 3 * rate // 2] = 1e-3
+    figures = benchmark.whole_figures(estimate, target, rate)
+    assert figures["silence_dbfs"] == pytest.approx(-60, abs=0.01)
+    assert math.isnan(figures["quiet_db"])
+    quiet = target.clone()
+    quiet[:, : 2 * rate] = 5e-4  # -66 dBFS
+    assert benchmark.whole_figures(estimate, quiet, rate)["quiet_db"] == pytest.approx(6.02, abs=0.01)
+    clicking = 0.99 * target
+    clicking[:, -1] += 0.5
+    length = round(0.02 * rate)
+    edge = (clicking - target)[:, -length:].square().mean() / (clicking - target).square().mean()
+    found = benchmark.whole_figures(clicking, target, rate)["edges_db"]
+    assert found == pytest.approx(10 * math.log10(float(edge)), abs=1e-3)
+    assert found > 10
+
+    soundfile.write(tmp_path / "gt.wav", target.T.numpy(), rate, subtype="FLOAT")
+    soundfile.write(tmp_path / "other.wav", target.T.numpy(), rate, subtype="FLOAT")
+    json_file = tmp_path / "figures.json"
+    options = ["--start", "2", "--seconds", "2", "--whole", "--json", str(json_file)]
+    assert benchmark.main([str(tmp_path), "--pattern", "**/gt.*", *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines] == ["file", "gt.wav", "median"]
+    assert json.loads(json_file.read_text(encoding="utf-8"))["gt.wav"].keys() == {
+        *benchmark.COLUMNS,
+        *benchmark.WHOLE_COLUMNS,
+    }
+    assert benchmark.main([str(tmp_path), "--start", "60"]) == 1
+    assert "ends before the excerpt" in capsys.readouterr().err

@@ -176,7 +176,7 @@ def test_music_correlates_with_itself_at_any_level(path: Path, size: int) -> Non
 
 
 def test_correlation_counts_the_bins_in_which_the_target_is_audible() -> None:
-    """What the estimate does elsewhere is nothing to it; silence where the target sounds is as bad as noise."""
+    """Elsewhere the estimate may do what it likes; silence where the target sounds is as bad as noise."""
     y = spectrum(noise(2, 2, 8192))
     y[:, :, 100:] *= 1e-6
     estimate = y.clone()
