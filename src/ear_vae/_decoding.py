@@ -323,8 +323,11 @@ class _Scratch:
         Raises:
             EarVAEError: There is no room for it.
         """
+        rest = memoryview(block)
         try:
-            self._file.write(block)
+            # Unbuffered, so that nothing is left to fail when it is closed. A short write takes the last room.
+            while len(rest):
+                rest = rest[self._file.write(rest) :]
         except OSError as error:
             raise _no_room(self._name, str(self.path.parent), error) from error
         self.size += len(block)

@@ -277,7 +277,7 @@ def mp3_layout(data: Bytes) -> Layout | None:
         if _constant(head) != constant:
             constant = _constant(head)
             streams.append(_Mp3Stream(b"", head, []))
-        position = extent = start
+        position = extent = last = start
         while (frame := _mp3_frame(head)) and _constant(head) == constant:
             if position + frame[0] > data.size:
                 break
@@ -287,10 +287,17 @@ def mp3_layout(data: Bytes) -> Layout | None:
                 extent = position + frame[0]
             else:
                 streams[-1].num_frames += 1
+            last = position
             position += frame[0]
             head = data.at(position, 4)
+        if extent <= last < position < data.size and after_tags(data, position) == position:
+            # Nothing that follows a frame: it may have been cut, and the next one begin within it.
+            within = _next_mp3_frame(data, last + 1)
+            if 0 <= within < position:
+                streams[-1].num_frames -= 1
+                position = last
         _add(streams[-1].extents, extent, position)
-        position = after_tags(data, position)
+        position = after_tags(data, position) if position > last else last + 1
     streams = [stream for stream in streams if stream.num_frames or stream.header]
     if not streams:
         return None
