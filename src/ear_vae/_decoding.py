@@ -325,7 +325,7 @@ class _Scratch:
         """
         rest = memoryview(block)
         try:
-            # Unbuffered, so that nothing is left to fail when it is closed. A short write takes the last room.
+            # Unbuffered: nothing is left to fail when it is closed. A short write takes the last of the room.
             while len(rest):
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
