@@ -194,6 +194,8 @@ def _opened_by_libsndfile(
         EarVAEError: The file is cut, or its parts do not go together.
     """
     size = stream.seek(0, os.SEEK_END)
+    if not size:
+        raise EarVAEError(f"{name}: is empty (0 bytes)")
     # An excerpt seeks before it reads, so that nobody else moves libsndfile's place in the stream.
     whole = Excerpt(stream, Part(((0, size),))) if place is None else system_path(place)
     kind = kind_of(Bytes(stream))
