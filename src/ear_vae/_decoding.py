@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import stat
 import subprocess
 import tempfile
+import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
-from ear_vae._files import name_of
+from ear_vae._files import name_of, system_path
+from ear_vae._parts import Bytes, Excerpt, Layout, Part, kind_of, layout_of
 from ear_vae.errors import EarVAEError
 
 AudioSource = str | os.PathLike[str] | IO[bytes]
@@ -33,12 +37,31 @@ _LENGTH_LINES = {
 # Programs that write wav to a pipe cannot know its length: ffmpeg and sox leave these, less the padding
 # to whole frames.
 _PIPED_LENGTHS = (2**32 - 1, 0x7FFF_F000)
-_MP3_KILOBITS = {
-    1: (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
-    2: (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
-}
-_MP3_RATES = (44_100, 48_000, 32_000)
-_LARGEST_OGG_PAGE = 65_307
+# Formats of one file. Others, such as playlists, have ffmpeg open whatever files their text names.
+_FFMPEG_FORMATS = (
+    "aac,ac3,aiff,amr,ape,asf,au,avi,caf,dsf,dts,dtshd,eac3,flac,flv,loas,matroska,mov,mp3,mpc,mpc8,mpeg,mpegts,"
+    "nut,ogg,oma,rm,shn,tak,truehd,tta,voc,w64,wav,wv"
+)
+_COPIED_AT_ONCE = 2**20
+
+
+class AudioFileWarning(UserWarning):
+    """A file that contradicts itself and was read all the same, or something that was passed over."""
+
+
+@dataclass(frozen=True)
+class AudioPart:
+    """A stretch of audio that libsndfile reads in one go.
+
+    Attributes:
+        num_samples: Per channel.
+        open: The `soundfile.SoundFile` to read it from.
+        tail: Samples at the end that libsndfile reads rightly only when it comes from before them.
+    """
+
+    num_samples: int
+    open: Callable[[], AbstractContextManager[Any]]
+    tail: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,102 +69,218 @@ class OpenedAudio:
     """An open file and what is known of it.
 
     Attributes:
-        file: The `soundfile.SoundFile` to read from.
-        num_samples: Per channel.
-        exact: Whether that is known; else it is an estimate.
+        parts: The audio, one after the other.
+        sample_rate: In Hz.
+        channels: Of all parts.
+        exact: Whether the length is known; else it is an estimate.
         format: Of the source, such as `WAV` or `M4A`.
         subtype: libsndfile's name of the encoding, or `FFMPEG`.
+        size: Bytes that are read from.
     """
 
-    file: Any
-    num_samples: int
+    parts: tuple[AudioPart, ...]
+    sample_rate: int
+    channels: int
     exact: bool
     format: str
     subtype: str
+    size: int
+
+    @property
+    def num_samples(self) -> int:
+        """Per channel."""
+        return sum(part.num_samples for part in self.parts)
+
+
+class _ForFFmpeg(Exception):
+    """Why libsndfile cannot read something in full."""
 
 
 @contextmanager
-def opened_audio(source: AudioSource) -> Iterator[OpenedAudio]:
+def opened_audio(source: AudioSource, end: int | None = None) -> Iterator[OpenedAudio]:
     """Opens audio with libsndfile, and through ffmpeg what libsndfile cannot read in full.
 
-    Raises:
-        EarVAEError: The source is missing, a folder, unreadable, empty, not audio, or visibly cut.
-    """
-    import soundfile
+    Args:
+        source: A path or an open binary file; what cannot seek, such as a pipe, is copied first.
+        end: How many samples from the start are wanted, where that is known; all by default. Then only as
+            much of the file is looked at as it takes.
 
+    Raises:
+        EarVAEError: The source is missing, a folder, a device, unreadable, empty, not audio, or visibly cut.
+    """
     name = name_of(source)
-    if isinstance(source, (str, os.PathLike)):
-        _require_readable(Path(source))
-    try:
-        file = soundfile.SoundFile(source if not isinstance(source, os.PathLike) else str(source))
-    except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:
-        reason = one_line(error)
-    else:
-        with file:
-            opened = _examined(file, source, name)
-            if isinstance(opened, OpenedAudio):
-                yield opened
-                return
-        reason = opened
-    with _decoded_by_ffmpeg(source, name, reason) as decoded, soundfile.SoundFile(decoded) as file:
-        extension = Path(name).suffix[1:].upper() if isinstance(source, (str, os.PathLike)) else ""
-        yield OpenedAudio(file, file.frames, True, extension or "FFMPEG", "FFMPEG")
+    with ExitStack() as stack:
+        place, stream = stack.enter_context(_seekable(source, name))
+        try:
+            opened = _opened_by_libsndfile(stack, place, stream, name, end)
+        except _ForFFmpeg as error:
+            file, size = stack.enter_context(_decoded_by_ffmpeg(place, stream, name, str(error)))
+            label = Path(name).suffix[1:].upper() if isinstance(source, (str, os.PathLike)) else ""
+            opened = OpenedAudio(
+                (AudioPart(file.frames, lambda: nullcontext(file)),),
+                file.samplerate,
+                file.channels,
+                True,
+                label or "FFMPEG",
+                "FFMPEG",
+                size,
+            )
+        yield opened
 
 
 def one_line(error: Exception) -> str:
     """The last line of an error's message, or the name of its class."""
-    return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-
-
-def _examined(file: Any, source: AudioSource, name: str) -> OpenedAudio | str:
-    """What libsndfile has opened, or why it cannot read that in full."""
-    num_samples, exact = file.frames, True
-    if _promises_more(file):
-        raise EarVAEError(f"{name}: truncated: its header promises more audio than there is")
-    if file.format == "OGG":
-        with _bytes_of(source) as data:
-            if not _last_ogg_page_is_whole(data):
-                raise EarVAEError(f"{name}: truncated: the last page of the ogg stream is cut off")
-    elif file.format == "MP3":
-        with _bytes_of(source) as data:
-            stated, counted, complete = _mp3_length(data)
-        # Without the length in a header libsndfile goes by the first frame's bit rate, and stops there.
-        if not stated and counted > file.frames:
-            return "an mp3 of varying bit rate without its length in a header"
-        exact = stated or complete
-        if complete:
-            num_samples = counted
-    if file.frames > _UNKNOWN_LENGTH:
-        return "without its length in the header"
-    return OpenedAudio(file, num_samples, exact, file.format, file.subtype)
+    # libsndfile's own words come without the name of the file.
+    text = str(getattr(error, "error_string", error)).strip()
+    return text.splitlines()[-1] if text else type(error).__name__
 
 
 @contextmanager
-def _bytes_of(source: AudioSource) -> Iterator[IO[bytes]]:
+def _seekable(source: AudioSource, name: str) -> Iterator[tuple[Path | None, IO[bytes]]]:
+    """Something to seek in, and where it lies if it has a path."""
     if isinstance(source, (str, os.PathLike)):
-        with Path(source).open("rb") as data:
-            yield data
+        path = Path(source)
+        is_pipe = _require_readable(path)
+        with path.open("rb") as stream:
+            if is_pipe:
+                with _copy_of(stream, name) as copy, copy.open("rb") as again:
+                    yield copy, again
+            else:
+                yield path, stream
         return
-    # libsndfile reads from the same stream and must find it where it left it.
-    position = source.tell()
-    source.seek(0)
     try:
-        yield source
-    finally:
-        source.seek(position)
+        if not isinstance(source.read(0), (bytes, bytearray)):
+            raise EarVAEError(f"{name}: is open as text; open it in binary mode, 'rb'")
+        is_pipe = not source.seekable()
+    except (AttributeError, TypeError):
+        kind = type(source).__name__
+        raise EarVAEError(f"{name}: expected a path or an open binary file, got {kind}") from None
+    except (ValueError, OSError) as error:
+        raise EarVAEError(f"{name}: cannot be read: {one_line(error)}") from error
+    if is_pipe:
+        with _copy_of(source, name) as copy, copy.open("rb") as again:
+            yield copy, again
+    else:
+        yield None, source
 
 
-def _require_readable(path: Path) -> None:
+def _require_readable(path: Path) -> bool:
+    """Whether it is a pipe, which can be read only once."""
     try:
-        if path.is_dir():
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
             raise EarVAEError(f"{path}: is a folder, expected an audio file")
+        if stat.S_ISFIFO(mode):
+            return True
+        if not stat.S_ISREG(mode):
+            raise EarVAEError(f"{path}: is a device or a socket, expected an audio file")
         with path.open("rb") as file:
             if not file.read(1):
                 raise EarVAEError(f"{path}: is empty (0 bytes)")
     except FileNotFoundError:
         raise EarVAEError(f"{path}: no such file") from None
-    except OSError as error:
-        raise EarVAEError(f"{path}: cannot be read: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise EarVAEError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    return False
+
+
+def _opened_by_libsndfile(
+    stack: ExitStack, place: Path | None, stream: IO[bytes], name: str, end: int | None
+) -> OpenedAudio:
+    """What libsndfile reads of a file, part by part if need be.
+
+    Raises:
+        _ForFFmpeg: It does not read it, or not in full.
+        EarVAEError: The file is cut, or its parts do not go together.
+    """
+    size = stream.seek(0, os.SEEK_END)
+    if not size:
+        raise EarVAEError(f"{name}: is empty (0 bytes)")
+    # An excerpt seeks before it reads, so that nobody else moves libsndfile's place in the stream.
+    whole = Excerpt(stream, Part(((0, size),))) if place is None else system_path(place)
+    kind = kind_of(Bytes(stream))
+    file = None
+    if not kind or (kind == "flac" and end is not None):
+        file = stack.enter_context(_sound_file(whole))
+        if file.format == "MP3":
+            kind = "mp3"
+        elif end is None or end <= file.frames < _UNKNOWN_LENGTH:
+            return _single(file, name, size)
+    layout = _layout(kind, place, stream) if kind else Layout()
+    if layout is None and kind == "flac":
+        raise _ForFFmpeg("a flac without its length in the header, whose last frame cannot be found")
+    exact = layout is not None
+    layout = layout or Layout()
+    if layout.cut:
+        raise EarVAEError(f"{name}: truncated: {layout.cut}")
+    if layout.remark:
+        warnings.warn(f"{name}: {layout.remark}", AudioFileWarning, stacklevel=2)
+    if layout.parts is None:
+        return _single(file or stack.enter_context(_sound_file(whole)), name, size, exact=exact)
+    return _joined(layout.parts, stream, kind, name, size)
+
+
+def _single(file: Any, name: str, size: int, *, exact: bool = True) -> OpenedAudio:
+    if _promises_more(file):
+        raise EarVAEError(f"{name}: truncated: its header promises more audio than there is")
+    if file.frames > _UNKNOWN_LENGTH:
+        raise _ForFFmpeg("without its length in the header")
+    part = AudioPart(file.frames, lambda: nullcontext(file))
+    return OpenedAudio((part,), file.samplerate, file.channels, exact, file.format, file.subtype, size)
+
+
+def _joined(parts: tuple[Part, ...], stream: IO[bytes], kind: str, name: str, size: int) -> OpenedAudio:
+    """Each part opened for a look at its header, and once more when it is its turn."""
+    readable = []
+    facts: dict[tuple[int, int], Any] = {}
+    for number, part in enumerate(parts, 1):
+        try:
+            with _sound_file(Excerpt(stream, part)) as file:
+                opened = _single(file, name, size)
+        except _ForFFmpeg as error:
+            # Of chunks ffmpeg reads the first file only.
+            if kind != "chunks":
+                raise
+            raise EarVAEError(f"{name}: part {number} of {len(parts)} cannot be read: {error}") from error
+        facts[opened.sample_rate, opened.channels] = opened
+
+        def again(part: Part = part) -> AbstractContextManager[Any]:
+            return _sound_file(Excerpt(stream, part))
+
+        readable.append(AudioPart(opened.num_samples, again, part.tail))
+    if len(facts) > 1:
+        kinds = ", then ".join(f"{channels} channels at {rate} Hz" for rate, channels in facts)
+        raise EarVAEError(
+            f"{name}: was joined from files that do not go together: {kinds}; cut it at its joins"
+        )
+    return OpenedAudio(
+        tuple(readable), opened.sample_rate, opened.channels, True, opened.format, opened.subtype, size
+    )
+
+
+def _sound_file(source: Any) -> Any:
+    import soundfile
+
+    try:
+        return soundfile.SoundFile(source)
+    except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:
+        raise _ForFFmpeg(one_line(error)) from error
+
+
+def _layout(kind: str, place: Path | None, stream: IO[bytes]) -> Layout | None:
+    if place is None:
+        return layout_of(kind, Bytes(stream))
+    status = os.fstat(stream.fileno())
+    return _remembered_layout(
+        kind, place, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    )
+
+
+# Training reads many short segments of each file.
+@lru_cache(maxsize=2**14)
+def _remembered_layout(kind: str, place: Path, identity: tuple[int, ...]) -> Layout | None:
+    with place.open("rb") as stream:
+        return layout_of(kind, Bytes(stream))
 
 
 def _promises_more(file: Any) -> bool:
@@ -155,78 +294,73 @@ def _promises_more(file: Any) -> bool:
     return promised > present and not any(0 <= piped - promised < 64 for piped in _PIPED_LENGTHS)
 
 
-def _last_ogg_page_is_whole(data: IO[bytes]) -> bool:
-    """Whether the file ends with a complete page (RFC 3533, section 6); a cut one hardly ever does.
+@contextmanager
+def _copy_of(stream: IO[bytes], name: str) -> Iterator[Path]:
+    """A temporary copy of what comes out of a stream.
 
-    The end-of-stream mark is no help: many encoders do not write it.
+    Raises:
+        EarVAEError: There is no room for it, or nothing comes.
     """
-    size = data.seek(0, os.SEEK_END)
-    data.seek(max(0, size - 2 * _LARGEST_OGG_PAGE))
-    tail = data.read()
-    header = tail.rfind(b"OggS")
-    table = header + 27
-    if header < 0 or table > len(tail):
-        return False
-    num_segments = tail[table - 1]
-    lacing = tail[table : table + num_segments]
-    return len(lacing) == num_segments and table + num_segments + sum(lacing) <= len(tail)
+    with _scratch_file(name) as scratch:
+        try:
+            while block := stream.read(_COPIED_AT_ONCE):
+                scratch.write(block)
+        except OSError as error:
+            raise EarVAEError(f"{name}: cannot be read: {error.strerror or error}") from error
+        if not scratch.size:
+            raise EarVAEError(f"{name}: is empty (0 bytes)")
+        yield scratch.path
 
 
-def _mp3_length(data: IO[bytes]) -> tuple[bool, int, bool]:
-    """Whether the first frame states the length (a Xing or Info tag); else samples, and whether all.
+class _Scratch:
+    """A temporary file to write to."""
 
-    The count ends early where something stands between two frames; only where nothing but a tag follows
-    the last one it is complete.
-    """
-    position = 0
-    while (tag := _bytes_at(data, position, 10))[:3] == b"ID3" and len(tag) == 10:
-        size = sum((byte & 0x7F) << shift for byte, shift in zip(tag[6:], (21, 14, 7, 0), strict=True))
-        position += 10 + size + (10 if tag[5] & 0x10 else 0)
-    window = _bytes_at(data, position, 2**16)
-    for offset in range(len(window) - 4):
-        frame = _mp3_frame(window[offset : offset + 4])
-        if frame and _mp3_frame(_bytes_at(data, position + offset + frame[0], 4)):
-            position += offset
-            break
-    else:
-        return False, 0, False
-    # The tag follows the side information, 9 to 34 bytes behind the header; bit 0 of its flags: has a count.
-    head = _bytes_at(data, position, 48)
-    found = max(head.find(b"Xing"), head.find(b"Info"))
-    if found > 0 and head[found + 7 : found + 8] and head[found + 7] & 1:
-        return True, 0, False
-    count = 0
-    while frame := _mp3_frame(_bytes_at(data, position, 4)):
-        position += frame[0]
-        count += frame[1]
-    rest = data.seek(0, os.SEEK_END) - position
-    ends = rest == 0 or _bytes_at(data, position, 8).startswith((b"TAG", b"APETAGEX"))
-    return False, count, ends
+    def __init__(self, file: Any, name: str) -> None:
+        self._file, self._name = file, name
+        self.path, self.size = Path(file.name), 0
 
+    def write(self, block: bytes) -> None:
+        """Adds a block.
 
-def _bytes_at(data: IO[bytes], position: int, size: int) -> bytes:
-    data.seek(position)
-    return data.read(size)
-
-
-def _mp3_frame(header: bytes) -> tuple[int, int] | None:
-    """Bytes and samples of the layer III frame with this header; None where it is no such header."""
-    if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE6 != 0xE2:
-        return None
-    # 3 is MPEG 1, 2 is MPEG 2 at half its rates, 0 is MPEG 2.5 at a quarter of them.
-    version = header[1] >> 3 & 3
-    bit_rate, rate = header[2] >> 4, header[2] >> 2 & 3
-    if version == 1 or bit_rate in (0, 15) or rate == 3:
-        return None
-    kilobits = _MP3_KILOBITS[1 if version == 3 else 2][bit_rate - 1]
-    samples = 1152 if version == 3 else 576
-    sample_rate = _MP3_RATES[rate] // {3: 1, 2: 2, 0: 4}[version]
-    return samples * kilobits * 125 // sample_rate + (header[2] >> 1 & 1), samples
+        Raises:
+            EarVAEError: There is no room for it.
+        """
+        rest = memoryview(block)
+        try:
+            # Unbuffered: nothing is left to fail when it is closed. A short write takes the last of the room.
+            while len(rest):
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            raise _no_room(self._name, str(self.path.parent), error) from error
+        self.size += len(block)
 
 
 @contextmanager
-def _decoded_by_ffmpeg(source: AudioSource, name: str, reason: str) -> Iterator[str]:
-    """A temporary float wav of what libsndfile does not read, at the source's own rate and channels."""
+def _scratch_file(name: str) -> Iterator[_Scratch]:
+    with ExitStack() as stack:
+        folder = "the temporary folder"
+        try:
+            folder = tempfile.gettempdir()
+            file = stack.enter_context(tempfile.NamedTemporaryFile(prefix="ear-vae-", buffering=0))
+        except OSError as error:
+            raise _no_room(name, folder, error) from error
+        yield _Scratch(file, name)
+
+
+def _no_room(name: str, folder: str, error: OSError) -> EarVAEError:
+    return EarVAEError(
+        f"{name}: no temporary copy could be written to {folder}: {error.strerror or error}; make room "
+        "there, or name another folder in TMPDIR"
+    )
+
+
+@contextmanager
+def _decoded_by_ffmpeg(
+    place: Path | None, stream: IO[bytes], name: str, reason: str
+) -> Iterator[tuple[Any, int]]:
+    """What libsndfile does not read, as a temporary file of its own rate and channels, and its size."""
+    import soundfile
+
     with warnings.catch_warnings():
         # pydub warns at import when ffmpeg is missing; the error below says it better.
         warnings.simplefilter("ignore")
@@ -234,24 +368,53 @@ def _decoded_by_ffmpeg(source: AudioSource, name: str, reason: str) -> Iterator[
     ffmpeg = shutil.which(AudioSegment.converter)
     if ffmpeg is None:
         raise EarVAEError(
-            f"{name}: not what libsndfile reads ({reason}), and ffmpeg, which may read it, "
-            "is not installed; install ffmpeg or convert the file to wav or flac"
+            f"{name}: not audio that libsndfile reads ({reason.rstrip('. ')}), and ffmpeg, which may read "
+            "it, is not installed; install ffmpeg or convert the file to wav or flac"
         )
-    with tempfile.TemporaryDirectory(prefix="ear-vae-") as folder:
-        if isinstance(source, (str, os.PathLike)):
-            # An absolute path, so that a name with a leading dash is not taken for an option.
-            original = Path(source).absolute()
-        else:
-            original = Path(folder) / "input"
-            source.seek(0)
-            with original.open("wb") as copy:
-                shutil.copyfileobj(source, copy)
-        decoded = Path(folder) / "decoded.wav"
-        command = [ffmpeg, "-nostdin", "-v", "error", "-xerror", "-i", f"file:{original}", "-map", "0:a:0"]
-        command += ["-c:a", "pcm_f32le", "-rf64", "auto", str(decoded)]
-        result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-        if result.returncode or not decoded.exists():
-            lines = [line for line in result.stderr.strip().splitlines() if line] or [reason]
-            reason_given = lines[-1].replace(f"file:{original}", "").lstrip(": ")
-            raise EarVAEError(f"{name}: not audio, or damaged: {reason_given}")
-        yield str(decoded)
+    with ExitStack() as stack:
+        if place is None:
+            stream.seek(0)
+            place = stack.enter_context(_copy_of(stream, name))
+        scratch = stack.enter_context(_scratch_file(name))
+        # An absolute path, so that a name with a leading dash is not taken for an option.
+        original = f"file:{place.absolute()}"
+        command = [ffmpeg, "-nostdin", "-v", "error", "-xerror", "-format_whitelist", _FFMPEG_FORMATS]
+        command += ["-protocol_whitelist", "file", "-i", original, "-map", "0:a:0"]
+        # The one container of floats whose length a pipe can leave open, beyond 4 GiB too.
+        command += ["-c:a", "pcm_f32be", "-f", "au", "pipe:1"]
+        code, errors = _run_into(scratch, command)
+        if code or not scratch.size:
+            raise EarVAEError(f"{name}: not audio, or damaged: {_ffmpeg_reason(errors, original) or reason}")
+        yield stack.enter_context(soundfile.SoundFile(scratch.path)), scratch.size
+
+
+def _run_into(scratch: _Scratch, command: list[str]) -> tuple[int, str]:
+    """Runs a command, with its output into a file; its exit code and its errors."""
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        errors: list[bytes] = []
+        # Else a command with much to say would wait for us, and we for it.
+        listener = threading.Thread(target=lambda pipe: errors.append(pipe.read()), args=(process.stderr,))
+        listener.start()
+        try:
+            while block := process.stdout.read(_COPIED_AT_ONCE):
+                scratch.write(block)
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            listener.join()
+    return process.returncode, os.fsdecode(b"".join(errors))
+
+
+def _ffmpeg_reason(errors: str, original: str) -> str:
+    if refused := re.search(r"\[([\w,]+) @ [^]]*\] Format not on whitelist", errors):
+        return (
+            f"{refused[1]} is no format that is read; playlists and the like are not, because they have "
+            "other files opened"
+        )
+    lines = [line for line in errors.strip().splitlines() if line]
+    return lines[-1].replace(original, "").lstrip(": ") if lines else ""

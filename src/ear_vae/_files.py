@@ -53,6 +53,11 @@ def atomic_path(destination: str | os.PathLike[str], overwrite: bool) -> Iterato
         temporary.unlink(missing_ok=True)
 
 
+def system_path(path: str | os.PathLike[str]) -> str | bytes:
+    """A path as libsndfile must be given it: where names are bytes, those need not be UTF-8."""
+    return os.fsencode(path) if os.name == "posix" else os.fspath(path)
+
+
 def name_of(source: Any) -> str:
     """What to call a path or an open file in a message."""
     if isinstance(source, (str, os.PathLike)):

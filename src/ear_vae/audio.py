@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import stat
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
@@ -16,13 +17,16 @@ from typing import IO, Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ear_vae._decoding import AudioSource, OpenedAudio, one_line, opened_audio
-from ear_vae._files import atomic_path, name_of
+from ear_vae._arguments import integer
+from ear_vae._decoding import AudioFileWarning, AudioPart, AudioSource, OpenedAudio, one_line, opened_audio
+from ear_vae._files import atomic_path, name_of, system_path
+from ear_vae._formats import AUDIO_EXTENSIONS, WRITTEN_FORMATS
 from ear_vae.errors import EarVAEError
 from ear_vae.resampling import resample
 
 __all__ = [
     "AUDIO_EXTENSIONS",
+    "AudioFileWarning",
     "AudioInfo",
     "PeakPolicy",
     "PeakWarning",
@@ -38,58 +42,18 @@ __all__ = [
 PeakPolicy = Literal["keep", "scale", "clip"]
 
 LOWEST_RATE, HIGHEST_RATE = 8_000, 192_000
-_NATIVE_EXTENSIONS = {
-    ".wav",
-    ".flac",
-    ".ogg",
-    ".oga",
-    ".opus",
-    ".mp3",
-    ".aif",
-    ".aiff",
-    ".aifc",
-    ".au",
-    ".caf",
-    ".w64",
-    ".rf64",
-}
-_FFMPEG_EXTENSIONS = {
-    *(
-        ".m4a",
-        ".aac",
-        ".wma",
-        ".mp4",
-        ".m4v",
-        ".mov",
-        ".mkv",
-        ".mka",
-        ".webm",
-        ".avi",
-        ".ac3",
-        ".ape",
-        ".wv",
-        ".mp2",
-    ),
-}
-AUDIO_EXTENSIONS = frozenset(_NATIVE_EXTENSIONS | _FFMPEG_EXTENSIONS)
-
-# Format and default subtype by extension.
-_WRITTEN = {
-    "wav": ("RF64", "FLOAT"),
-    "flac": ("FLAC", "PCM_24"),
-    "ogg": ("OGG", "VORBIS"),
-    "mp3": ("MP3", "MPEG_LAYER_III"),
-    "aiff": ("AIFF", "PCM_24"),
-}
 _UNBOUNDED_SUBTYPES = {"FLOAT", "DOUBLE"}
 # A plain RIFF file counts its bytes in 32 bits.
 _RIFF_BYTES = 2**32 - 2**16
 _BLOCK_FRAMES = 2**20
+# 6 kbit/s at 44.1 kHz: no codec for music goes below.
+_MOST_SAMPLES_PER_BYTE = 64
 # Whole mp3 files may lack a frame or two of what they state.
 _MISSING_MP3_SAMPLES = 3 * 1152
 # The data of an mp3 frame begin in up to 511 bytes of frames before it. libsndfile goes back too little for
 # quiet passages of varying bit rate, where these are many frames, and returns silence.
-_MP3_RUN_UP = 50 * 1152
+# And after a seek in ogg it leaves out what the packet before adds to the next one; 8192 is the longest.
+_RUN_UPS = {"MP3": 50 * 1152, "OGG": 8192}
 
 
 class PeakWarning(UserWarning):
@@ -153,20 +117,19 @@ def read_audio(source: AudioSource, *, start: int = 0, num_samples: int | None =
             `start` is past its end.
     """
     name = name_of(source)
-    with opened_audio(source) as opened:
+    first = integer(start)
+    length = None if num_samples is None else integer(num_samples)
+    if first is None or first < 0 or (num_samples is not None and (length is None or length < 1)):
+        raise EarVAEError(
+            f"{name}: start must be 0 or more and num_samples 1 or more, both integers, got {start!r} and "
+            f"{num_samples!r}"
+        )
+    with opened_audio(source, None if length is None else first + length) as opened:
         info = _info(opened, name)
-        if start < 0 or (num_samples is not None and num_samples < 1):
-            raise EarVAEError(f"{name}: start must be 0 or more and num_samples 1 or more")
-        if start >= info.num_samples:
-            raise EarVAEError(f"{name}: start {start} is past the end, at {info.num_samples} samples")
-        wanted = min(info.num_samples - start, num_samples or info.num_samples)
-        audio = torch.empty(info.channels, wanted)
-        found = 0
-        # Into place at once: of hours there is no room for a second copy.
-        for block in _checked_blocks(opened, info, name, start, wanted):
-            audio[:, found : found + block.shape[1]] = block
-            found += block.shape[1]
-    return audio[:, :found], info.sample_rate
+        if first >= info.num_samples:
+            raise EarVAEError(f"{name}: start {first} is past the end, at {info.num_samples} samples")
+        wanted = min(info.num_samples - first, length or info.num_samples)
+        return _in_one(opened, info, name, first, wanted), info.sample_rate
 
 
 @contextmanager
@@ -318,22 +281,25 @@ def _encoding(
     import soundfile
 
     name = name_of(destination)
-    if isinstance(sample_rate, bool) or not isinstance(sample_rate, int) or sample_rate < 1:
+    rate = integer(sample_rate)
+    if rate is None or rate < 1:
         raise EarVAEError(f"{name}: the sample rate must be a positive integer in Hz, got {sample_rate!r}")
+    if integer(channels) not in (1, 2):
+        raise EarVAEError(f"{name}: channels must be 1 or 2, got {channels!r}")
     if peak not in get_args(PeakPolicy):
         raise EarVAEError(f"{name}: peak must be keep, scale or clip, got {peak!r}")
     kind = (format or (Path(name).suffix[1:] if isinstance(destination, (str, os.PathLike)) else "")).lower()
     kind = {"aif": "aiff", "oga": "ogg"}.get(kind, kind)
-    if kind not in _WRITTEN:
-        raise EarVAEError(f"{name}: cannot write format {kind!r}; choose one of {', '.join(_WRITTEN)}")
-    container, default = _WRITTEN[kind]
+    if kind not in WRITTEN_FORMATS:
+        raise EarVAEError(f"{name}: cannot write format {kind!r}; choose one of {', '.join(WRITTEN_FORMATS)}")
+    container, default = WRITTEN_FORMATS[kind]
     chosen = (subtype or default).upper()
     if container == "RF64" and channels * num_samples * 8 < _RIFF_BYTES:
         container = "WAV"
     if not soundfile.check_format(container, chosen):
         choices = ", ".join(soundfile.available_subtypes(container))
         raise EarVAEError(f"{name}: {kind} cannot hold subtype {chosen!r}; choose one of {choices}")
-    return _Encoding(name, container, chosen, sample_rate, channels, peak)
+    return _Encoding(name, container, chosen, rate, int(channels), peak)
 
 
 def _peak(block: Tensor, name: str) -> float:
@@ -393,7 +359,7 @@ def _write(
 
     if isinstance(destination, (str, os.PathLike)):
         with atomic_path(destination, overwrite) as temporary:
-            write(str(temporary))
+            write(system_path(temporary))
     else:
         buffer = io.BytesIO()
         write(buffer)
@@ -414,25 +380,45 @@ def _write(
 def find_audio_files(folder: str | os.PathLike[str]) -> list[Path]:
     """All files below a folder with an audio or video extension, sorted; hidden ones are left out.
 
+    Folders behind links are not entered. An `AudioFileWarning` tells of each folder that cannot be listed and
+    of what has such an extension and is no ordinary file but, say, a pipe.
+
     Raises:
-        EarVAEError: The folder does not exist.
+        EarVAEError: The folder does not exist or cannot be listed.
     """
     root = Path(folder)
     if not root.is_dir():
         raise EarVAEError(f"{root}: not a folder")
-    return sorted(
-        path
-        for path in root.rglob("*")
-        if path.suffix.lower() in AUDIO_EXTENSIONS
-        and not any(part.startswith(".") for part in path.relative_to(root).parts)
-        and path.is_file()
-    )
+
+    def pass_over(error: OSError) -> None:
+        if Path(error.filename) == root:
+            raise EarVAEError(f"{root}: cannot be listed: {error.strerror}") from error
+        _passed_over(f"{error.filename}: cannot be listed ({error.strerror}), what is in it is left out")
+
+    found = []
+    for parent, folders, names in os.walk(root, onerror=pass_over):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            path = Path(parent, name)
+            if path.suffix.lower() in AUDIO_EXTENSIONS and not name.startswith("."):
+                try:
+                    ordinary = stat.S_ISREG(path.stat().st_mode)
+                except OSError as error:
+                    _passed_over(f"{path}: left out: {error.strerror}")
+                    continue
+                if ordinary:
+                    found.append(path)
+                else:
+                    _passed_over(f"{path}: left out, because it is a pipe, a device or a socket")
+    return sorted(found)
+
+
+def _passed_over(text: str) -> None:
+    warnings.warn(text, AudioFileWarning, stacklevel=3)
 
 
 def _info(opened: OpenedAudio, name: str) -> AudioInfo:
-    info = AudioInfo(
-        opened.file.samplerate, opened.file.channels, opened.num_samples, opened.format, opened.subtype
-    )
+    info = AudioInfo(opened.sample_rate, opened.channels, opened.num_samples, opened.format, opened.subtype)
     if info.channels > 2:
         raise EarVAEError(
             f"{name}: {info.channels} channels, expected 1 or 2; downmix it first, for example with "
@@ -448,6 +434,28 @@ def _info(opened: OpenedAudio, name: str) -> AudioInfo:
     return info
 
 
+def _in_one(opened: OpenedAudio, info: AudioInfo, name: str, start: int, wanted: int) -> Tensor:
+    """The samples as one tensor [C, T]."""
+    blocks = _checked_blocks(opened, info, name, start, wanted)
+    try:
+        if wanted > max(_BLOCK_FRAMES, _MOST_SAMPLES_PER_BYTE * opened.size):
+            # No file of this size holds so much: what is there is found out by reading it.
+            return torch.cat(list(blocks), dim=1)
+        audio = torch.empty(info.channels, wanted)
+        found = 0
+        # Into place at once: of hours there is no room for a second copy.
+        for block in blocks:
+            audio[:, found : found + block.shape[1]] = block
+            found += block.shape[1]
+    except RuntimeError as error:
+        size = 4 * info.channels * wanted / 2**30
+        raise EarVAEError(
+            f"{name}: {wanted} samples take {size:.1f} GiB of memory, more than there is; read a part, or "
+            "block by block (stream_audio)"
+        ) from error
+    return audio[:, :found]
+
+
 def _checked_blocks(
     opened: OpenedAudio, info: AudioInfo, name: str, start: int, wanted: int
 ) -> Iterator[Tensor]:
@@ -456,36 +464,50 @@ def _checked_blocks(
     Raises:
         EarVAEError: The file is damaged, ends before it should, or holds NaN or infinity.
     """
-    found = 0
-    for block in _read_blocks(opened.file, name, start, wanted):
-        if not bool(torch.isfinite(block).all()):
-            raise EarVAEError(f"{name}: holds NaN or infinite samples; repair it or export it again")
-        found += block.shape[1]
-        yield block
-    if opened.exact and found < wanted - (_MISSING_MP3_SAMPLES if info.format == "MP3" else 0):
-        raise EarVAEError(f"{name}: truncated: {start + found} of {info.num_samples} samples could be read")
+    found, end = 0, start + wanted
+    begin = 0
+    for number, part in enumerate(opened.parts, 1):
+        first, last = max(start - begin, 0), min(end - begin, part.num_samples)
+        begin += part.num_samples
+        if first >= last:
+            continue
+        missing = last - first
+        for block in _read_blocks(part, name, first, last - first):
+            if not bool(torch.isfinite(block).all()):
+                raise EarVAEError(f"{name}: holds NaN or infinite samples; repair it or export it again")
+            missing -= block.shape[1]
+            found += block.shape[1]
+            yield block
+        may_miss = _MISSING_MP3_SAMPLES if info.format == "MP3" and number == len(opened.parts) else 0
+        if opened.exact and missing > may_miss:
+            raise EarVAEError(
+                f"{name}: truncated: {start + found} of {info.num_samples} samples could be read"
+            )
     if found == 0:
         raise EarVAEError(f"{name}: no samples could be read at {start}")
 
 
-def _read_blocks(file: Any, name: str, start: int, wanted: int) -> Iterator[Tensor]:
+def _read_blocks(part: AudioPart, name: str, start: int, wanted: int) -> Iterator[Tensor]:
     import soundfile
 
-    longest_run_up = _MP3_RUN_UP if file.format == "MP3" else 0
     position = 0
-    while position < wanted:
-        try:
-            # soundfile seeks after every read, so that each block of an mp3 needs its run-up.
-            run_up = min(start + position, longest_run_up)
-            if run_up or position == 0:
-                file.seek(start + position - run_up)
-            size = min(_BLOCK_FRAMES, wanted - position)
-            block = file.read(run_up + size, dtype="float32", always_2d=True)[run_up:]
-        except (soundfile.LibsndfileError, RuntimeError) as error:
-            raise EarVAEError(
-                f"{name}: damaged or truncated after {start + position} samples: {one_line(error)}"
-            ) from error
-        if not len(block):
-            return
-        yield torch.from_numpy(block.T)
-        position += len(block)
+    with part.open() as file:
+        longest_run_up = _RUN_UPS.get(file.format, 0)
+        # Where libsndfile finds its place at all.
+        last_seek = part.num_samples - part.tail - longest_run_up
+        while position < wanted:
+            try:
+                # soundfile seeks after every read, so that each block needs its run-up.
+                run_up = start + position - max(0, min(start + position - longest_run_up, last_seek))
+                if run_up or position == 0:
+                    file.seek(start + position - run_up)
+                size = min(_BLOCK_FRAMES, wanted - position)
+                block = file.read(run_up + size, dtype="float32", always_2d=True)[run_up:]
+            except (soundfile.LibsndfileError, RuntimeError) as error:
+                raise EarVAEError(
+                    f"{name}: damaged or truncated after {start + position} samples: {one_line(error)}"
+                ) from error
+            if not len(block):
+                return
+            yield torch.from_numpy(block.T)
+            position += len(block)

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ear_vae._formats import WRITTEN_FORMATS
 from ear_vae.batch import STREAM, Job, one_line, plan, progress, run
 from ear_vae.errors import EarVAEError
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from ear_vae.evaluation.baselines import System
     from ear_vae.vae import EarVAE
 
-AUDIO_FORMATS = ("wav", "flac", "ogg", "mp3")
+AUDIO_FORMATS = tuple(WRITTEN_FORMATS)
 LATENT_EXTENSION = "safetensors"
 OFFICIAL_EXTENSION = ".pyt"
 

@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ear_vae._arguments import integer
 from ear_vae._torchaudio import functional
 from ear_vae.backlog import Backlog
 from ear_vae.errors import EarVAEError
@@ -99,14 +100,16 @@ def resample_briefly(audio: Tensor, original_rate: int, target_rate: int) -> Ten
 def _ratio(original_rate: int, target_rate: int) -> tuple[int, int]:
     """The two rates without their common factor."""
     for rate in (original_rate, target_rate):
-        if isinstance(rate, bool) or not isinstance(rate, int) or rate < 1:
+        if (integer(rate) or 0) < 1:
             raise EarVAEError(f"sample rates must be positive integers in Hz, got {rate!r}")
-    divisor = math.gcd(original_rate, target_rate)
-    return original_rate // divisor, target_rate // divisor
+    old, new = int(original_rate), int(target_rate)
+    divisor = math.gcd(old, new)
+    return old // divisor, new // divisor
 
 
 def _resampler(original_rate: int, target_rate: int) -> _Resampler:
     old, new = _ratio(original_rate, target_rate)
+    original_rate = int(original_rate)
     width = math.ceil(_ZERO_CROSSINGS * old / (min(old, new) * _ROLLOFF))
     if new * (2 * width + old) <= _MOST_TAPS:
         return _Resampler(_by_filter, old, new, original_rate, width)
