@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 import os
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ear_vae._decoding import AudioSource, OpenedAudio, one_line, opened_audio
-from ear_vae._files import atomic_path, name_of
+from ear_vae._files import atomic_path, name_of, temporary_folder, write_all
+from ear_vae._walk import find_files
 from ear_vae.errors import EarVAEError
 from ear_vae.resampling import resample
 
@@ -266,10 +266,11 @@ def write_audio_stream(
         return
     folder = Path(destination).parent if isinstance(destination, (str, os.PathLike)) else None
     try:
-        with tempfile.NamedTemporaryFile(prefix=".ear-vae-", suffix=".wav", dir=folder) as spool:
-            kept = _encoding(spool.name, "wav", "FLOAT", sample_rate, channels, num_samples, "keep")
-            highest = _write(spool.name, blocks, kept, gain=1.0, overwrite=True)
-            with stream_audio(spool.name) as (_, again):
+        with temporary_folder(folder) as place:
+            spool = place / "spool.wav"
+            kept = _encoding(spool, "wav", "FLOAT", sample_rate, channels, num_samples, "keep")
+            highest = _write(spool, blocks, kept, gain=1.0, overwrite=True)
+            with stream_audio(spool) as (_, again):
                 _write(destination, again, encoding, gain=encoding.gain(highest), overwrite=overwrite)
     except FileNotFoundError:
         raise EarVAEError(f"{name_of(destination)}: the folder {folder} does not exist") from None
@@ -398,7 +399,7 @@ def _write(
         buffer = io.BytesIO()
         write(buffer)
         try:
-            destination.write(buffer.getbuffer())
+            write_all(destination, buffer.getbuffer())
         except OSError as error:
             raise EarVAEError(f"{name}: could not be written: {error.strerror or error}") from error
     if highest > 1 and encoding.bounded and encoding.peak == "keep":
@@ -414,19 +415,15 @@ def _write(
 def find_audio_files(folder: str | os.PathLike[str]) -> list[Path]:
     """All files below a folder with an audio or video extension, sorted; hidden ones are left out.
 
+    A subfolder that cannot be entered, and a link that leads nowhere, are left out with a warning.
+
     Raises:
-        EarVAEError: The folder does not exist.
+        EarVAEError: The folder does not exist or cannot be read.
     """
-    root = Path(folder)
-    if not root.is_dir():
-        raise EarVAEError(f"{root}: not a folder")
-    return sorted(
-        path
-        for path in root.rglob("*")
-        if path.suffix.lower() in AUDIO_EXTENSIONS
-        and not any(part.startswith(".") for part in path.relative_to(root).parts)
-        and path.is_file()
-    )
+    found = find_files(folder, AUDIO_EXTENSIONS)
+    for problem in found.unreadable:
+        warnings.warn(f"left out: {problem}", stacklevel=2)
+    return list(found.files)
 
 
 def _info(opened: OpenedAudio, name: str) -> AudioInfo:
