@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -194,7 +195,9 @@ def test_all_of_the_output_goes_through_a_pipe_without_a_buffer(tmp_path: Path, 
     with os.fdopen(reader, "rb") as pipe:
         received = pipe.read()
     assert running.wait(timeout=100) == 0
-    assert received == (tmp_path / "b.wav").read_bytes()
+    # The header has the time in it.
+    assert len(received) == (tmp_path / "b.wav").stat().st_size
+    assert np.array_equal(soundfile.read(io.BytesIO(received))[0], soundfile.read(tmp_path / "b.wav")[0])
 
 
 @POSIX
@@ -262,7 +265,8 @@ def test_a_folder_that_cannot_be_entered_is_reported(workplace: Path) -> None:
     import tempfile
 
     script = (
-        "import sys; from ear_vae._walk import find_files; from ear_vae.batch import plan, run\n"
+        "import os, sys; from ear_vae._walk import find_files; from ear_vae.batch import plan, run\n"
+        "os.setuid(65534)\n"
         "what = plan(sys.argv[1], sys.argv[2], find=lambda f: find_files(f, {'.wav'}), extension='x',"
         " overwrite=False)\n"
         "print([job.relative for job in what.jobs])\n"
@@ -281,12 +285,9 @@ def test_a_folder_that_cannot_be_entered_is_reported(workplace: Path) -> None:
             capture_output=True,
             text=True,
             check=False,
-            user=65534,
         )
     finally:
         shutil.rmtree(place)
-    if "Permission" in result.stderr and "site-packages" in result.stderr:
-        pytest.skip("the other user cannot read this installation")
     assert result.stdout.strip() == "['a.wav', 'open/c.wav']", result.stderr
     assert result.returncode == 1
     assert "closed: Permission denied" in result.stderr

@@ -78,6 +78,10 @@ class _Parser(argparse.ArgumentParser):
         # A shortened option would become another one, or none, with the next one that is added.
         super().__init__(allow_abbrev=False, **options)
 
+    def print_help(self, file: Any = None) -> None:
+        # Not the parent's way, which takes no notice of output that does not get through.
+        (file or sys.stdout).write(self.format_help())
+
     def error(self, message: str) -> NoReturn:
         super().error(escaped(message))
 

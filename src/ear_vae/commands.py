@@ -97,7 +97,7 @@ def encode(options: argparse.Namespace) -> int:
         )
         if job.destination == STREAM:
             save_latents(sys.stdout.buffer, latents)
-            sys.stdout.flush()
+            _flush()
         else:
             save_latents(job.destination, latents, overwrite=options.force)
         return num_samples / sample_rate
@@ -177,7 +177,7 @@ def _decode_to_file(
         overwrite=options.force,
     )
     if to_stream:
-        sys.stdout.flush()
+        _flush()
 
 
 def _first_samples(blocks: Iterable[torch.Tensor], num_samples: int) -> Iterator[torch.Tensor]:
@@ -436,6 +436,13 @@ class _NamedBytes(io.BytesIO):
     """Bytes in memory that error messages have a name for."""
 
     name = "standard input"
+
+
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        raise EarVAEError(f"standard output: could not be written: {error.strerror or error}") from error
 
 
 def _source(job: Job) -> Any:
