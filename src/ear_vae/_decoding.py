@@ -7,7 +7,6 @@ import re
 import shutil
 import stat
 import subprocess
-import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
-from ear_vae._files import name_of, system_path
+from ear_vae._files import name_of, system_path, temporary_folder
 from ear_vae._parts import Bytes, Excerpt, Layout, Part, kind_of, layout_of
 from ear_vae.errors import EarVAEError
 
@@ -338,12 +337,11 @@ class _Scratch:
 @contextmanager
 def _scratch_file(name: str) -> Iterator[_Scratch]:
     with ExitStack() as stack:
-        folder = "the temporary folder"
         try:
-            folder = tempfile.gettempdir()
-            file = stack.enter_context(tempfile.NamedTemporaryFile(prefix="ear-vae-", buffering=0))
+            folder = stack.enter_context(temporary_folder())
+            file = stack.enter_context((folder / "audio").open("xb", buffering=0))
         except OSError as error:
-            raise _no_room(name, folder, error) from error
+            raise _no_room(name, "the temporary folder", error) from error
         yield _Scratch(file, name)
 
 

@@ -1,20 +1,34 @@
-"""Writing files so that nothing is ever half-written."""
+"""Writing files so that nothing is ever half-written, and nothing is left behind."""
 
 from __future__ import annotations
 
+import io
 import os
+import select
+import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ear_vae.errors import EarVAEError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where an open file cannot be removed: that is lock enough
+    fcntl = None  # type: ignore[assignment]
+
+_PREFIX = ".ear-vae-"
+_LOCK = "lock"
+_STANDARD_STREAMS = {"<stdin>": "standard input", "<stdout>": "standard output", 1: "standard output"}
+# Folders in which this process has removed what others had left.
+_tidied: set[str] = set()
 
 
 @contextmanager
 def atomic_path(destination: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
-    """A temporary path beside `destination` that takes its place when the block succeeds.
+    """A temporary path that takes the place of `destination` when the block succeeds.
 
     When the block fails, for whatever reason, the temporary file is removed and an existing
     destination is left as it was. The suffix of the destination is kept.
@@ -24,33 +38,84 @@ def atomic_path(destination: str | os.PathLike[str], overwrite: bool) -> Iterato
         overwrite: Replace an existing file.
 
     Raises:
-        EarVAEError: The destination exists and is not to be overwritten, is a folder, or lies in a
-            folder that is missing or cannot be written to.
+        EarVAEError: The destination exists and is not to be overwritten, is a folder or a link that leads
+            nowhere, or lies in a folder that is missing or cannot be written to.
     """
     destination = Path(destination)
-    try:
-        if destination.is_dir():
-            raise EarVAEError(f"{destination}: is a folder, expected the path of a file to write")
-        if destination.exists() and not overwrite:
+    with ExitStack() as stack:
+        try:
+            if destination.is_dir():
+                raise EarVAEError(f"{destination}: is a folder, expected the path of a file to write")
+            if destination.exists() and not overwrite:
+                raise EarVAEError(
+                    f"{destination}: exists already; remove it, or overwrite it (overwrite=True, --force)"
+                )
+            if destination.is_symlink() and not destination.exists():
+                raise EarVAEError(
+                    f"{destination}: is a link that leads nowhere; remove it, or choose another name"
+                )
+            folder = stack.enter_context(temporary_folder(destination.parent))
+        except FileNotFoundError:
+            raise EarVAEError(f"{destination}: the folder {destination.parent} does not exist") from None
+        except OSError as error:
             raise EarVAEError(
-                f"{destination}: exists already; remove it, or overwrite it (overwrite=True, --force)"
-            )
-        handle, name = tempfile.mkstemp(prefix=".ear-vae-", suffix=destination.suffix, dir=destination.parent)
-    except FileNotFoundError:
-        raise EarVAEError(f"{destination}: the folder {destination.parent} does not exist") from None
-    except OSError as error:
-        raise EarVAEError(f"{destination}: cannot write in {destination.parent}: {error.strerror}") from error
-    os.close(handle)
-    temporary = Path(name)
-    try:
+                f"{destination}: cannot write in {destination.parent}: {error.strerror}"
+            ) from error
+        temporary = folder / f"new{destination.suffix}"
         yield temporary
-        # mkstemp makes the file private; what is left behind has the permissions of any new file.
+        # Some writers make private files; what is left behind has the permissions of any new file.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         temporary.replace(destination)
+
+
+@contextmanager
+def temporary_folder(parent: str | os.PathLike[str] | None = None) -> Iterator[Path]:
+    """A folder for files on their way, removed at the end with all that is in it.
+
+    A process that is killed leaves it; the next one to make such a folder in the same place removes those
+    of dead processes. A live one holds a lock on a file in its folder.
+
+    Args:
+        parent: Where to make it, by default the system's place for temporary files.
+
+    Raises:
+        EarVAEError: There is no place for temporary files.
+        OSError: The folder cannot be made.
+    """
+    place = _place_for_temporary_files() if parent is None else os.fspath(parent) or os.curdir
+    _tidy(place)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
+    try:
+        with _locked(folder):
+            yield folder
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_all(file: IO[bytes], data: bytes | memoryview) -> None:
+    """Writes all of it, also where one call takes a part only, as those of unbuffered files do.
+
+    Raises:
+        OSError: The file does not take it.
+    """
+    rest = memoryview(data).cast("B")
+    while rest:
+        count = file.write(rest)
+        if count is None and isinstance(file, io.RawIOBase):
+            # It would block; select is there wherever that can happen.
+            select.select([], [file], [])
+            continue
+        rest = rest[len(rest) if count is None else count :]
+
+
+def same_file(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Whether two paths lead to one file or folder that exists, through links too."""
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False
 
 
 def system_path(path: str | os.PathLike[str]) -> str | bytes:
@@ -62,4 +127,58 @@ def name_of(source: Any) -> str:
     """What to call a path or an open file in a message."""
     if isinstance(source, (str, os.PathLike)):
         return str(os.fspath(source))
-    return str(getattr(source, "name", "<stream>"))
+    name = getattr(source, "name", "<stream>")
+    return _STANDARD_STREAMS.get(name) or str(name)
+
+
+def _place_for_temporary_files() -> str:
+    try:
+        return tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise EarVAEError("no folder takes temporary files; name a writable one with TMPDIR") from error
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    # Under another name until it is locked, or it could be taken for that of a dead process.
+    unlocked = folder / (f"{_LOCK}.new" if fcntl else _LOCK)
+    handle = os.open(unlocked, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        if fcntl:
+            with suppress(OSError):  # a file system without locks: nobody will take it for abandoned
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            unlocked.rename(folder / _LOCK)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _tidy(place: str) -> None:
+    """Removes the temporary folders of dead processes, once for each place."""
+    key = os.path.realpath(place)
+    if key in _tidied:
+        return
+    _tidied.add(key)
+    with suppress(OSError), os.scandir(place) as entries:
+        found = [
+            Path(entry.path)
+            for entry in entries
+            if entry.name.startswith(_PREFIX) and entry.is_dir(follow_symlinks=False)
+        ]
+        for folder in found:
+            with suppress(OSError):
+                _remove_if_abandoned(folder)
+
+
+def _remove_if_abandoned(folder: Path) -> None:
+    lock = folder / _LOCK
+    if fcntl is None:
+        lock.unlink()  # fails where it is open
+        shutil.rmtree(folder)
+        return
+    handle = os.open(lock, os.O_RDWR | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder)
+    finally:
+        os.close(handle)

@@ -6,6 +6,8 @@ import sys
 import types
 from typing import Any
 
+_problems: list[str] = []
+
 
 def functional() -> Any:
     """`torchaudio.functional`, imported on first use.
@@ -17,12 +19,19 @@ def functional() -> Any:
     """
     try:
         import torchaudio.functional
-    except (OSError, RuntimeError):
+    except (OSError, RuntimeError) as error:
+        _problems.append(str(error).strip().partition("\n")[0])
         for name in [n for n in sys.modules if n == "torchaudio" or n.startswith("torchaudio.")]:
             del sys.modules[name]
         sys.modules["torchaudio._extension"] = _absent_extension()
         import torchaudio.functional
     return torchaudio.functional
+
+
+def extension_problem() -> str | None:
+    """Why torchaudio's compiled extension does not load, None where it does."""
+    functional()
+    return _problems[0] if _problems else None
 
 
 def _absent_extension() -> types.ModuleType:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import math
 import os
-import stat
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,8 +17,9 @@ from torch import Tensor
 
 from ear_vae._arguments import integer
 from ear_vae._decoding import AudioFileWarning, AudioPart, AudioSource, OpenedAudio, one_line, opened_audio
-from ear_vae._files import atomic_path, name_of, system_path
+from ear_vae._files import atomic_path, name_of, system_path, temporary_folder, write_all
 from ear_vae._formats import AUDIO_EXTENSIONS, WRITTEN_FORMATS
+from ear_vae._walk import find_files
 from ear_vae.errors import EarVAEError
 from ear_vae.resampling import resample
 
@@ -229,10 +228,11 @@ def write_audio_stream(
         return
     folder = Path(destination).parent if isinstance(destination, (str, os.PathLike)) else None
     try:
-        with tempfile.NamedTemporaryFile(prefix=".ear-vae-", suffix=".wav", dir=folder) as spool:
-            kept = _encoding(spool.name, "wav", "FLOAT", sample_rate, channels, num_samples, "keep")
-            highest = _write(spool.name, blocks, kept, gain=1.0, overwrite=True)
-            with stream_audio(spool.name) as (_, again):
+        with temporary_folder(folder) as place:
+            spool = place / "spool.wav"
+            kept = _encoding(spool, "wav", "FLOAT", sample_rate, channels, num_samples, "keep")
+            highest = _write(spool, blocks, kept, gain=1.0, overwrite=True)
+            with stream_audio(spool) as (_, again):
                 _write(destination, again, encoding, gain=encoding.gain(highest), overwrite=overwrite)
     except FileNotFoundError:
         raise EarVAEError(f"{name_of(destination)}: the folder {folder} does not exist") from None
@@ -364,7 +364,7 @@ def _write(
         buffer = io.BytesIO()
         write(buffer)
         try:
-            destination.write(buffer.getbuffer())
+            write_all(destination, buffer.getbuffer())
         except OSError as error:
             raise EarVAEError(f"{name}: could not be written: {error.strerror or error}") from error
     if highest > 1 and encoding.bounded and encoding.peak == "keep":
@@ -381,40 +381,15 @@ def find_audio_files(folder: str | os.PathLike[str]) -> list[Path]:
     """All files below a folder with an audio or video extension, sorted; hidden ones are left out.
 
     Folders behind links are not entered. An `AudioFileWarning` tells of each folder that cannot be listed and
-    of what has such an extension and is no ordinary file but, say, a pipe.
+    of what has such an extension and is no ordinary file but, say, a pipe or a link that leads nowhere.
 
     Raises:
         EarVAEError: The folder does not exist or cannot be listed.
     """
-    root = Path(folder)
-    if not root.is_dir():
-        raise EarVAEError(f"{root}: not a folder")
-
-    def pass_over(error: OSError) -> None:
-        if Path(error.filename) == root:
-            raise EarVAEError(f"{root}: cannot be listed: {error.strerror}") from error
-        _passed_over(f"{error.filename}: cannot be listed ({error.strerror}), what is in it is left out")
-
-    found = []
-    for parent, folders, names in os.walk(root, onerror=pass_over):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            path = Path(parent, name)
-            if path.suffix.lower() in AUDIO_EXTENSIONS and not name.startswith("."):
-                try:
-                    ordinary = stat.S_ISREG(path.stat().st_mode)
-                except OSError as error:
-                    _passed_over(f"{path}: left out: {error.strerror}")
-                    continue
-                if ordinary:
-                    found.append(path)
-                else:
-                    _passed_over(f"{path}: left out, because it is a pipe, a device or a socket")
-    return sorted(found)
-
-
-def _passed_over(text: str) -> None:
-    warnings.warn(text, AudioFileWarning, stacklevel=3)
+    found = find_files(folder, AUDIO_EXTENSIONS)
+    for problem in found.unreadable:
+        warnings.warn(f"left out: {problem}", AudioFileWarning, stacklevel=2)
+    return list(found.files)
 
 
 def _info(opened: OpenedAudio, name: str) -> AudioInfo:

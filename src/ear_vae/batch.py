@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from ear_vae._files import same_file
+from ear_vae._terminal import name as shown_name
+from ear_vae._terminal import say, say_traceback
+from ear_vae._walk import Found
 from ear_vae.errors import EarVAEError
 
 STREAM = "-"
+_LONGEST_IN_BAR = 40
 
 _T = TypeVar("_T")
 
@@ -47,17 +50,24 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do: jobs, and the outputs that exist and are kept."""
+    """What to do.
+
+    Attributes:
+        jobs: The inputs to go through.
+        kept: Outputs that exist and are kept.
+        unreadable: What of the folder could not be seen, and why.
+    """
 
     jobs: tuple[Job, ...]
     kept: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()
 
 
 def plan(
     source: str,
     destination: str,
     *,
-    find: Callable[[Path], Sequence[Path]],
+    find: Callable[[Path], Found],
     extension: str,
     overwrite: bool,
 ) -> Plan:
@@ -86,6 +96,8 @@ def plan(
         raise EarVAEError(f"{destination}: is a folder; give a file for the output of one file")
     if destination != STREAM and output.exists() and not output.is_file():
         raise EarVAEError(f"{destination}: is not an ordinary file; write to - and redirect it there")
+    if STREAM not in (source, destination) and same_file(source, destination):
+        raise EarVAEError(f"{destination}: is the input itself; choose another name for the output")
     return Plan((Job(source, destination),))
 
 
@@ -93,7 +105,7 @@ def _plan_folder(
     source: Path,
     destination: str,
     *,
-    find: Callable[[Path], Sequence[Path]],
+    find: Callable[[Path], Found],
     extension: str,
     overwrite: bool,
 ) -> Plan:
@@ -101,20 +113,22 @@ def _plan_folder(
     if destination == STREAM or (folder.exists() and not folder.is_dir()):
         name = "standard output" if destination == STREAM else destination
         raise EarVAEError(f"{name}: is no folder; give a folder for the output of the folder {source}")
-    inputs = list(find(source))
+    found = find(source)
+    inputs = list(found.files)
     inner = folder.resolve()
     if inner != source.resolve() and inner.is_relative_to(source.resolve()):
         # What an earlier run wrote there is no input.
         inputs = [path for path in inputs if not path.resolve().is_relative_to(inner)]
     if not inputs:
-        raise EarVAEError(f"{source}: holds no files of a kind that this command reads")
-    originals = {path.resolve() for path in inputs}
+        unseen = f"; {found.unreadable[0]}" if found.unreadable else ""
+        raise EarVAEError(f"{source}: holds no files of a kind that this command reads{unseen}")
+    originals = {path.resolve() for path in inputs} | {_identity(path) for path in inputs}
     outputs: dict[Path, Path] = {}
     for path in inputs:
         output = (folder / path.relative_to(source)).with_suffix(f".{extension}")
         if output in outputs:
             raise EarVAEError(f"{outputs[output]} and {path} would both become {output}; rename one of them")
-        if output.resolve() in originals:
+        if output.resolve() in originals or (output.exists() and _identity(output) in originals):
             raise EarVAEError(
                 f"{path}: its output {output} would replace an input; choose another folder or format"
             )
@@ -125,7 +139,13 @@ def _plan_folder(
         for output, path in outputs.items()
         if str(output) not in kept
     )
-    return Plan(jobs, kept)
+    return Plan(jobs, kept, found.unreadable)
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """Equal for two names of one file."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def run(
@@ -141,12 +161,14 @@ def run(
         debug: Show the traceback of each failure.
 
     Returns:
-        0, or 1 if any job failed.
+        0, or 1 if any job failed or a part of the folder could not be seen.
     """
+    for problem in plan.unreadable:
+        say(f"ear-vae: {problem}")
     for output in plan.kept:
         _report(f"{output}: exists, kept (--force to redo it)", quiet)
     if not plan.jobs:
-        return 0
+        return 1 if plan.unreadable else 0
     shared = start()
     failed = 0
     for job in plan.jobs:
@@ -158,16 +180,16 @@ def run(
         # Decoders meet every kind of damage; whatever one file does, the others are done.
         except Exception as error:
             if debug:
-                traceback.print_exc()
+                say_traceback(error)
             failed += 1
-            _report(f"ear-vae: {_failure(job.source_name, error)}", quiet=False)
+            say(f"ear-vae: {_failure(job.source_name, error)}")
             continue
         elapsed = time.monotonic() - started
         speed = f"{seconds / max(elapsed, 1e-3):.1f}x real time"
         _report(f"{job.destination_name}: {seconds:.1f} s in {elapsed:.1f} s ({speed})", quiet)
     if failed and len(plan.jobs) > 1:
-        _report(f"ear-vae: {failed} of {len(plan.jobs)} files failed", quiet=False)
-    return 1 if failed else 0
+        say(f"ear-vae: {failed} of {len(plan.jobs)} files failed")
+    return 1 if failed or plan.unreadable else 0
 
 
 @contextmanager
@@ -187,7 +209,7 @@ def progress(name: str, audio_seconds: float, latent_rate: float, *, shown: bool
     with (
         tqdm(
             total=round(audio_seconds, 1),
-            desc=os.path.basename(name),
+            desc=shown_name(os.path.basename(name), _LONGEST_IN_BAR),
             disable=not shown,
             leave=False,
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s, {rate_noinv_fmt}",
@@ -200,16 +222,18 @@ def progress(name: str, audio_seconds: float, latent_rate: float, *, shown: bool
 
 
 def one_line(error: BaseException) -> str:
-    """What went wrong, without line breaks; of errors that are not ours only the first line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    """What went wrong; of errors that are not ours only the first line."""
     if isinstance(error, EarVAEError):
-        return " ".join(lines)
+        return str(error)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     # torch has an exception of its own for each device, and a plain RuntimeError for the CPU.
     if isinstance(error, MemoryError) or "out of memory" in lines[0] or "can't allocate memory" in lines[0]:
         return "not enough memory; cut the audio into parts, or choose another --device"
     if isinstance(error, OSError):
         reason = error.strerror or lines[0]
-        return f"{error.filename}: {reason}" if error.filename else reason
+        return (
+            f"{os.fsdecode(error.filename)}: {reason}" if isinstance(error.filename, (str, bytes)) else reason
+        )
     return f"unexpected {type(error).__name__}, --debug shows where: {lines[0]}"
 
 
@@ -220,4 +244,4 @@ def _failure(source: str, error: BaseException) -> str:
 
 def _report(text: str, quiet: bool) -> None:
     if not quiet:
-        print(text, file=sys.stderr)  # noqa: T201
+        say(text)

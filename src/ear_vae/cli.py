@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import signal
 import sys
 import threading
@@ -14,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn
 
 from ear_vae import __version__, commands
+from ear_vae._terminal import discard_unwritten_output, escaped, say, say_traceback, usable_streams
 from ear_vae.batch import one_line
 from ear_vae.errors import EarVAEError
 
@@ -36,23 +36,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Training ends its step and writes a checkpoint when it is terminated.
     cleaning_up = nullcontext() if arguments[:1] == ["fit"] else _terminated_like_interrupted()
-    try:
-        with cleaning_up, warnings.catch_warnings():
-            warnings.showwarning = _show_warning
-            code = _run(arguments)
-            if code == 0:
-                sys.stdout.flush()
-            return code
-    except (EarVAEError, OSError, MemoryError) as error:
-        if "--debug" in arguments:
-            raise
-        print(f"ear-vae: {one_line(error)}", file=sys.stderr)  # noqa: T201
-        return EXIT_FAILED
-    except KeyboardInterrupt:
-        print("ear-vae: interrupted", file=sys.stderr)  # noqa: T201
-        return EXIT_INTERRUPTED
-    finally:
-        _discard_unwritten_output()
+    with usable_streams():
+        try:
+            with cleaning_up, warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                code = _run(arguments)
+                if code == 0:
+                    sys.stdout.flush()
+                return code
+        except (EarVAEError, OSError, MemoryError) as error:
+            if "--debug" in arguments:
+                say_traceback(error)
+            else:
+                say(f"ear-vae: {one_line(error)}")
+            return EXIT_FAILED
+        except KeyboardInterrupt:
+            say("ear-vae: interrupted")
+            return EXIT_INTERRUPTED
+        finally:
+            discard_unwritten_output()
 
 
 def _run(arguments: list[str]) -> int:
@@ -60,43 +62,61 @@ def _run(arguments: list[str]) -> int:
         from ear_vae.training.cli import main as fit
 
         return fit([argument for argument in arguments[1:] if argument != "--debug"])
-    options = _parser().parse_args(arguments)
+    try:
+        options = _parser().parse_args(arguments)
+    except SystemExit as left:
+        if not left.code:  # help that did not get through is no success
+            sys.stdout.flush()
+        raise
     return int(options.command(options))
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints show what they were given without doing what it says to a terminal."""
+
+    def __init__(self, **options: Any) -> None:
+        # A shortened option would become another one, or none, with the next one that is added.
+        super().__init__(allow_abbrev=False, **options)
+
+    def print_help(self, file: Any = None) -> None:
+        # Not the parent's way, which takes no notice of output that does not get through.
+        (file or sys.stdout).write(self.format_help())
+
+    def error(self, message: str) -> NoReturn:
+        super().error(escaped(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ear-vae", description="Encode, decode and rebuild music with εar-VAE."
-    )
+    parser = _Parser(prog="ear-vae", description="Encode, decode and rebuild music with εar-VAE.")
     parser.add_argument("--version", action="version", version=f"ear-vae {__version__}")
     subparsers = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
 
-    def add(name: str, run: object, help: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    def add(name: str, run: object, help: str, *parents: _Parser) -> _Parser:
         added = subparsers.add_parser(name, parents=[*parents, debug], help=help)
-        added.set_defaults(command=run)
+        added.set_defaults(command=run, refuse=added.error)
         return added
 
-    files, weights, model, audio, debug = _shared_options()
-    add("reconstruct", commands.reconstruct, "rebuild audio", files, weights, model, audio)
+    files, weights, download, model, audio, debug = _shared_options()
+    add("reconstruct", commands.reconstruct, "rebuild audio", files, weights, download, model, audio)
 
-    command = add("encode", commands.encode, "audio to latent files", files, weights, model)
+    command = add("encode", commands.encode, "audio to latent files", files, weights, download, model)
     command.add_argument("--std", action="store_true", help="store the standard deviations too")
     command.add_argument(
         "--sample", action="store_true", help="store a draw from the posterior, not its mean"
     )
     command.add_argument("--seed", type=_seed, help="makes the draws of --sample repeatable, file by file")
 
-    command = add("decode", commands.decode, "latent files to audio", files, weights, model, audio)
+    command = add("decode", commands.decode, "latent files to audio", files, weights, download, model, audio)
     command.description = "--force also decodes latents that another model made."
 
-    command = add("info", commands.info, "describe a model, latent file or audio file", weights)
+    command = add("info", commands.info, "describe a model, latent file or audio file", weights, download)
     command.add_argument("thing", metavar="THING", help="a path, a bundled name or a Hub repository")
     command.add_argument("--json", action="store_true", help="print JSON")
 
-    command = add("evaluate", commands.evaluate, "measure rebuilt audio against its originals")
+    command = add("evaluate", commands.evaluate, "measure rebuilt audio against its originals", download)
     _add_evaluation(command)
 
-    command = add("report", commands.report, "a page to listen to originals and rebuilt audio")
+    command = add("report", commands.report, "a page to listen to originals and rebuilt audio", download)
     _add_report(command)
 
     command = add("convert", commands.convert, "official weights to our folder, and back", weights)
@@ -123,6 +143,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--force", action="store_true", help="replace what exists")
 
+    command = add("env", commands.env, "what is installed here, what does not fit, and the cure")
+    command.add_argument("--json", action="store_true", help="print JSON")
+
     subparsers.add_parser("fit", add_help=False, help="train; see ear-vae fit --help")
     return parser
 
@@ -143,11 +166,9 @@ def _add_evaluation(command: argparse.ArgumentParser) -> None:
         "encodec, sao, agc); repeatable",
     )
     command.add_argument("--variant", help="which model of a repository that holds several")
-    command.add_argument("--device", default="cpu", help="for the models (%(default)s)")
+    command.add_argument("--device", help="for the models: cpu (default), cuda, cuda:N or mps")
     command.add_argument(
-        "--pattern",
-        default="{name}",
-        help="how the estimate of {name} is called, such as {name}_rebuilt (%(default)s)",
+        "--pattern", help="how the estimate of {name} is called, such as {name}_rebuilt; {name} by default"
     )
     command.add_argument("--align", action="store_true", help="take out a delay of up to 100 ms")
     command.add_argument("--json", metavar="OUT.json", help="write all figures and their summary")
@@ -189,11 +210,9 @@ def _add_report(command: argparse.ArgumentParser) -> None:
         help="show what ear-vae evaluate --json compared, instead of TARGET; repeatable",
     )
     command.add_argument("--variant", help="which model of a repository that holds several")
-    command.add_argument("--device", default="cpu", help="for the models (%(default)s)")
+    command.add_argument("--device", help="for the models: cpu (default), cuda, cuda:N or mps")
     command.add_argument(
-        "--pattern",
-        default="{name}",
-        help="how the estimate of {name} is called, such as {name}_rebuilt (%(default)s)",
+        "--pattern", help="how the estimate of {name} is called, such as {name}_rebuilt; {name} by default"
     )
     command.add_argument("--align", action="store_true", help="take out a delay of up to 100 ms")
     command.add_argument("--excerpts", type=_count, default=6, help="how many (%(default)s)")
@@ -225,9 +244,9 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _shared_options() -> tuple[argparse.ArgumentParser, ...]:
-    """Parsers of the options that several commands have: files, weights, model, audio output, debug."""
-    files, weights, model, audio, debug = (argparse.ArgumentParser(add_help=False) for _ in range(5))
+def _shared_options() -> tuple[_Parser, ...]:
+    """Parsers of the options that several commands have: files, weights, Hub, model, audio output, debug."""
+    files, weights, download, model, audio, debug = (_Parser(add_help=False) for _ in range(6))
     files.add_argument("input", metavar="IN", help="a file, a folder, or - for standard input")
     files.add_argument("output", metavar="OUT", help="a file for a file, a folder for a folder, or -")
     files.add_argument("--force", action="store_true", help="rewrite outputs that exist")
@@ -237,6 +256,8 @@ def _shared_options() -> tuple[argparse.ArgumentParser, ...]:
 
     weights.add_argument("--variant", help="which model of a repository that holds several")
     weights.add_argument("--revision", help="branch, tag or commit on the Hub")
+
+    download.add_argument("--force-download", action="store_true", help="fetch the model from the Hub again")
 
     model.add_argument(
         "--model", default="ear-vae-tiny", help="folder, bundled name or Hub repository (%(default)s)"
@@ -262,7 +283,7 @@ def _shared_options() -> tuple[argparse.ArgumentParser, ...]:
         help="what to do with peaks above full scale (%(default)s)",
     )
     debug.add_argument("--debug", action="store_true", help="show tracebacks")
-    return files, weights, model, audio, debug
+    return files, weights, download, model, audio, debug
 
 
 def _seed(text: str) -> int:
@@ -278,29 +299,23 @@ def _terminated_like_interrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    # Windows has no SIGHUP, which a terminal sends when it closes. What is ignored, as by nohup, stays so.
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, _interrupt) for number in heeded}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _discard_unwritten_output() -> None:
-    """Keeps Python from failing once more, at exit, on output that nobody takes."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
-
-
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"ear-vae: warning: {' '.join(str(message).split())}", file=sys.stderr)  # noqa: T201
+    say(f"ear-vae: warning: {' '.join(str(message).split())}")
 
 
 if __name__ == "__main__":

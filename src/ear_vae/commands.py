@@ -12,7 +12,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ear_vae import _terminal
 from ear_vae._formats import WRITTEN_FORMATS
+from ear_vae._walk import Found, find_files
 from ear_vae.batch import STREAM, Job, one_line, plan, progress, run
 from ear_vae.errors import EarVAEError
 
@@ -25,11 +27,12 @@ if TYPE_CHECKING:
 AUDIO_FORMATS = tuple(WRITTEN_FORMATS)
 LATENT_EXTENSION = "safetensors"
 OFFICIAL_EXTENSION = ".pyt"
+_LONGEST_FACT = 120
 
 
 def reconstruct(options: argparse.Namespace) -> int:
     """Audio to the audio that the model makes of it."""
-    from ear_vae.audio import find_audio_files, stream_audio
+    from ear_vae.audio import stream_audio
 
     def work(vae: EarVAE, job: Job) -> float:
         with stream_audio(_source(job)) as (info, blocks):
@@ -51,14 +54,16 @@ def reconstruct(options: argparse.Namespace) -> int:
                 )
         return counted.num_samples / info.sample_rate
 
-    return _each(options, work, find=find_audio_files, extension=options.format or "wav")
+    return _each(options, work, find=_find_audio_files, extension=options.format or "wav")
 
 
 def encode(options: argparse.Namespace) -> int:
     """Audio to latent files."""
+    if options.seed is not None and not options.sample:
+        options.refuse("--seed is for --sample; without it nothing is drawn")
     import torch
 
-    from ear_vae.audio import find_audio_files, stream_audio
+    from ear_vae.audio import stream_audio
     from ear_vae.latents import Latents, save_latents
     from ear_vae.posterior import Posterior
 
@@ -93,12 +98,12 @@ def encode(options: argparse.Namespace) -> int:
         )
         if job.destination == STREAM:
             save_latents(sys.stdout.buffer, latents)
-            sys.stdout.flush()
+            _flush()
         else:
             save_latents(job.destination, latents, overwrite=options.force)
         return num_samples / sample_rate
 
-    return _each(options, work, find=find_audio_files, extension=LATENT_EXTENSION)
+    return _each(options, work, find=_find_audio_files, extension=LATENT_EXTENSION)
 
 
 def decode(options: argparse.Namespace) -> int:
@@ -107,15 +112,16 @@ def decode(options: argparse.Namespace) -> int:
 
     def work(vae: EarVAE, job: Job) -> float:
         latents = load_latents(_source(job))
+        maker = _terminal.name(latents.model_name)
         facts = (latents.sample_rate, latents.downsampling_ratio, latents.mean.shape[0])
         if facts != (vae.sample_rate, vae.downsampling_ratio, vae.latent_dim):
             raise EarVAEError(
-                f"{job.source_name}: made by {latents.model_name} at {facts[0]} Hz with {facts[2]} channels "
+                f"{job.source_name}: made by {maker} at {facts[0]} Hz with {facts[2]} channels "
                 f"every {facts[1]} samples, which {vae.name} cannot decode; choose its model with --model"
             )
         if latents.weights_sha256 != vae.weights_sha256 and not options.force:
             raise EarVAEError(
-                f"{job.source_name}: made by {latents.model_name} (weights {latents.weights_sha256[:12]}), "
+                f"{job.source_name}: made by {maker} (weights {latents.weights_sha256[:12]}), "
                 f"not by {vae.name} ({vae.weights_sha256[:12]}); choose its model with --model, or --force"
             )
         longest = -(-latents.num_samples * latents.source_sample_rate // latents.sample_rate)
@@ -172,7 +178,7 @@ def _decode_to_file(
         overwrite=options.force,
     )
     if to_stream:
-        sys.stdout.flush()
+        _flush()
 
 
 def _first_samples(blocks: Iterable[torch.Tensor], num_samples: int) -> Iterator[torch.Tensor]:
@@ -198,13 +204,36 @@ class _Counted:
 def info(options: argparse.Namespace) -> int:
     """Facts about a model, a latent file or an audio file, on standard output."""
     path = Path(options.thing)
+    given = [name for name in ("variant", "revision", "force_download") if getattr(options, name)]
+    if path.is_file() and given:
+        options.refuse(f"--{given[0].replace('_', '-')} is for models; {options.thing} is a file")
     facts = _file_facts(path) if path.is_file() else _model_facts(path, options)
-    if options.json:
-        print(json.dumps(facts))  # noqa: T201
-    else:
-        width = max(map(len, facts))
-        print("\n".join(f"{name:{width}}  {value}" for name, value in facts.items()))  # noqa: T201
+    _put_facts(facts, as_json=options.json, longest=_LONGEST_FACT)
     return 0
+
+
+def env(options: argparse.Namespace) -> int:
+    """What is installed here, what does not fit, and the cure, on standard output."""
+    from ear_vae.environment import facts
+
+    _put_facts(facts(), as_json=options.json)
+    return 0
+
+
+def _put_facts(facts: dict[str, Any], *, as_json: bool, longest: int | None = None) -> None:
+    if as_json:
+        _terminal.put(json.dumps(facts))
+        return
+    width = max(map(len, facts))
+    lines = []
+    for name, value in facts.items():
+        # Several lines of text stand below each other.
+        parts = value if isinstance(value, list) and all(isinstance(part, str) for part in value) else [value]
+        for index, part in enumerate(parts or ["none"]):
+            text = _terminal.escaped(str(part))
+            text = _terminal.shortened(text, longest) if longest else text
+            lines.append(f"{'' if index else name:{width}}  {text}")
+    _terminal.put("\n".join(lines))
 
 
 def convert(options: argparse.Namespace) -> int:
@@ -214,6 +243,7 @@ def convert(options: argparse.Namespace) -> int:
     from ear_vae.export import convert_to_folder, convert_to_official
 
     common = {"variant": options.variant, "revision": options.revision, "overwrite": options.force}
+    _require_elsewhere(options.source, options.destination)
     is_official_file = Path(options.destination).suffix.lower() == OFFICIAL_EXTENSION
     layout = options.to or ("official" if is_official_file else "folder")
     if layout == "folder":
@@ -246,8 +276,15 @@ def evaluate(options: argparse.Namespace) -> int:
     from ear_vae.evaluation import command
     from ear_vae.evaluation.baselines import load_system
 
+    _refuse_options_of_models(options)
+
     def load(name: str) -> System:
-        return load_system(name, device=_device(options.device), variant=options.variant)
+        return load_system(
+            name,
+            device=_device(options.device or "cpu"),
+            variant=options.variant,
+            force_download=options.force_download,
+        )
 
     return command.run(options, load)
 
@@ -257,18 +294,39 @@ def report(options: argparse.Namespace) -> int:
     from ear_vae.evaluation import listening_command
     from ear_vae.evaluation.baselines import load_system
 
+    if not options.evaluation:
+        _refuse_options_of_models(options)
+
     def load(name: str, variant: str | None) -> System:
-        return load_system(name, device=_device(options.device), variant=variant)
+        return load_system(
+            name,
+            device=_device(options.device or "cpu"),
+            variant=variant,
+            force_download=options.force_download,
+        )
 
     _require_free(options.output, overwrite=options.force)
     return listening_command.run(options, load)
+
+
+def _refuse_options_of_models(options: argparse.Namespace) -> None:
+    """Ends with a usage error where an option is for models that are not there."""
+    from ear_vae.evaluation.codecs import is_codec
+
+    names = [name for name in options.model if not is_codec(name)]
+    for option, models in (("device", options.model), ("variant", names), ("force_download", names)):
+        if getattr(options, option) and not models:
+            of = " of εar-VAE" if options.model else ""
+            options.refuse(f"--{option.replace('_', '-')} is for a --model{of}")
+    if names:
+        _require_downloadable(names, options)
 
 
 def _each(
     options: argparse.Namespace,
     work: Callable[[EarVAE, Job], float],
     *,
-    find: Callable[[Path], Sequence[Path]],
+    find: Callable[[Path], Found],
     extension: str,
 ) -> int:
     """Plans, refuses what is bound to fail, then loads the model once and works on every file."""
@@ -284,10 +342,8 @@ def _each(
 def _load(options: argparse.Namespace) -> EarVAE:
     import torch
 
-    from ear_vae.vae import EarVAE
-
     device = _device(options.device)
-    vae = EarVAE.from_pretrained(options.model, variant=options.variant, revision=options.revision)
+    vae = _pretrained(options.model, options)
     try:
         vae.to(device, getattr(torch, options.dtype))
     except RuntimeError as error:  # a full or broken device
@@ -295,6 +351,28 @@ def _load(options: argparse.Namespace) -> EarVAE:
     if options.compile:
         vae.compile()
     return vae
+
+
+def _pretrained(name: str, options: argparse.Namespace) -> EarVAE:
+    from ear_vae.vae import EarVAE
+
+    _require_downloadable([name], options)
+    return EarVAE.from_pretrained(
+        name,
+        variant=options.variant,
+        revision=options.revision,
+        force_download=options.force_download,
+    )
+
+
+def _require_downloadable(names: Sequence[str], options: argparse.Namespace) -> None:
+    """Refuses to fetch again where nothing comes from the Hub."""
+    from ear_vae.bundled import bundled_checkpoints
+
+    if options.force_download and all(
+        Path(name).expanduser().exists() or name in bundled_checkpoints() for name in names
+    ):
+        options.refuse(f"--force-download is for models on the Hub; {', '.join(names)} is here")
 
 
 def _device(name: str) -> torch.device:
@@ -312,11 +390,24 @@ def _device(name: str) -> torch.device:
         "mps": int(torch.backends.mps.is_available()),
     }
     if kind not in available or not (index.isdecimal() or name == kind):
-        raise EarVAEError(f"no device {name!r}; choose cpu, cuda, cuda:N or mps")
+        meant = "; for an NVIDIA or AMD GPU write cuda" if kind == "gpu" else ""
+        raise EarVAEError(f"no device {name!r}; choose cpu, cuda, cuda:N or mps{meant}")
     if int(index or 0) >= available[kind]:
         here = ", ".join(kind for kind, count in available.items() if count)
-        raise EarVAEError(f"device {name!r} is not available here; this machine and this torch have: {here}")
+        raise EarVAEError(
+            f"device {name!r} is not available here; this machine and this torch have: {here} "
+            "(ear-vae env says why)"
+        )
     return torch.device(name)
+
+
+def _require_elsewhere(source: str, destination: str) -> None:
+    """Refuses to convert a model over itself."""
+    from ear_vae._files import same_file
+
+    inside = Path(source).is_dir() and Path(destination).resolve().is_relative_to(Path(source).resolve())
+    if same_file(source, destination) or (inside and Path(destination).exists()):
+        raise EarVAEError(f"{destination}: would replace the model that is to be converted; choose another")
 
 
 def _require_free(destination: str, *, overwrite: bool) -> None:
@@ -348,6 +439,13 @@ class _NamedBytes(io.BytesIO):
     name = "standard input"
 
 
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        raise EarVAEError(f"standard output: could not be written: {error.strerror or error}") from error
+
+
 def _source(job: Job) -> Any:
     # Decoders seek, pipes cannot.
     return _NamedBytes(sys.stdin.buffer.read()) if job.source == STREAM else job.source
@@ -363,7 +461,7 @@ def _at_work(options: argparse.Namespace, job: Job, audio_seconds: float, vae: E
     """The networks at work on one file: no gradients, and a bar for those who watch."""
     import torch
 
-    shown = options.progress or (sys.stderr.isatty() and not options.quiet)
+    shown = options.progress or (_terminal.is_watched() and not options.quiet)
     with torch.inference_mode(), progress(job.source_name, audio_seconds, vae.latent_rate, shown=shown):
         yield
 
@@ -381,15 +479,14 @@ def _generator(seed: int | None, job: Job) -> torch.Generator | None:
     return torch.Generator().manual_seed(seed)
 
 
-def _find_latent_files(folder: Path) -> list[Path]:
-    """All latent files below a folder, sorted; hidden ones are left out."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() == f".{LATENT_EXTENSION}"
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
-    )
+def _find_audio_files(folder: Path) -> Found:
+    from ear_vae.audio import AUDIO_EXTENSIONS
+
+    return find_files(folder, AUDIO_EXTENSIONS)
+
+
+def _find_latent_files(folder: Path) -> Found:
+    return find_files(folder, {f".{LATENT_EXTENSION}"})
 
 
 def _file_facts(path: Path) -> dict[str, Any]:
@@ -414,11 +511,10 @@ def _file_facts(path: Path) -> dict[str, Any]:
 
 def _model_facts(path: Path, options: argparse.Namespace) -> dict[str, Any]:
     from ear_vae.audio import AUDIO_EXTENSIONS
-    from ear_vae.vae import EarVAE
 
     if not path.exists() and path.suffix.lower() in {*AUDIO_EXTENSIONS, f".{LATENT_EXTENSION}"}:
         raise EarVAEError(f"{path}: no such file")
-    vae = EarVAE.from_pretrained(options.thing, variant=options.variant, revision=options.revision)
+    vae = _pretrained(options.thing, options)
     return {
         "kind": "model",
         "name": vae.name,

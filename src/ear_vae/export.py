@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ear_vae._files import atomic_path
+from ear_vae._files import atomic_path, temporary_folder
 from ear_vae.conversion import VARIANTS_KEY
 from ear_vae.errors import EarVAEError
 from ear_vae.official import to_official, to_official_config
@@ -152,8 +151,8 @@ def _folder(destination: Path) -> Iterator[Path]:
             yield destination
             return
         destination.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".ear-vae-", dir=destination.parent) as temporary:
-            folder = Path(temporary) / "new"  # of ordinary permissions, unlike the temporary one
+        with temporary_folder(destination.parent) as temporary:
+            folder = temporary / "new"  # of ordinary permissions, unlike the temporary one
             folder.mkdir()
             yield folder
             folder.rename(destination)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ear_vae._files import atomic_path, name_of
+from ear_vae._files import atomic_path, name_of, write_all
 from ear_vae.errors import EarVAEError
 
 FORMAT = "ear-vae-latents"
@@ -25,6 +25,7 @@ _INTEGERS = (
     "source_sample_rate",
     "source_num_samples",
 )
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def save_latents(
             with atomic_path(destination, overwrite) as temporary:
                 temporary.write_bytes(data)
         else:
-            destination.write(data)
+            write_all(destination, data)
     except OSError as error:
         raise EarVAEError(f"{name}: could not be written: {error.strerror or error}") from error
 
@@ -185,6 +186,9 @@ def _header_metadata(data: bytes) -> dict[str, str]:
 
 def _require_valid(latents: Latents, name: str) -> None:
     mean, std = latents.mean, latents.std
+    for key, tensor in (("mean", mean), ("std", std)):
+        if tensor is not None and tensor.dtype.is_floating_point and tensor.dtype not in _DTYPES:
+            raise EarVAEError(f"{name}: {key} is {tensor.dtype}, which nothing computes in; expected float32")
     if mean.ndim != 2 or not mean.is_floating_point():
         raise EarVAEError(f"{name}: mean must be floating point [D, N], got {mean.dtype} {list(mean.shape)}")
     if std is not None and (std.shape != mean.shape or not std.is_floating_point()):

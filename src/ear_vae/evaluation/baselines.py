@@ -57,7 +57,9 @@ class EarVAESystem:
         return self._vae.reconstruct(audio)
 
 
-def load_system(name: str, *, device: torch.device, variant: str | None = None) -> System:
+def load_system(
+    name: str, *, device: torch.device, variant: str | None = None, force_download: bool = False
+) -> System:
     """A codec of `ear_vae.evaluation.codecs`, else the EarVAE of that folder, bundled name or Hub repository.
 
     Args:
@@ -66,6 +68,7 @@ def load_system(name: str, *, device: torch.device, variant: str | None = None) 
             such a name is `./dac`.
         device: Where it computes.
         variant: Of a repository that holds several EarVAE models.
+        force_download: Fetch an EarVAE from the Hub again even if cached.
 
     Raises:
         EarVAEError: As `EarVAE.from_pretrained`, or `ear_vae.evaluation.codecs.CodecSystem`.
@@ -76,7 +79,8 @@ def load_system(name: str, *, device: torch.device, variant: str | None = None) 
         return codec
     from ear_vae.vae import EarVAE
 
-    return EarVAESystem(EarVAE.from_pretrained(name, variant=variant, device=device), name=name)
+    vae = EarVAE.from_pretrained(name, variant=variant, device=device, force_download=force_download)
+    return EarVAESystem(vae, name=name)
 
 
 def rebuild(system: System, audio: Tensor, sample_rate: int) -> Tensor:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ear_vae import _torchaudio as torchaudio
 from ear_vae.errors import EarVAEError
 from ear_vae.tiling import run_tiled
 
@@ -55,6 +56,8 @@ class CodecSystem:
 
     def __init__(self, name: str, source: str, codec: Codec, device: torch.device) -> None:
         self.name = name
+        # Their libraries import torchaudio, which has to come up even where its extension does not fit.
+        torchaudio.functional()
         try:
             network, self.sample_rate, self.channels, self._rebuild = codec.build(source, device)
         except ImportError as error:
@@ -83,11 +86,17 @@ def load_codec(name: str, *, device: torch.device) -> System | None:
     Raises:
         EarVAEError: As `CodecSystem`.
     """
-    short, equals, source = name.partition("=")
-    if short not in CODECS or (equals and not source):
+    if not is_codec(name):
         return None
+    short, _, source = name.partition("=")
     codec = CODECS[short]
     return CodecSystem(name, source or codec.source, codec, device)
+
+
+def is_codec(name: str) -> bool:
+    """Whether a name, or `NAME=SOURCE`, stands for one of `CODECS`."""
+    short, equals, source = name.partition("=")
+    return short in CODECS and bool(source or not equals)
 
 
 def _dac(source: str, device: torch.device) -> tuple[Any, int, int, Callable[[Tensor], Tensor]]:
@@ -124,10 +133,6 @@ def _encodec(source: str, device: torch.device) -> tuple[Any, int, int, Callable
 
 
 def _stable_audio_open(source: str, device: torch.device) -> tuple[Any, int, int, Callable[[Tensor], Tensor]]:
-    from ear_vae._torchaudio import functional
-
-    # diffusers imports torchaudio, which has to come up without its extension where that does not fit.
-    functional()
     from diffusers import AutoencoderOobleck
 
     folder = Path(source)

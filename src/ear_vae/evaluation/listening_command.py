@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ear_vae._terminal import say
 from ear_vae.batch import one_line
 from ear_vae.errors import EarVAEError
 from ear_vae.evaluation.baselines import System
 from ear_vae.evaluation.files import Row
 from ear_vae.evaluation.listening import Excerpt, choose_places, cut, measured
 from ear_vae.evaluation.listening_page import Means, fitting, write_page
-from ear_vae.evaluation.pairs import Pair, find_pairs, find_targets
+from ear_vae.evaluation.pairs import DEFAULT_PATTERN, Pair, find_pairs, find_targets
 from ear_vae.evaluation.report import read_json, summarize
 from ear_vae.evaluation.runner import Task
 
@@ -43,7 +43,8 @@ def run(options: argparse.Namespace, load: Load) -> int:
 
     Args:
         options: Of the command line: `output`, `target`, `system`, `model`, `evaluation`, `variant`,
-            `pattern`, `align`, `excerpts`, `seconds`, `megabytes`, `title`, `force`, `quiet` and `debug`.
+            `pattern`, `align`, `excerpts`, `seconds`, `megabytes`, `title`, `force`, `quiet` and `debug`;
+            and `refuse`, which ends with a usage error.
         load: Makes a system of the name of a model and a variant.
 
     Returns:
@@ -52,11 +53,12 @@ def run(options: argparse.Namespace, load: Load) -> int:
     Raises:
         EarVAEError: Nothing can be compared, or the page cannot be written.
     """
+    _refuse_idle_options(options)
     sources = _from_evaluations(options, load) if options.evaluation else _from_folders(options, load)
     files = _common_files(sources, quiet=options.quiet)
     places = choose_places(files, count=options.excerpts, seconds=options.seconds)
     if len(places) < options.excerpts and not options.quiet:
-        _say(f"the originals hold {len(places)} excerpts of {options.seconds:g} s, not {options.excerpts}")
+        say(f"the originals hold {len(places)} excerpts of {options.seconds:g} s, not {options.excerpts}")
     excerpts: list[Excerpt] = []
     for place in places:
         tasks = [by_name[place.name] for by_name in sources.tasks.values()]
@@ -66,7 +68,7 @@ def run(options: argparse.Namespace, load: Load) -> int:
         except Exception as error:
             if options.debug:
                 raise
-            _say(f"ear-vae: {place.name}: left out: {one_line(error)}")
+            say(f"ear-vae: {place.name}: left out: {one_line(error)}")
     if not excerpts:
         raise EarVAEError("no excerpt could be made")
     excerpts = [measured(excerpt) for excerpt in fitting(excerpts, options.megabytes)]
@@ -76,8 +78,22 @@ def run(options: argparse.Namespace, load: Load) -> int:
     if not options.quiet:
         longest = max(excerpt.seconds for excerpt in excerpts)
         size = output.stat().st_size / 1e6
-        _say(f"{output}: {len(excerpts)} excerpts of up to {longest:.1f} s, {size:.1f} MB")
+        say(f"{output}: {len(excerpts)} excerpts of up to {longest:.1f} s, {size:.1f} MB")
     return 0 if len(excerpts) == len(places) else 1
+
+
+def _refuse_idle_options(options: argparse.Namespace) -> None:
+    """Ends with a usage error where an option would do nothing."""
+    if options.evaluation:
+        for name in ("pattern", "variant", "align"):
+            if getattr(options, name):
+                options.refuse(f"--{name} is not for --from: an evaluation says that itself")
+    elif options.model and not options.system:
+        for name in ("pattern", "align"):
+            if getattr(options, name):
+                options.refuse(f"--{name} is for --system")
+    elif options.pattern is not None and options.target and Path(options.target).is_file():
+        options.refuse("--pattern is for folders")
 
 
 def _from_folders(options: argparse.Namespace, load: Load) -> _Sources:
@@ -91,7 +107,7 @@ def _from_folders(options: argparse.Namespace, load: Load) -> _Sources:
         name, separator, folder = given.partition("=")
         folder = folder if separator else given
         _add(tasks, name if separator else Path(folder).resolve().name)
-        pairs = find_pairs(target, Path(folder), pattern=options.pattern).pairs
+        pairs = find_pairs(target, Path(folder), pattern=options.pattern or DEFAULT_PATTERN).pairs
         _fill(tasks, pairs, align=options.align)
     for model in options.model:
         _add(tasks, _short(model))
@@ -105,6 +121,7 @@ def _from_evaluations(options: argparse.Namespace, load: Load) -> _Sources:
     tasks: dict[str, dict[str, Task]] = {}
     rows: dict[str, list[Row]] = {}
     targets = set()
+    makes = False
     for path in map(Path, options.evaluation):
         found, inputs = read_json(path)
         target = Path(inputs.target)
@@ -120,9 +137,13 @@ def _from_evaluations(options: argparse.Namespace, load: Load) -> _Sources:
                 pairs, system = find_pairs(target, Path(inputs.estimate), pattern=inputs.pattern).pairs, None
             else:
                 pairs, system = find_targets(target).pairs, load(inputs.models[name], inputs.variant)
+                makes = True
             evaluated = {row["name"] for row in theirs}
             kept = [pair for pair in pairs if pair.name in evaluated]
             _fill(tasks, kept, system=system, align=inputs.align)
+    if not makes and (options.device or options.force_download):
+        option = "device" if options.device else "force-download"
+        options.refuse(f"--{option} is for models; the evaluation is of files")
     if not tasks:
         raise EarVAEError(f"{', '.join(options.evaluation)}: no file was evaluated, there is nothing to show")
     if len(targets) > 1:
@@ -168,7 +189,7 @@ def _common_files(sources: _Sources, *, quiet: bool) -> list[tuple[str, Path]]:
             f"{', '.join(str(len(theirs)) for theirs in sources.tasks.values())}"
         )
     if len(known) > len(everywhere) and not quiet:
-        _say(f"{len(known) - len(everywhere)} files are not there for every system and are left out")
+        say(f"{len(known) - len(everywhere)} files are not there for every system and are left out")
     if sources.rows:
         distances = dict.fromkeys(everywhere, 0.0)
         for theirs in sources.rows.values():
@@ -191,7 +212,3 @@ def _means(sources: _Sources) -> Means | None:
         for name, rows in sources.rows.items()
     }
     return Means(f"Means over the whole of {files} files", systems)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)  # noqa: T201

@@ -132,7 +132,8 @@ def write_page(
     """
     page = page_text(excerpts, title=title, means=means or means_of(excerpts))
     with atomic_path(path, overwrite) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        # Names of files need not be UTF-8.
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def page_text(excerpts: Sequence[Excerpt], *, title: str, means: Means) -> str:

@@ -33,11 +33,13 @@ class Pairs:
         pairs: Sorted by name.
         without_estimate: Names of originals that have no rebuilt file.
         without_target: Rebuilt files that belong to no original.
+        unreadable: What of the folders could not be seen, as in `ear_vae._walk.Found`.
     """
 
     pairs: tuple[Pair, ...]
     without_estimate: tuple[str, ...] = ()
     without_target: tuple[Path, ...] = ()
+    unreadable: tuple[str, ...] = ()
 
 
 def find_targets(target: Path) -> Pairs:
@@ -48,7 +50,8 @@ def find_targets(target: Path) -> Pairs:
     """
     if target.is_file():
         return Pairs((Pair(target.stem, target),))
-    return Pairs(tuple(Pair(name, path) for name, path in _by_name(target).items()))
+    originals, unreadable = _by_name(target)
+    return Pairs(tuple(Pair(name, path) for name, path in originals.items()), unreadable=unreadable)
 
 
 def find_pairs(target: Path, estimate: Path, *, pattern: str = DEFAULT_PATTERN) -> Pairs:
@@ -74,7 +77,8 @@ def find_pairs(target: Path, estimate: Path, *, pattern: str = DEFAULT_PATTERN) 
         return Pairs((Pair(target.stem, target, estimate),))
     if "{name}" not in pattern:
         raise EarVAEError(f"the pattern {pattern!r} has no {{name}} in it, for the name of the original")
-    originals, rebuilt = _by_name(target), _by_name(estimate)
+    originals, unseen = _by_name(target)
+    rebuilt, unseen_too = _by_name(estimate)
     wanted = {name: pattern.replace("{name}", name) for name in originals}
     if target.resolve() == estimate.resolve() and pattern != DEFAULT_PATTERN:
         # Side by side in one folder, what is an estimate of one file is no original itself.
@@ -94,20 +98,23 @@ def find_pairs(target: Path, estimate: Path, *, pattern: str = DEFAULT_PATTERN) 
         pairs,
         tuple(name for name in originals if wanted[name] not in rebuilt),
         tuple(path for path in rebuilt.values() if path not in used),
+        tuple(dict.fromkeys((*unseen, *unseen_too))),
     )
 
 
-def _by_name(folder: Path) -> dict[str, Path]:
-    from ear_vae.audio import find_audio_files
+def _by_name(folder: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
+    from ear_vae._walk import find_files
+    from ear_vae.audio import AUDIO_EXTENSIONS
 
     if not folder.exists():
         raise EarVAEError(f"{folder}: no such file or folder")
     found: dict[str, Path] = {}
-    for path in find_audio_files(folder):
+    seen = find_files(folder, AUDIO_EXTENSIONS)
+    for path in seen.files:
         name = path.relative_to(folder).with_suffix("").as_posix()
         if name in found:
             raise EarVAEError(f"{found[name]} and {path} have the same name; remove or rename one of them")
         found[name] = path
     if not found:
         raise EarVAEError(f"{folder}: holds no audio files")
-    return found
+    return found, seen.unreadable

@@ -132,7 +132,8 @@ def write_csv(path: Path, results: Results) -> None:
     columns = _columns()
     with (
         atomic_path(path, overwrite=True) as temporary,
-        temporary.open("w", encoding="utf-8", newline="") as file,
+        # Names of files need not be UTF-8.
+        temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
     ):
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
