@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
-from ear_vae._files import name_of, system_path, temporary_folder
+from ear_vae._files import name_of, system_path, temporary_folder, write_all
 from ear_vae._parts import Bytes, Excerpt, Layout, Part, kind_of, layout_of
 from ear_vae.errors import EarVAEError
 
@@ -324,13 +324,11 @@ class _Scratch:
         Raises:
             EarVAEError: There is no room for it.
         """
-        rest = memoryview(block)
         try:
-            # Unbuffered: nothing is left to fail when it is closed. A short write takes the last of the room.
-            while len(rest):
-                rest = rest[self._file.write(rest) :]
+            # Unbuffered, so that nothing is left to fail when it is closed.
+            write_all(self._file, block)
         except OSError as error:
-            raise _no_room(self._name, str(self.path.parent), error) from error
+            raise _no_room(self._name, str(self.path.parent.parent), error) from error
         self.size += len(block)
 
 
