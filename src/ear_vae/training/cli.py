@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -38,14 +39,20 @@ class FitCLI(LightningCLI):
         self.config = parser.parse_args(args)
         # Held back until the options are final: the parent replaces some of them by what stands under
         # `hyper_parameters` in a checkpoint.
-        options = self.config[self.config.subcommand]
-        self._checkpoint, options.ckpt_path = options.ckpt_path, None
+        self._checkpoint: str | None = None
+        if options := self._options_of_fit():
+            self._checkpoint, options.ckpt_path = options.ckpt_path, None
         if self._checkpoint is not None:
             read_checkpoint(Path(self._checkpoint))
 
     def before_instantiate_classes(self) -> None:
         """Gives back the checkpoint to resume from."""
-        self.config[self.config.subcommand].ckpt_path = self._checkpoint
+        if options := self._options_of_fit():
+            options.ckpt_path = self._checkpoint
+
+    def _options_of_fit(self) -> Any:
+        """None where the parts are only built (`run=False`)."""
+        return self.config.get("fit")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Links what the model decides about the data, and adds our callbacks."""
