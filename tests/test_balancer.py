@@ -51,9 +51,23 @@ def test_a_gradient_that_is_not_finite_shows_and_is_forgotten() -> None:
     torch.testing.assert_close(balancer({"only": x.sum()}, {"only": 1.0}, x), torch.full((2, 1, 1), 0.5))
 
 
+def test_a_term_that_comes_later_starts_its_own_mean() -> None:
+    """Alone, the first has the whole step; then each has half, by norms that only its own steps count in."""
+    x = output()
+    balancer, weights = LossBalancer(["first", "second"], decay=0.9), {"first": 1.0, "second": 1.0}
+    alone = balancer({"first": 2 * x.sum()}, weights, x)
+    torch.testing.assert_close(alone, torch.full((2, 1, 1), 0.5))
+    both = balancer({"first": 8 * x.sum(), "second": -5 * x.sum()}, weights, x)
+    # The terms are sums over two items: norms 4, then 16, of the first, and 10 of the second's first step.
+    mean = 2 * (0.09 * 2 + 0.1 * 8) / 0.19
+    torch.testing.assert_close(both, torch.full((2, 1, 1), 0.5 * 8 / mean - 0.5 * 5 / 10))
+
+
 def test_other_terms_are_refused() -> None:
     x = output()
     with pytest.raises(EarVAEError, match=r"made for \['a'\], got \['b'\]"):
         LossBalancer(["a"])({"b": x.sum()}, {"b": 1.0}, x)
+    with pytest.raises(EarVAEError, match=r"made for \['a'\], got \[\]"):
+        LossBalancer(["a"])({}, {}, x)
     with pytest.raises(EarVAEError, match="needs terms"):
         LossBalancer([])

@@ -378,7 +378,7 @@ def test_validation_excerpts_are_the_middle(folder: Path) -> None:
 def test_values_that_are_refused(folder: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(EarVAEError, match=message):
         AudioDataModule(**({"folder": folder} | settings))
-    for wrong in ({"gain_db": -1}, {"swap_channels": 2}, {"speed": 1}):
+    for wrong in ({"gain_db": -1}, {"gain_db": math.inf}, {"swap_channels": 2}, {"speed": 1}):
         with pytest.raises(EarVAEError, match=next(iter(wrong))):
             Augmentation(**wrong)
 
@@ -397,3 +397,58 @@ def test_a_cache_that_cannot_be_written_is_said_and_does_no_harm(
     assert len(find_files([folder], Policy(), cache_dir=tmp_path / "file" / "cache")) == 3
     assert "not remembered" in caplog.text
     assert math.isclose(os.path.getsize(tmp_path / "file"), 10)
+
+
+IMPOSSIBLE: list[dict[str, Any]] = [
+    {"num_samples": -5},
+    {"num_samples": 0},
+    {"num_samples": 10**400},
+    {"num_samples": 10**12},
+    {"num_samples": 1000.5},
+    {"num_samples": "176400"},
+    {"num_samples": True},
+    {"sample_rate": 0},
+    {"sample_rate": 10**9},
+    {"sample_rate": None},
+    {"channels": 7},
+    {"channels": [2]},
+    {"bandwidth_hz": math.nan},
+    {"bandwidth_hz": -1.0},
+    {"bandwidth_hz": "high"},
+]
+
+
+@pytest.mark.parametrize("changed", IMPOSSIBLE, ids=str)
+def test_what_cannot_be_true_is_looked_up_again(
+    changed: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    before = find_files([folder], Policy(), cache_dir=tmp_path / "cache")
+    (cache,) = (tmp_path / "cache").iterdir()
+    entries = json.loads(cache.read_text())
+    cache.write_text(json.dumps({path: entry | changed for path, entry in entries.items()}))
+    assert find_files([folder], Policy(), cache_dir=tmp_path / "cache") == before
+    assert json.loads(cache.read_text()) == entries
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[1, 2]", '{"a": 1}', "null", "\x00", "9" * 5000])
+def test_a_cache_of_another_kind_is_made_anew(content: str, folder: Path, tmp_path: Path) -> None:
+    before = find_files([folder], Policy(), cache_dir=tmp_path / "cache")
+    (cache,) = (tmp_path / "cache").iterdir()
+    good = cache.read_text()
+    cache.write_text(content)
+    assert find_files([folder], Policy(), cache_dir=tmp_path / "cache") == before
+    assert cache.read_text() == good
+
+
+def test_weights_near_the_largest_number_still_are_shares(folder: Path, tmp_path: Path) -> None:
+    manifest = tmp_path / "m.csv"
+    manifest.write_text("path,weight\nmusic/a.wav,1e308\nmusic/b.flac,1e308\n")
+    segments = dataset(found(manifest))
+    assert {drawn_from(segments, index) for index in range(20)} == {"a.wav", "b.flac"}
+
+
+def test_a_line_ends_where_json_says(folder: Path, tmp_path: Path) -> None:
+    """Not at a line separator within a text."""
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text('{"path": "music/a.wav", "title": "one\u2028two"}\n', encoding="utf-8")
+    assert [file.path.name for file in found(manifest)] == ["a.wav"]

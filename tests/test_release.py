@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 
 import lightning as L
@@ -180,8 +182,8 @@ def test_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str
     for name, message in (
         ("missing.ckpt", "no such file"),
         ("other.ckpt", "not a checkpoint of ear-vae fit"),
-        ("text.ckpt", "not a checkpoint that can be read safely"),
-        ("evil.ckpt", "not a checkpoint that can be read safely"),
+        ("text.ckpt", "text.ckpt: is not a checkpoint\n"),
+        ("evil.ckpt", "holds objects that only running code from the file could restore"),
     ):
         assert main(["release", str(tmp_path / name), str(tmp_path / "model")]) == 1
         error = capsys.readouterr().err
@@ -201,3 +203,56 @@ def test_a_frozen_encoder_is_released_as_it_was(tmp_path: Path) -> None:
     for one, other in zip(released.encoder.parameters(), start.encoder.parameters(), strict=True):
         assert torch.equal(one, other)
     assert_same_model(released, module.folded())
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_weights_that_are_not_finite_are_not_released(
+    checkpoint: Path, tmp_path: Path, raw: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor does the refusal touch the model that is there."""
+    content = torch.load(checkpoint, weights_only=True)
+    prefix = "vae." if raw else "average.network."
+    content["state_dict"][f"{prefix}decoder.conv_in.bias"][0] = torch.nan
+    torch.save(content, tmp_path / "broken.ckpt")
+    options = ["--raw"] if raw else []
+    assert main(["release", str(checkpoint), str(tmp_path / "there")]) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "there").iterdir()}
+    command = ["release", str(tmp_path / "broken.ckpt"), str(tmp_path / "there"), *options, "--force"]
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert "broken.ckpt: the weights do not fit the config: decoder.conv_in.bias holds NaN" in error
+    assert {path.name: path.read_bytes() for path in (tmp_path / "there").iterdir()} == before
+    result = subprocess.run(
+        [sys.executable, "-m", "ear_vae", "release", tmp_path / "broken.ckpt", tmp_path / "new", *options],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (1, error)
+    assert {path.name for path in tmp_path.iterdir()} == {"broken.ckpt", "there"}
+
+
+def test_a_folder_appears_whole_or_not_at_all(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model is complete when the training state turns out to be of no use."""
+    content = torch.load(checkpoint, weights_only=True)
+    for optimizer in content["optimizer_states"]:
+        optimizer["state"] = {}
+    torch.save(content, tmp_path / "new.ckpt")
+    assert main(["release", str(tmp_path / "new.ckpt"), str(tmp_path / "model"), "--training-state"]) == 1
+    assert "the optimizer of the vae has not taken a step" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["new.ckpt"]
+    assert main(["release", str(tmp_path / "new.ckpt"), str(tmp_path / "model")]) == 0
+    EarVAE.from_pretrained(tmp_path / "model")
+
+
+def test_the_model_of_a_run_is_not_replaced_by_one_that_is_not_finite(tmp_path: Path) -> None:
+    module = EarVAEModule(TINY, average_decay=0.0)
+    module.export(tmp_path / "model")
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        module.vae.decoder.conv_in.bias[0] = torch.inf
+    with pytest.raises(EarVAEError, match=r"1 weights hold NaN or infinity, such as decoder\.conv_in\.bias"):
+        module.export(tmp_path / "model")
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before

@@ -264,6 +264,42 @@ def test_balanced_or_not_the_losses_fall(balanced: bool) -> None:
     assert values[-1] < 0.8 * values[0]
 
 
+@pytest.mark.parametrize(
+    ("settings", "logged", "passes"),
+    [
+        # The discriminator hears both signals for its own loss, the rebuilt one again for the VAE's, and the
+        # original again for feature matching alone.
+        ({}, {"adversarial", "feature_matching"}, 4),
+        ({"weights": {"feature_matching": 0.0}}, {"adversarial"}, 3),
+        ({"weights": {"adversarial": 0.0}}, {"feature_matching"}, 4),
+        ({"adversarial_after": 2}, {"adversarial", "feature_matching"}, 4),
+    ],
+)
+@pytest.mark.parametrize("balanced", [False, True])
+def test_adversarial_terms_without_a_weight_are_not_computed(
+    balanced: bool, settings: dict[str, Any], logged: set[str], passes: int
+) -> None:
+    """And those that count only later are not asked for before."""
+    module = EarVAEModule(
+        TINY,
+        discriminator=JUDGE,
+        objective=ObjectiveConfig(weights=settings.get("weights", {}), balanced=balanced),
+        adversarial_after=settings.get("adversarial_after", 0),
+        optimizer=FAST,
+    )
+    assert module.discriminator is not None
+    heard: list[int] = []
+    module.discriminator.register_forward_hook(lambda *_: heard.append(module.trainer.global_step))
+    before = weights(module.vae)
+    trainer = fit(module, segments(3))
+    names = {name.removeprefix("train/") for name in trainer.callback_metrics}
+    assert names & {"adversarial", "feature_matching"} == logged
+    late = settings.get("adversarial_after", 0)
+    assert [heard.count(step) for step in range(3)] == [2 if step < late else passes for step in range(3)]
+    assert trainer.global_step == 3
+    assert not same(before, weights(module.vae))
+
+
 def test_a_balanced_step_has_the_balancers_gradient() -> None:
     """With one term alone, it has norm 1 per item, of two in the batch, whatever the term's weight."""
     names = ("log_magnitude", "correlation", "instantaneous_frequency", "group_delay", "kl")

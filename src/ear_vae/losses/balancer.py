@@ -16,7 +16,8 @@ class LossBalancer(nn.Module):
     """Gives every term its weight's share of the gradient on the decoder's output.
 
     Each term's gradient is divided by the running mean of its own norm, so that a weight says how much of
-    the step a term decides, not how large the term happens to be.
+    the step a term decides, not how large the term happens to be. A term may be absent from some steps: the
+    others share them, and its running mean is over the steps it took part in.
 
     Args:
         names: The terms, in the order of the running means in the state dict.
@@ -41,14 +42,14 @@ class LossBalancer(nn.Module):
         self.total_norm = total_norm
         self.decay = decay
         self.register_buffer("norms", torch.zeros(len(self.names), dtype=torch.float64))
-        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("updates", torch.zeros(len(self.names), dtype=torch.int64))
 
     def forward(self, terms: Mapping[str, Tensor], weights: Mapping[str, float], output: Tensor) -> Tensor:
         """The balanced gradient on `output`.
 
         Args:
-            terms: Scalars that depend on `output`, by name.
-            weights: Of each of them, 0 or more.
+            terms: Scalars that depend on `output`, by name; one or more of those it was made for.
+            weights: Of each of them, 0 or more, one of them more.
             output: What the decoder gave, [B, C, T].
 
         Returns:
@@ -56,11 +57,13 @@ class LossBalancer(nn.Module):
             finite makes it so and leaves the running means as they were.
 
         Raises:
-            EarVAEError: The terms are not those the balancer was made for.
+            EarVAEError: There are no terms, or others than the balancer was made for.
         """
-        if set(terms) != set(self.names):
+        if not terms or not set(terms) <= set(self.names):
             raise EarVAEError(f"the balancer was made for {sorted(self.names)}, got {sorted(terms)}")
-        gradients = [torch.autograd.grad(terms[n], output, retain_graph=True)[0] for n in self.names]
+        present = [index for index, name in enumerate(self.names) if name in terms]
+        names = [self.names[index] for index in present]
+        gradients = [torch.autograd.grad(terms[name], output, retain_graph=True)[0] for name in names]
         # The terms are means over the batch: an item's own gradient is that many times as large.
         items = len(output)
         now = torch.stack([items * g.flatten(1).double().norm(dim=1).mean() for g in gradients])
@@ -70,12 +73,12 @@ class LossBalancer(nn.Module):
             now = now / torch.distributed.get_world_size()
         if not bool(now.isfinite().all()):
             return torch.full_like(output, torch.nan)
-        self.updates += 1
-        self.norms.mul_(self.decay).add_(now, alpha=1 - self.decay)
-        means = self.norms / (1 - self.decay ** int(self.updates))
-        total = sum(weights[name] for name in self.names)
+        self.updates[present] += 1
+        self.norms[present] = self.decay * self.norms[present] + (1 - self.decay) * now
+        means = self.norms[present] / (1 - self.decay ** self.updates[present].double())
+        total = sum(weights[name] for name in names)
         scales = [
             self.total_norm * weights[name] / total / (float(mean) + _EPSILON)
-            for name, mean in zip(self.names, means, strict=True)
+            for name, mean in zip(names, means, strict=True)
         ]
         return torch.stack([scale * g for scale, g in zip(scales, gradients, strict=True)]).sum(dim=0)

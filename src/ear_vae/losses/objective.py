@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, get_args
 
@@ -76,7 +77,7 @@ class ReconstructionObjective(nn.Module):
             only (`lr`).
 
     Raises:
-        EarVAEError: An unknown term, weighting or choice of channels, or a negative weight.
+        EarVAEError: An unknown term, weighting or choice of channels, or a weight below 0 or not finite.
     """
 
     def __init__(
@@ -100,11 +101,9 @@ class ReconstructionObjective(nn.Module):
         if unknown:
             raise EarVAEError(f"unknown loss terms {unknown}; the terms are {list(DEFAULT_LOSS_WEIGHTS)}")
         self.weights = {**DEFAULT_LOSS_WEIGHTS, **(weights or {})}
-        negative = [name for name, weight in self.weights.items() if not weight >= 0]
-        if negative:
-            raise EarVAEError(
-                f"loss weights must be 0 or more, got {[(n, self.weights[n]) for n in negative]}"
-            )
+        refused = {name: weight for name, weight in self.weights.items() if not 0 <= weight < math.inf}
+        if refused:
+            raise EarVAEError(f"loss weights must be finite and 0 or more, got {refused}")
         self.sample_rate = sample_rate
         self.weighting = weighting
         self.magnitude_channels = magnitude_channels
@@ -149,7 +148,9 @@ class ReconstructionObjective(nn.Module):
         return terms
 
     def total(self, terms: Mapping[str, Tensor]) -> Tensor:
-        """The weighted sum of what `terms` returned."""
+        """The weighted sum of what `terms` returned; 0 of nothing."""
+        if not terms:
+            return torch.zeros(())
         return torch.stack([self.weights[name] * value for name, value in terms.items()]).sum()
 
     def forward(self, estimate: Tensor, target: Tensor, posterior: Posterior) -> Tensor:

@@ -8,12 +8,15 @@ import warnings
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ear_vae.errors import EarVAEError
 from ear_vae.training.callbacks import Checkpoints, ExportModel, ListeningExamples
+from ear_vae.training.checkpoint import read_checkpoint
 from ear_vae.training.data import AudioDataModule
 from ear_vae.training.module import EarVAEModule
 
@@ -27,9 +30,29 @@ class FitCLI(LightningCLI):
     """LightningCLI that gives the data the model's rate and frame length, and exports the model."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parses what it is given; the parent also looks at `sys.argv` and warns that the two differ."""
+        """Parses what it is given; the parent also looks at `sys.argv` and warns that the two differ.
+
+        Raises:
+            EarVAEError: The checkpoint to resume from cannot be.
+        """
         assert isinstance(args, list), "main passes a list"
         self.config = parser.parse_args(args)
+        # Held back until the options are final: the parent replaces some of them by what stands under
+        # `hyper_parameters` in a checkpoint.
+        self._checkpoint: str | None = None
+        if options := self._options_of_fit():
+            self._checkpoint, options.ckpt_path = options.ckpt_path, None
+        if self._checkpoint is not None:
+            read_checkpoint(Path(self._checkpoint))
+
+    def before_instantiate_classes(self) -> None:
+        """Gives back the checkpoint to resume from."""
+        if options := self._options_of_fit():
+            options.ckpt_path = self._checkpoint
+
+    def _options_of_fit(self) -> Any:
+        """None where the parts are only built (`run=False`)."""
+        return self.config.get("fit")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Links what the model decides about the data, and adds our callbacks."""
@@ -45,7 +68,8 @@ def main(arguments: Sequence[str]) -> int:
 
     Args:
         arguments: What follows `fit`. `--config` takes the name of a shipped config or a file, any number
-            of times; later ones override earlier ones. Before the first shipped one comes `base`.
+            of times; later ones override earlier ones. Before the first shipped one comes `base`. A config
+            file is code: it names classes to be imported and called (`class_path`).
 
     Returns:
         0, or 143 when the process was told to terminate, 130 when it was interrupted; it has written a
@@ -68,6 +92,8 @@ def main(arguments: Sequence[str]) -> int:
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
         )
+    except MisconfigurationException as error:
+        raise EarVAEError(" ".join(str(error).split())) from error
     except SIGTERMException:
         _LOG.warning("stopped after writing a checkpoint; go on with --ckpt_path FOLDER/last.ckpt")
         return _EXIT_INTERRUPTED if interrupts else _EXIT_TERMINATED

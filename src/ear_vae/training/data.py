@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
 from torch import Tensor
@@ -12,9 +14,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from ear_vae.audio import read_audio, resample
 from ear_vae.errors import EarVAEError
+from ear_vae.training.checkpoint import changes
 from ear_vae.training.loading import SegmentLoader
 from ear_vae.training.segments import Augmentation, SegmentDataset
 from ear_vae.training.sources import AudioFile, Policy, find_files
+
+_LOG = logging.getLogger(__name__)
 
 
 class AudioDataModule(L.LightningDataModule):
@@ -72,8 +77,12 @@ class AudioDataModule(L.LightningDataModule):
             raise EarVAEError(
                 "batch_size, segments_per_epoch and segment_multiple must be at least 1, num_workers 0"
             )
-        if not segment_seconds > 0 or not validation_seconds > 0:
-            raise EarVAEError("segment_seconds and validation_seconds must be more than 0")
+        if not 0 < segment_seconds < math.inf or not 0 < validation_seconds < math.inf:
+            raise EarVAEError("segment_seconds and validation_seconds must be finite and more than 0")
+        if sample_rate < 1 or seed < 0:
+            raise EarVAEError(f"sample_rate must be at least 1 and seed 0, got {sample_rate} and {seed}")
+        if min_level_db is not None and not math.isfinite(min_level_db):
+            raise EarVAEError(f"min_level_db must be a level in dB or null, got {min_level_db}")
         self.sources = _paths(folder)
         self.validation_sources = [] if validation_folder is None else _paths(validation_folder)
         self.sample_rate = sample_rate
@@ -103,6 +112,27 @@ class AudioDataModule(L.LightningDataModule):
         if not self.validation_sources and self.trainer is not None:
             # An empty loader would do the same, but each rank and epoch would warn of it.
             self.trainer.limit_val_batches = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is trained on, as plain values; goes into checkpoints."""
+        return {
+            "data": [str(source).encode(errors="backslashreplace").decode() for source in self.sources],
+            "files": len(self.train_files),
+            "seconds": round(sum(file.duration_seconds for file in self.train_files)),
+            "weight": round(sum(file.weight for file in self.train_files), 6),
+            "segment samples": self.segment_samples,
+            "batch size": self.batch_size,
+            "segments per epoch": self.segments_per_epoch,
+            "seed": self.seed,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Says how the data differ from those of the checkpoint that is resumed from."""
+        changed = changes(state_dict, self.state_dict())
+        if changed and (self.trainer is None or self.trainer.is_global_zero):
+            _LOG.warning(
+                "resuming on other data than the checkpoint's, so not as if it had never stopped: %s", changed
+            )
 
     def segments(self, *, samples: int | None = None) -> SegmentDataset:
         """Training segments as they are in the files, without augmentation.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,15 +19,23 @@ from ear_vae.errors import EarVAEError
 from ear_vae.evaluation import ReconstructionMetrics
 from ear_vae.losses import ReconstructionObjective, adversarial
 from ear_vae.losses.balancer import LossBalancer
-from ear_vae.losses.objective import ADVERSARIAL_TERMS, DEFAULT_WINDOW_SIZES, MagnitudeChannels, Weighting
+from ear_vae.losses.objective import (
+    ADVERSARIAL_TERMS,
+    DEFAULT_LOSS_WEIGHTS,
+    DEFAULT_WINDOW_SIZES,
+    MagnitudeChannels,
+    Weighting,
+)
 from ear_vae.training import filter_bank
 from ear_vae.training.average import AveragedWeights
+from ear_vae.training.checkpoint import FACTS, changes, require_moments, require_state
 from ear_vae.training.data import AudioDataModule
 from ear_vae.training.optimization import OptimizerConfig, SkippedSteps, trained
 from ear_vae.training.training_state import load_training_state, restore_moments
 from ear_vae.training.weight_norm import apply_weight_norm, load_plain_weights, plain_weights
 from ear_vae.vae import EarVAE, Reconstruction
 
+_LOG = logging.getLogger(__name__)
 _FILTER_BANK_SEGMENTS = 192
 _FILTER_BANK_FRAMES = 96
 # Terms that are no function of the rebuilt audio; the balancer leaves them as they are.
@@ -77,24 +86,26 @@ class EarVAEModule(L.LightningModule):
         config: Architecture of a new model, the published one by default.
         pretrained: Name or folder of a model to continue from, instead of `config`.
         variant: Which model of `pretrained`, where it holds several.
-        training_state: File that `ear-vae release --training-state` wrote: the raw weights, discriminator
-            and optimizers to go on with.
+        training_state: File that `ear-vae release --training-state` wrote beside `pretrained`: the raw
+            weights, discriminator and optimizers to go on with.
         objective: The loss terms.
         optimizer: Of the VAE.
-        discriminator: Its architecture; without one the adversarial terms are left out.
-        discriminator_optimizer: Of the discriminator.
+        discriminator: Its architecture; without one the adversarial terms are left out, and may not be given
+            weights.
+        discriminator_optimizer: Of the discriminator, if there is one.
         adversarial_after: Steps in which a discriminator learns alone before its terms count.
         average_decay: Of the moving average of the VAE's weights; 0 for none.
         train_encoder: False keeps the encoder, and with it the latents, exactly as they are.
-        initialization: Of a new model: `random`, or `filter_bank` (see `ear_vae.training.filter_bank`),
-            which needs the Trainer's data to choose its bands from.
+        initialization: Of a new model: `random`, the default, or `filter_bank` (see
+            `ear_vae.training.filter_bank`), which needs the Trainer's data to choose its bands from.
         gradient_checkpointing: Compute activations again on the way back instead of keeping them, see
             `EarVAE.gradient_checkpointing`.
         max_skipped_steps: Steps in a row whose gradient is not finite before training stops.
         seed: Of the draws from the posterior.
 
     Raises:
-        EarVAEError: Both `config` and `pretrained`, an unknown loss term, or a value out of range.
+        EarVAEError: An argument that would do nothing beside the others, such as both `config` and
+            `pretrained`; an unknown loss term, no terms, or a value out of range.
     """
 
     def __init__(
@@ -110,30 +121,42 @@ class EarVAEModule(L.LightningModule):
         adversarial_after: int = 0,
         average_decay: float = 0.999,
         train_encoder: bool = True,
-        initialization: Literal["random", "filter_bank"] = "random",
+        initialization: Literal["random", "filter_bank"] | None = None,
         gradient_checkpointing: bool = False,
         max_skipped_steps: int = 20,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        if config is not None and pretrained is not None:
-            raise EarVAEError("give either a config for a new model or a pretrained one to continue from")
-        if initialization not in ("random", "filter_bank"):
+        if initialization not in (None, "random", "filter_bank"):
             raise EarVAEError(f"initialization must be random or filter_bank, got {initialization!r}")
         if not 0 <= average_decay < 1:
             raise EarVAEError(f"average_decay must be in [0, 1), got {average_decay}")
-        if adversarial_after < 0 or max_skipped_steps < 1:
-            raise EarVAEError("adversarial_after must be 0 or more and max_skipped_steps at least 1")
-        if not train_encoder and pretrained is None:
-            raise EarVAEError("an encoder that is not trained must come from a pretrained model")
+        if adversarial_after < 0 or max_skipped_steps < 1 or seed < 0:
+            raise EarVAEError("adversarial_after and seed must be 0 or more and max_skipped_steps at least 1")
+        if pretrained is None:
+            if not train_encoder:
+                raise EarVAEError("an encoder that is not trained must come from a pretrained model")
+            if variant is not None:
+                raise EarVAEError("variant chooses among the models of pretrained, which is missing")
+            if training_state is not None:
+                raise EarVAEError(
+                    "training_state goes on with the model that was released with it; give that as pretrained"
+                )
+        elif config is not None:
+            raise EarVAEError("give either a config for a new model or a pretrained one to continue from")
+        elif initialization is not None:
+            raise EarVAEError("initialization is of a new model; a pretrained one has its weights")
+        weights = _weights_in_use(
+            objective.weights, discriminator is not None, adversarial_after, train_encoder
+        )
         self.vae = (
             EarVAE(config) if pretrained is None else EarVAE.from_pretrained(pretrained, variant=variant)
         )
         self.vae.train().requires_grad_(True)
         self.vae.gradient_checkpointing = gradient_checkpointing
         self.average = AveragedWeights(self.vae, average_decay) if average_decay else None
-        self.initialization = initialization if pretrained is None else "random"
+        self.initialization = initialization or ("random" if pretrained is None else "pretrained")
         self.train_encoder = train_encoder
         # A kernel g · v / ‖v‖ is rounded anew: what must stay bit for bit stays as it is.
         self.normalized = self.vae if train_encoder else self.vae.decoder
@@ -141,7 +164,7 @@ class EarVAEModule(L.LightningModule):
         apply_weight_norm(self.normalized)
         self.objective = ReconstructionObjective(
             self.vae.sample_rate,
-            weights=objective.weights,
+            weights=weights,
             window_sizes=objective.window_sizes,
             weighting=objective.weighting,
             magnitude_channels=objective.magnitude_channels,
@@ -194,8 +217,6 @@ class EarVAEModule(L.LightningModule):
             logged["discriminator"] = loss
             logged["discriminator_gradient_norm"] = self._descend(loss, *others)
         terms = self.objective.terms(estimate, batch, posterior)
-        if not self.train_encoder:
-            terms.pop("kl", None)
         terms |= self._adversarial_terms(estimate, batch)
         logged |= terms
         logged["total"] = self.objective.total(terms)
@@ -251,14 +272,20 @@ class EarVAEModule(L.LightningModule):
         """Writes the trained model as a folder that `EarVAE.from_pretrained` loads.
 
         Raises:
-            EarVAEError: The folder cannot be written to.
+            EarVAEError: The folder cannot be written to, or the weights hold NaN or infinity.
         """
-        self.folded(Path(directory).name).save_pretrained(directory)
+        vae = self.folded(Path(directory).name)
+        if broken := [name for name, tensor in vae.state_dict().items() if not bool(tensor.isfinite().all())]:
+            raise EarVAEError(
+                f"{directory}: not written: {len(broken)} weights hold NaN or infinity, such as {broken[0]}; "
+                "go on from an earlier checkpoint with a lower learning rate"
+            )
+        vae.save_pretrained(directory)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what tells a checkpoint from one of another model, and what its release will want to know."""
         metrics = self.trainer.callback_metrics
-        checkpoint["ear_vae"] = {
+        checkpoint[FACTS] = {
             **self._facts(),
             "skipped": [counter.total for counter in self.skipped.values()],
             "trained": {what: _trained_names(network) for what, network in self._networks().items()},
@@ -267,23 +294,32 @@ class EarVAEModule(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another architecture.
+        """Refuses a checkpoint of another architecture, and names settings that are not those of its run.
 
         Raises:
-            EarVAEError: The checkpoint's architecture differs, or it is not one of this module.
+            EarVAEError: The checkpoint's architecture differs, it is damaged or not one of this module.
         """
-        saved = dict(checkpoint.get("ear_vae") or {})
-        skipped = saved.pop("skipped", [])
+        saved = dict(checkpoint.get(FACTS) or {})
         facts = self._facts()
         different = [name for name in facts if saved.get(name) != facts[name]]
         if different:
             raise EarVAEError(
                 "the checkpoint is of another architecture or training: "
-                + "; ".join(f"{n}: {saved.get(n)} there, {facts[n]} here" for n in different)
+                + "; ".join(_difference(name, saved.get(name), facts[name]) for name in different)
                 + "; resume with the config it was made with, or start from the model it exported"
             )
-        for counter, total in zip(self.skipped.values(), skipped, strict=True):
+        where = self.trainer.ckpt_path or "the checkpoint"
+        require_state(where, checkpoint["state_dict"], self.state_dict())
+        require_moments(where, checkpoint)
+        for counter, total in zip(self.skipped.values(), saved["skipped"], strict=False):
             counter.total = total
+        changed = changes(saved["settings"], self._settings())
+        if changed and self.trainer.is_global_zero:
+            _LOG.warning(
+                "resuming with other settings than the checkpoint's: %s; of an optimizer's, learning_rate, "
+                "betas and weight_decay stay as they are in the checkpoint",
+                changed,
+            )
 
     def _facts(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be resumed from."""
@@ -306,8 +342,6 @@ class EarVAEModule(L.LightningModule):
     def _settings(self) -> dict[str, str]:
         """How the weights came about, for the model card."""
         weights = {name: weight for name, weight in self.objective.weights.items() if weight}
-        if self.discriminator is None:
-            weights = {name: weight for name, weight in weights.items() if name not in ADVERSARIAL_TERMS}
         settings = {
             "loss weights": ", ".join(f"{name} {weight:g}" for name, weight in weights.items()),
             "weighting": self.objective.weighting,
@@ -340,21 +374,23 @@ class EarVAEModule(L.LightningModule):
         return torch.randn(like.shape, generator=torch.Generator().manual_seed(state)).to(like)
 
     def _adversarial_terms(self, estimate: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Those with a weight above 0, once they count."""
         if self.discriminator is None or self.trainer.global_step < self.adversarial_after:
             return {}
+        terms = {}
         self.discriminator.requires_grad_(False)
         judged_estimate = self.discriminator(estimate)
-        with torch.no_grad():
-            judged_target = self.discriminator(target)
+        if self.objective.weights["adversarial"]:
+            terms["adversarial"] = adversarial.adversarial(judged_estimate)
+        if self.objective.weights["feature_matching"]:
+            with torch.no_grad():
+                judged_target = self.discriminator(target)
+            terms["feature_matching"] = adversarial.feature_matching(judged_estimate, judged_target)
         self.discriminator.requires_grad_(True)
-        return {
-            "adversarial": adversarial.adversarial(judged_estimate),
-            "feature_matching": adversarial.feature_matching(judged_estimate, judged_target),
-        }
+        return terms
 
     def _terms_of_output(self) -> list[str]:
-        absent = {*_PENALTIES, *(() if self.discriminator is not None else ADVERSARIAL_TERMS)}
-        return [name for name, weight in self.objective.weights.items() if weight and name not in absent]
+        return [name for name, weight in self.objective.weights.items() if weight and name not in _PENALTIES]
 
     def _balanced(self, terms: Mapping[str, Tensor], estimate: Tensor) -> Tensor:
         """A scalar whose gradient is the balanced one; its value means nothing."""
@@ -417,6 +453,46 @@ class EarVAEModule(L.LightningModule):
                 batch_size=1,
                 sync_dist=stage != "train",
             )
+
+
+def _weights_in_use(
+    given: Mapping[str, float], has_discriminator: bool, adversarial_after: int, train_encoder: bool
+) -> dict[str, float]:
+    """Of every term, with 0 for those that this training cannot have.
+
+    Raises:
+        EarVAEError: One of these was given a weight, or no term has one.
+    """
+    if not has_discriminator and adversarial_after:
+        raise EarVAEError("adversarial_after is of a discriminator's terms, but there is no discriminator")
+    absent = {
+        **({} if has_discriminator else dict.fromkeys(ADVERSARIAL_TERMS, "there is no discriminator")),
+        **({} if train_encoder else {"kl": "the encoder, which it acts on, is not trained"}),
+    }
+    for name, reason in absent.items():
+        if given.get(name):
+            raise EarVAEError(f"the loss term {name} has the weight {given[name]:g}, but {reason}")
+    weights = {**DEFAULT_LOSS_WEIGHTS, **given, **dict.fromkeys(absent, 0.0)}
+    if has_discriminator and not any(weights[name] for name in ADVERSARIAL_TERMS):
+        raise EarVAEError(
+            f"nothing learns from the discriminator: the weights of {' and '.join(ADVERSARIAL_TERMS)} are 0; "
+            "give one of them a weight, or leave the discriminator out"
+        )
+    first = [
+        n for n, weight in weights.items() if weight and not (adversarial_after and n in ADVERSARIAL_TERMS)
+    ]
+    if not first:
+        raise EarVAEError(
+            "there is nothing to minimise: no loss term has a weight"
+            + (f" in the first {adversarial_after} steps" if any(weights.values()) else "")
+        )
+    return weights
+
+
+def _difference(name: str, there: Any, here: Any) -> str:
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        return f"{name}: {changes(there, here) or 'of other fields'}"
+    return f"{name}: {there} there, {here} here"
 
 
 def _trained_names(network: nn.Module) -> list[str]:

@@ -36,11 +36,13 @@ class OptimizerConfig:
     gradient_clip: float = 10.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.learning_rate) and self.learning_rate >= 0 and self.weight_decay >= 0):
+        if not (0 <= self.learning_rate < math.inf and 0 <= self.weight_decay < math.inf):
             raise EarVAEError(
-                "learning_rate and weight_decay must be 0 or more, "
+                "learning_rate and weight_decay must be finite and 0 or more, "
                 f"got {self.learning_rate} and {self.weight_decay}"
             )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise EarVAEError(f"betas must be in [0, 1), got {list(self.betas)}")
         if self.warmup_steps < 0 or not 0 <= self.final_fraction <= 1 or not self.gradient_clip > 0:
             raise EarVAEError(
                 "warmup_steps must be 0 or more, final_fraction within [0, 1] and gradient_clip above 0, "

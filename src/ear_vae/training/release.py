@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ear_vae._files import atomic_path
 from ear_vae.config import EarVAEConfig
 from ear_vae.errors import EarVAEError
+from ear_vae.training.checkpoint import FACTS, read_checkpoint, require_moments, require_state
 from ear_vae.training.training_state import TRAINING_STATE_FILE, save_training_state
 from ear_vae.training.weight_norm import apply_weight_norm, plain_weights
 from ear_vae.vae import EarVAE
-from ear_vae.weights import CARD_FILE, CONFIG_FILE, model_card
+from ear_vae.weights import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, expected_shapes, model_card, require_fit
 
 
 def release(
@@ -29,6 +30,8 @@ def release(
     overwrite: bool = False,
 ) -> Path:
     """Turns a training checkpoint into a folder for `EarVAE.from_pretrained` and the Hub.
+
+    A new folder appears only once all of it is written and the model in it was loaded.
 
     Args:
         checkpoint: A `.ckpt` file that `ear-vae fit` wrote.
@@ -43,58 +46,97 @@ def release(
         The directory.
 
     Raises:
-        EarVAEError: The checkpoint is unreadable or of another program, the directory holds a model already
-            or cannot be written to.
+        EarVAEError: The checkpoint is unreadable, damaged or of another program, its weights are not finite,
+            the directory holds one of the files already or cannot be written to.
     """
     checkpoint, directory = Path(checkpoint), Path(directory)
-    content = _read(checkpoint)
-    if (directory / CONFIG_FILE).exists() and not overwrite:
-        raise EarVAEError(f"{directory}: holds a model already; remove it, or overwrite it (--force)")
-    state: dict[str, Tensor] = content["state_dict"]
-    config = EarVAEConfig.from_dict(content["ear_vae"]["config"])
-    vae = EarVAE(config, name=name or directory.name)
-    average = {
-        key: state[f"average.network.{key}"] for key in vae.state_dict() if averaged and _has_average(state)
-    }
-    vae.load_state_dict(
-        average or _folded(config, state, frozen_encoder=not content["ear_vae"]["train_encoder"])
-    )
-    vae.save_pretrained(directory)
-    with atomic_path(directory / CARD_FILE, overwrite=True) as temporary:
-        temporary.write_text(_card(vae, content, "average of the" if average else "last"), encoding="utf-8")
-    if training_state:
-        save_training_state(content, directory / TRAINING_STATE_FILE)
+    written = [WEIGHTS_FILE, CARD_FILE, CONFIG_FILE]
+    written += [TRAINING_STATE_FILE] if training_state else []
+    if not overwrite and (there := [file for file in sorted(written) if (directory / file).exists()]):
+        raise EarVAEError(
+            f"{directory}: holds {'a model' if CONFIG_FILE in there else there[0]} already; "
+            "remove it, or overwrite it (--force)"
+        )
+    content = read_checkpoint(checkpoint)
+    averaged = averaged and "average.updates" in content["state_dict"]
+    vae = _model(checkpoint, content, averaged=averaged, name=name or directory.resolve().name)
+    require_moments(checkpoint, content)
+    with _complete_folder(directory, last=CONFIG_FILE) as folder:
+        card = _card(vae, content, "average of the" if averaged else "last")
+        (folder / CARD_FILE).write_text(card, encoding="utf-8")
+        vae.save_pretrained(folder)
+        if training_state:
+            save_training_state(content, folder / TRAINING_STATE_FILE)
+        loaded = EarVAE.from_pretrained(folder).state_dict()
+        if not all(torch.equal(loaded[key], tensor) for key, tensor in vae.state_dict().items()):
+            raise EarVAEError(
+                f"{directory}: what was written is not what was meant to be; is the disk damaged?"
+            )
     return directory
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _model(path: Path, content: Mapping[str, Any], *, averaged: bool, name: str) -> EarVAE:
+    """The model in a checkpoint.
+
+    Raises:
+        EarVAEError: Its weights are not those of its config, or not finite.
+    """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise EarVAEError(f"{path}: no such file") from None
-    except Exception as error:  # torch has many ways to say that a file is no checkpoint
-        raise EarVAEError(f"{path}: not a checkpoint that can be read safely: {error}") from error
-    if not isinstance(content, dict) or not {"state_dict", "ear_vae", "optimizer_states"} <= content.keys():
-        raise EarVAEError(f"{path}: not a checkpoint of ear-vae fit")
-    return content
+        config = EarVAEConfig.from_dict(content[FACTS]["config"])
+    except EarVAEError as error:
+        raise EarVAEError(f"{path}: {error}") from error
+    prefix = "average.network." if averaged else "vae."
+    state = {
+        key.removeprefix(prefix): tensor
+        for key, tensor in content["state_dict"].items()
+        if key.startswith(prefix)
+    }
+    shapes = expected_shapes(config, path=path)
+    if averaged:
+        require_fit(path, state, shapes)
+    else:
+        # Takes memory only once the tensors turn out to be those of the config.
+        with torch.device("meta"):
+            network = EarVAE(config)
+            apply_weight_norm(network if content[FACTS]["train_encoder"] else network.decoder)
+        require_state(path, state, network.state_dict())
+        network.load_state_dict(state, assign=True)
+        state = plain_weights(network, shapes)
+        require_fit(path, state, shapes)
+    vae = EarVAE(config, name=name)
+    vae.load_state_dict(state)
+    return vae
 
 
-def _has_average(state: Mapping[str, Tensor]) -> bool:
-    return "average.updates" in state
+@contextmanager
+def _complete_folder(directory: Path, *, last: str) -> Iterator[Path]:
+    """An empty folder beside `directory` whose files go there once the block has written all of them.
 
+    A new directory appears with all of them at once; in one that is there, they replace those of the same
+    names one by one, `last` last.
 
-def _folded(config: EarVAEConfig, state: Mapping[str, Tensor], *, frozen_encoder: bool) -> dict[str, Tensor]:
-    network = EarVAE(config)
-    names = list(network.state_dict())
-    apply_weight_norm(network.decoder if frozen_encoder else network)
-    network.load_state_dict(
-        {key.removeprefix("vae."): v for key, v in state.items() if key.startswith("vae.")}
-    )
-    return plain_weights(network, names)
+    Raises:
+        EarVAEError: The directory cannot be written to.
+    """
+    try:
+        target = directory.resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".ear-vae-", dir=target.parent) as temporary:
+            # One level below, with the permissions of any new folder; that of `tempfile` is private.
+            folder = Path(temporary) / "folder"
+            folder.mkdir()
+            yield folder
+            if not target.exists():
+                folder.rename(target)
+                return
+            for file in sorted(folder.iterdir(), key=lambda file: file.name == last):
+                os.replace(file, target / file.name)
+    except OSError as error:
+        raise EarVAEError(f"{directory}: cannot be written to: {error.strerror or error}") from error
 
 
 def _card(vae: EarVAE, content: Mapping[str, Any], which: str) -> str:
-    facts = content["ear_vae"]
+    facts = content[FACTS]
     discriminator = facts["discriminator"]
     rows = {
         "steps": content["global_step"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -46,7 +47,7 @@ class Augmentation:
     speed: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.gain_db < 0:
+        if not 0 <= self.gain_db < math.inf:
             raise EarVAEError(f"gain_db must be 0 or more, got {self.gain_db}")
         for name in ("swap_channels", "invert_polarity"):
             if not 0 <= getattr(self, name) <= 1:
@@ -105,7 +106,9 @@ class SegmentDataset(Dataset[Tensor]):
         self.min_level = 0.0 if min_level_db is None else 10 ** (min_level_db / 20)
         self.mono = mono
         self._length = length
-        shares = np.cumsum([file.duration_seconds * file.weight for file in files])
+        # Relative to the largest, so that no sum of weights overflows.
+        largest = max(file.weight for file in files)
+        shares = np.cumsum([file.duration_seconds * (file.weight / largest) for file in files])
         self._shares = shares / shares[-1]
         self._reported: set[int] = set()
 

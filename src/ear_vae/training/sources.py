@@ -8,17 +8,19 @@ import json
 import logging
 import math
 import os
+import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any, Literal
 
 import torch
 
 from ear_vae._files import atomic_path
-from ear_vae.audio import audio_info, find_audio_files, read_audio
+from ear_vae.audio import AUDIO_EXTENSIONS, HIGHEST_RATE, LOWEST_RATE, audio_info, read_audio
 from ear_vae.dsp.bandwidth import bandwidth_hz
 from ear_vae.errors import EarVAEError
 
@@ -28,6 +30,8 @@ _BANDWIDTH_EXCERPTS, _BANDWIDTH_SECONDS = 6, 1.0
 _CACHE_VERSION = 2
 # So that a folder of ten thousand unreadable files does not hide everything else that is said.
 _MOST_REPORTED = 10
+# No format packs as many samples into a byte; who remembers more has not looked at the file.
+_MOST_SAMPLES_PER_BYTE = 2**14
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ def find_files(sources: Sequence[Path], policy: Policy, *, cache_dir: Path | Non
     What is left out is reported through `logging`.
 
     Args:
-        sources: Folders, which are searched recursively, and manifests.
+        sources: Folders, which are searched recursively but for what is hidden, and manifests.
         policy: What to leave out.
         cache_dir: Where the cache is kept; `~/.cache/ear-vae`, or below `XDG_CACHE_HOME`, by default.
 
@@ -151,17 +155,45 @@ def _report(what: str, entries: Sequence[str]) -> None:
 def _listed(source: Path) -> Iterable[tuple[Path, float]]:
     """Paths and weights of one source."""
     if source.is_dir():
-        return [(path, 1.0) for path in find_audio_files(source)]
+        return [(path, 1.0) for path in _audio_below(source)]
     if not source.exists():
         raise EarVAEError(f"{source}: does not exist; give a folder of audio or a manifest")
+    if not source.is_file():
+        raise EarVAEError(f"{source}: neither a folder nor a file")
     readers = {".csv": _csv_rows, ".jsonl": _json_rows}
     if source.suffix.lower() not in readers:
         raise EarVAEError(f"{source}: not a folder, and a manifest ends in .csv or .jsonl")
     try:
         rows = readers[source.suffix.lower()](source)
-    except (OSError, ValueError) as error:
+    except UnicodeDecodeError as error:
+        raise EarVAEError(
+            f"{source}: is not UTF-8 at byte {error.start}; save the manifest as UTF-8"
+        ) from None
+    except RecursionError:
+        raise EarVAEError(f"{source}: cannot be read as a manifest: nested too deeply") from None
+    except (OSError, ValueError, csv.Error) as error:
         raise EarVAEError(f"{source}: cannot be read as a manifest: {error}") from error
     return [_entry(source, line, row) for line, row in rows]
+
+
+def _audio_below(folder: Path) -> list[Path]:
+    """Regular files with the extension of audio, sorted; what cannot be looked into is reported."""
+    found: list[Path] = []
+    others: list[Path] = []
+    closed: list[str] = []
+    for place, folders, names in os.walk(
+        folder, onerror=lambda error: closed.append(f"{error.filename}: {error.strerror}")
+    ):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            path = Path(place, name)
+            if name.startswith(".") or path.suffix.lower() not in AUDIO_EXTENSIONS:
+                continue
+            # A pipe would be waited for, without end; what is not accessible is said with its reason later.
+            (found if os.path.isfile(path) or not os.path.exists(path) else others).append(path)
+    _report("unreadable folder", sorted(closed))
+    _report("not a regular file", sorted(map(str, others)))
+    return sorted(found)
 
 
 def _csv_rows(manifest: Path) -> list[tuple[int, Mapping[str, Any]]]:
@@ -171,7 +203,8 @@ def _csv_rows(manifest: Path) -> list[tuple[int, Mapping[str, Any]]]:
 
 
 def _json_rows(manifest: Path) -> list[tuple[int, Mapping[str, Any]]]:
-    lines = manifest.read_text(encoding="utf-8-sig").splitlines()
+    # Not `splitlines`, which also splits at characters that JSON allows within a text.
+    lines = manifest.read_text(encoding="utf-8-sig").split("\n")
     return [(number, json.loads(line)) for number, line in enumerate(lines, 1) if line.strip()]
 
 
@@ -180,13 +213,15 @@ def _entry(manifest: Path, line: int, row: Any) -> tuple[Path, float]:
     path = row.get("path") if isinstance(row, Mapping) else None
     if not isinstance(path, str) or not path:
         raise EarVAEError(f"{where}: has no 'path'; each line names a file, and a .csv its columns first")
+    if "\0" in path:
+        raise EarVAEError(f"{where}: the path {shortened(path)} holds a NUL character, which no path can")
     given = row.get("weight")
     try:
         weight = 1.0 if given in (None, "") else float(given)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         weight = math.nan
     if not 0 <= weight < math.inf:
-        raise EarVAEError(f"{where}: weight must be a number of 0 or more, got {given!r}")
+        raise EarVAEError(f"{where}: weight must be a number of 0 or more, got {shortened(given)}")
     return manifest.parent / path, weight
 
 
@@ -203,17 +238,20 @@ class _Cache:
 
     def __init__(self, folder: Path, sources: Sequence[Path]) -> None:
         identity = "\n".join([str(_CACHE_VERSION), *(str(source.resolve()) for source in sources)])
-        self.path = folder / f"audio-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
+        self.path = folder / f"audio-{hashlib.sha256(os.fsencode(identity)).hexdigest()[:16]}.json"
         self.known: dict[str, Any] = {}
         self.used: dict[str, Any] = {}
         # None yet, or damaged: everything is looked up.
-        with suppress(OSError, ValueError, TypeError):
-            self.known = dict(json.loads(self.path.read_text(encoding="utf-8")))
+        with suppress(OSError, ValueError, TypeError, RecursionError):
+            if self.path.is_file():
+                self.known = dict(json.loads(self.path.read_text(encoding="utf-8")))
 
     def examined(self, path: Path, *, measure: bool) -> AudioFile | EarVAEError:
         """What is known of a file, or looked up now; why it cannot be used."""
         try:
             status = path.stat()
+            if not stat.S_ISREG(status.st_mode):
+                return EarVAEError(f"{path}: is not a regular file")
             stamp = [status.st_size, status.st_mtime_ns]
             file = self._remembered(path, stamp)
             if file is None:
@@ -223,6 +261,8 @@ class _Cache:
                 file = replace(file, bandwidth_hz=_bandwidth_of(file))
         except OSError as error:
             return EarVAEError(f"{path}: {error.strerror or error}")
+        except UnicodeError as error:
+            return EarVAEError(f"{path}: its name cannot be given to the system: {error}")
         except EarVAEError as error:
             return error
         facts = {key: value for key, value in asdict(file).items() if key not in ("path", "weight")}
@@ -241,13 +281,22 @@ class _Cache:
             _LOG.warning("the lengths of the audio files are not remembered: %s", error)
 
     def _remembered(self, path: Path, stamp: list[int]) -> AudioFile | None:
+        """What is known of the file as it is now, if all of it can be true."""
         entry = self.known.get(str(path.resolve()))
         if not isinstance(entry, dict) or entry.get("stamp") != stamp:
             return None
-        try:
-            return AudioFile(path, **{key: value for key, value in entry.items() if key != "stamp"})
-        except TypeError:  # of another version
+        rate, length, channels = (entry.get(name) for name in ("sample_rate", "num_samples", "channels"))
+        # Not `isinstance`, for which True is 1.
+        if not type(rate) is type(length) is type(channels) is int:
             return None
+        if not LOWEST_RATE <= rate <= HIGHEST_RATE or channels not in (1, 2):
+            return None
+        if not 0 < length <= stamp[0] * _MOST_SAMPLES_PER_BYTE:
+            return None
+        bandwidth = entry.get("bandwidth_hz")
+        if bandwidth is not None and not (isinstance(bandwidth, float) and 0 <= bandwidth <= rate / 2):
+            return None
+        return AudioFile(path, rate, length, channels, bandwidth)
 
 
 def _bandwidth_of(file: AudioFile) -> float:

@@ -24,7 +24,7 @@ def save_training_state(checkpoint: Mapping[str, Any], path: Path) -> None:
     """Writes the training state in the content of a checkpoint; an existing file is replaced.
 
     Raises:
-        EarVAEError: The file cannot be written.
+        EarVAEError: The file cannot be written, or an optimizer has not taken a step yet.
     """
     metadata = {"format": _FORMAT, "step": str(checkpoint["global_step"])}
     with atomic_path(path, overwrite=True) as temporary:
@@ -93,6 +93,10 @@ def _tensors(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     kept = {key: v.contiguous() for key, v in state.items() if key.partition(".")[0] in _PARTS}
     trained = checkpoint["ear_vae"]["trained"]
     for (part, parameters), optimizer in zip(trained.items(), checkpoint["optimizer_states"], strict=True):
+        if not optimizer["state"]:
+            raise EarVAEError(
+                f"the optimizer of the {part} has not taken a step, so it has no state to go on with"
+            )
         for index, parameter in enumerate(parameters):
             for moment in _MOMENTS:
                 kept[f"{part}/{parameter}/{moment}"] = optimizer["state"][index][moment].contiguous()

@@ -1,0 +1,168 @@
+"""Reading the checkpoints of `ear-vae fit`: without running what is in them, and whole or not at all."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ear_vae.errors import EarVAEError
+from ear_vae.weights import require_fit
+
+# What our module adds to Lightning's content.
+FACTS = "ear_vae"
+_CONTENT: dict[str, type | tuple[type, ...]] = {
+    "pytorch-lightning_version": str,
+    "epoch": int,
+    "global_step": int,
+    "state_dict": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "loops": dict,
+    FACTS: dict,
+}
+_FACTS: dict[str, type | tuple[type, ...]] = {
+    "config": dict,
+    "discriminator": (dict, type(None)),
+    "train_encoder": bool,
+    "skipped": list,
+    "trained": dict,
+    "settings": dict,
+    "validation": dict,
+}
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint, on the CPU.
+
+    Args:
+        path: A `.ckpt` file that `ear-vae fit` wrote.
+
+    Raises:
+        EarVAEError: There is no such file, it is cut off or damaged, holds objects that only running
+            code could restore, or is not a checkpoint of `ear-vae fit`.
+    """
+    if not path.is_file():
+        raise EarVAEError(
+            f"{path}: {'not a file' if path.exists() else 'no such file'}; expected a checkpoint"
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise EarVAEError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # torch has many ways to say it, some of which advise to run what is there
+        raise EarVAEError(f"{path}: {_what_it_is(path, error)}") from error
+    if not _has(content, _CONTENT) or not _has(content[FACTS], _FACTS):
+        raise EarVAEError(f"{path}: is not a checkpoint of ear-vae fit")
+    facts = content[FACTS]
+    data = content.get("AudioDataModule", {})
+    listed = [content["state_dict"].values(), facts["skipped"], facts["validation"].values()]
+    if not isinstance(data, dict) or not all(
+        isinstance(value, kind)
+        for values, kind in zip(listed, (Tensor, int, float), strict=True)
+        for value in values
+    ):
+        raise EarVAEError(f"{path}: damaged: its values are not of the types that ear-vae fit writes")
+    return content
+
+
+def require_moments(path: Path | str, content: Mapping[str, Any]) -> None:
+    """Refuses states of optimizers that are not those of the trained parameters.
+
+    Args:
+        path: Of the checkpoint, for messages.
+        content: Of the checkpoint.
+
+    Raises:
+        EarVAEError: An optimizer lacks a parameter, has one too many, or its moments are of another shape.
+    """
+    trained, states = content[FACTS]["trained"], content["optimizer_states"]
+    weights = content["state_dict"]
+    fits = len(trained) == len(states) == len(content["lr_schedulers"]) and all(
+        _fits_optimizer([weights.get(f"{network}.{name}") for name in names], state)
+        for (network, names), state in zip(trained.items(), states, strict=True)
+    )
+    if not fits:
+        raise EarVAEError(f"{path}: damaged: the states of its optimizers are not those of its weights")
+
+
+def require_state(path: Path | str, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Refuses tensors of other names, shapes or kinds than the expected ones, and floats that are not finite.
+
+    Args:
+        path: Of the checkpoint, for messages.
+        state: What it holds.
+        expected: What it should hold; of these only names, shapes and dtypes are read.
+
+    Raises:
+        EarVAEError: Lists what is wrong.
+    """
+    counters = {name for name, tensor in expected.items() if not tensor.is_floating_point()}
+    floats = {name: tensor for name, tensor in state.items() if name not in counters}
+    require_fit(Path(path), floats, {name: t.shape for name, t in expected.items() if name not in counters})
+    for name in sorted(counters):
+        if name not in state or (state[name].shape, state[name].dtype) != (
+            expected[name].shape,
+            expected[name].dtype,
+        ):
+            raise EarVAEError(f"{path}: the weights do not fit the config: {name} is missing or no counter")
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs, for people to read; nothing of what only one of them has.
+
+    Args:
+        before: Values by name, as in a checkpoint.
+        now: Values by name.
+    """
+    return "; ".join(
+        f"{name}: {before[name]} there, {value} here"
+        for name, value in now.items()
+        if name in before and before[name] != value
+    )
+
+
+def _has(content: Any, fields: Mapping[str, type | tuple[type, ...]]) -> bool:
+    return isinstance(content, dict) and all(
+        isinstance(content.get(name, ...), kind) for name, kind in fields.items()
+    )
+
+
+def _what_it_is(path: Path, error: Exception) -> str:
+    if path.stat().st_size == 0:
+        return "is empty (0 bytes)"
+    with path.open("rb") as file:
+        is_archive = file.read(4) == b"PK\x03\x04"
+    if not is_archive:
+        return "is not a checkpoint"
+    if isinstance(error, pickle.UnpicklingError):
+        return (
+            "holds objects that only running code from the file could restore, which is never done; "
+            "ear-vae fit writes none"
+        )
+    return "is cut off or damaged; take the checkpoint before it, or copy it again"
+
+
+def _fits_optimizer(weights: Sequence[Tensor | None], state: Any) -> bool:
+    """Whether it is the state of an AdamW of these weights; before its first step that has no moments."""
+    try:
+        groups, moments = state["param_groups"], state["state"]
+        if [index for group in groups for index in group["params"]] != list(range(len(weights))):
+            return False
+        return not moments or (
+            moments.keys() == set(range(len(weights)))
+            and all(
+                weight is not None
+                and moments[index]["exp_avg"].shape == moments[index]["exp_avg_sq"].shape == weight.shape
+                and moments[index]["step"].numel() == 1
+                for index, weight in enumerate(weights)
+            )
+        )
+    except (TypeError, KeyError, AttributeError):
+        return False
