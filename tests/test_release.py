@@ -180,8 +180,8 @@ def test_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str
     for name, message in (
         ("missing.ckpt", "no such file"),
         ("other.ckpt", "not a checkpoint of ear-vae fit"),
-        ("text.ckpt", "not a checkpoint that can be read safely"),
-        ("evil.ckpt", "not a checkpoint that can be read safely"),
+        ("text.ckpt", "refused, the pickle is damaged"),
+        ("evil.ckpt", "holds more than tensors"),
     ):
         assert main(["release", str(tmp_path / name), str(tmp_path / "model")]) == 1
         error = capsys.readouterr().err

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ear_vae._files import atomic_path
 from ear_vae.config import EarVAEConfig
 from ear_vae.errors import EarVAEError
+from ear_vae.official import load_tensors
 from ear_vae.training.training_state import TRAINING_STATE_FILE, save_training_state
 from ear_vae.training.weight_norm import apply_weight_norm, plain_weights
 from ear_vae.vae import EarVAE
@@ -68,12 +68,7 @@ def release(
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise EarVAEError(f"{path}: no such file") from None
-    except Exception as error:  # torch has many ways to say that a file is no checkpoint
-        raise EarVAEError(f"{path}: not a checkpoint that can be read safely: {error}") from error
+    content = load_tensors(path)
     if not isinstance(content, dict) or not {"state_dict", "ear_vae", "optimizer_states"} <= content.keys():
         raise EarVAEError(f"{path}: not a checkpoint of ear-vae fit")
     return content
