@@ -318,7 +318,7 @@ def test_rates_out_of_range_are_refused_before_any_work(rate: int, vae: EarVAE) 
         lambda: list(vae.encode_stream([audio], rate)),
     ):
         with pytest.raises(
-            EarVAEError, match="sample_rate must be (1000 to 768000 Hz|an integer), got"
+            EarVAEError, match=r"sample_rate must be (1000 to 768000 Hz|an integer), got"
         ) as caught:
             run()
         assert len(str(caught.value)) < 200
@@ -368,6 +368,7 @@ def test_torch_export_takes_it(trained: bool) -> None:
         torch.testing.assert_close(found.posterior.std, expected.posterior.std, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's, of attention under vmap
 @pytest.mark.parametrize("trained", [False, True])
 def test_torch_func_takes_it(trained: bool) -> None:
     """vmap against a batch, jvp and vjp against each other and against a difference, in float64."""
