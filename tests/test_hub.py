@@ -356,9 +356,7 @@ def test_a_wrong_checksum_is_refused_and_cured_by_force_download(
     variant = "ear_vae_44k" if source == OFFICIAL else None
     hub.faults = ["corrupt"] * 4
     for _ in range(2):
-        with pytest.raises(
-            EarVAEError, match=r"download is damaged .*also when fetched again.*force_download"
-        ):
+        with pytest.raises(EarVAEError, match=r"damaged .*also when fetched again.*force_download"):
             EarVAE.from_pretrained(source, variant=variant)
         hub.faults = hub.faults[:1]
     loaded = EarVAE.from_pretrained(source, variant=variant, force_download=True)
@@ -384,8 +382,7 @@ def test_what_is_damaged_in_the_cache_is_fetched_again_once(
     assert hub.downloads(file) == before + 1
     assert path.read_bytes() == content
     path.resolve().write_bytes(damaged)
-    hub.stop()
-    no_waiting(monkeypatch)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(EarVAEError, match=rf"{file}: the download is damaged .*fetching it again: "):
         EarVAE.from_pretrained(OURS)
 

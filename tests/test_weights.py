@@ -79,9 +79,7 @@ def test_weights_that_are_not_those_the_file_states_are_refused(folder: Path) ->
     content = bytearray(path.read_bytes())
     content[-1] ^= 0x08  # of the exponent of the last value, which stays finite
     path.write_bytes(content)
-    with pytest.raises(
-        EarVAEError, match=r"model\.safetensors: its weights have the fingerprint .*get it again"
-    ):
+    with pytest.raises(EarVAEError, match=r"model\.safetensors: its weights have .*get it again"):
         EarVAE.from_pretrained(folder)
 
 
@@ -89,9 +87,7 @@ def test_a_file_of_a_later_version_is_refused(folder: Path) -> None:
     path = folder / "model.safetensors"
     facts = json.dumps({"format": "ear-vae", "format_version": 2})
     save_file(load_file(path), path, metadata={"ear_vae": facts})
-    with pytest.raises(
-        EarVAEError, match=r"is 'ear-vae' of version 2, this ear-vae reads 'ear-vae' of version 1"
-    ):
+    with pytest.raises(EarVAEError, match=r"is 'ear-vae' of version 2, .* of version 1"):
         EarVAE.from_pretrained(folder)
 
 
@@ -105,10 +101,8 @@ def test_metadata_that_is_damaged(entry: str, folder: Path) -> None:
 
 
 def test_a_card_escapes_the_name_and_cuts_it(tmp_path: Path) -> None:
-    evil = (
-        "---\nlicense: mit\n---\r\n# <script>alert(1)</script> [x](http://e) **b** `c` \x1b[31m " + "y" * 500
-    )
-    EarVAE(TINY, name=evil).save_pretrained(tmp_path)
+    evil = "---\nlicense: mit\n---\r\n# <script>alert(1)</script> [x](http://e) **b** `c` \x1b[31m"
+    EarVAE(TINY, name=evil + 500 * "y").save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert card.count("---\n") == 2
     heading = next(line for line in card.splitlines() if line.startswith("# "))
@@ -266,6 +260,7 @@ def test_official_tensors_that_do_not_fit(folder: Path, tmp_path: Path, cache: P
             EarVAE.from_pretrained(tmp_path / "official", cache_dir=cache)
 
 
+@pytest.mark.filterwarnings("ignore:.*quantize")
 @pytest.mark.parametrize(
     "unusual",
     [

@@ -68,9 +68,9 @@ def load_pretrained(cls: type[EarVAE], checkpoint: Checkpoint) -> EarVAE:
     stated = facts.get("weights_sha256")
     if stated is not None and stated != (found := vae.weights_sha256):
         raise EarVAEError(
-            f"{path}: its weights have the fingerprint {found}, the file states {shown(stated)}: it is damaged, "
-            "or was changed after it was written; get it again (from the Hub with force_download=True), or write "
-            "changed weights with EarVAE.save_pretrained"
+            f"{path}: its weights have the fingerprint {found}, the file states {shown(stated)}: it is "
+            "damaged, or was changed after it was written; get it again (from the Hub with "
+            "force_download=True), or write changed weights with EarVAE.save_pretrained"
         )
     return vae
 
