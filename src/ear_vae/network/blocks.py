@@ -41,7 +41,7 @@ class Conv1d(nn.Conv1d):
             windows = functional.unfold(
                 x, (1, kernel), dilation=(1, dilation), padding=(0, padding[0]), stride=(1, stride)
             )
-            return _product(self.weight.flatten(1), windows, self.bias).unsqueeze(-2)
+            return _channels_last(_product(self.weight.flatten(1), windows, self.bias).unsqueeze(-2))
         return functional.conv2d(
             x,
             self.weight.unsqueeze(-2),
@@ -66,7 +66,7 @@ class ConvTranspose1d(nn.ConvTranspose1d):
             y = functional.fold(
                 windows, (1, length), (1, kernel), padding=(0, padding[0]), stride=(1, stride)
             )
-            return y if self.bias is None else y + self.bias[:, None, None]
+            return _channels_last(y if self.bias is None else y + self.bias[:, None, None])
         return functional.conv_transpose2d(
             x, self.weight.unsqueeze(-2), self.bias, stride=(1, stride), padding=(0, padding[0])
         )
@@ -75,6 +75,11 @@ class ConvTranspose1d(nn.ConvTranspose1d):
 def _few(x: Tensor, positions: int, out_channels: int) -> bool:
     """Whether a kernel outweighs the input's windows, so that reordering it would take the longer."""
     return x.device.type == "cpu" and x.shape[0] * positions < out_channels
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """[B, C, 1, N] as the next layer takes it; by hand, which torch.vmap takes too."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def _product(weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
