@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from ear_vae import EarVAE
 from ear_vae.audio import read_audio
@@ -35,10 +37,12 @@ def test_it_is_small_and_whole(vae: EarVAE) -> None:
         1024,
         64,
     )
-    # What the file says of its weights is what they are.
-    said = vae.weights_sha256
-    vae._fingerprint = None
+    # What the file says of its weights is what they are, and in every dtype.
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        said = json.loads(file.metadata()["ear_vae"])["weights_sha256"]
     assert vae.weights_sha256 == said
+    for dtype in ("bfloat16", "float64"):
+        assert EarVAE.from_pretrained("ear-vae-tiny", dtype=dtype).weights_sha256 == said
 
 
 def test_it_rebuilds_the_example(vae: EarVAE) -> None:

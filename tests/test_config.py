@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ear_vae import EarVAEConfig, EarVAEError
@@ -50,11 +51,19 @@ def test_round_trips_through_json(tmp_path: Path) -> None:
         ({"channels": 128.0}, "channels must be an integer, got 128.0"),
         ({"channels": True}, "channels must be an integer, got True"),
         ({"channels": None}, "channels must be an integer, got None"),
-        ({"channels": 0}, "channels must be at least 1, got 0"),
+        ({"channels": 0}, "channels must be 1 to 4096, got 0"),
         ({"sample_rate": float("nan")}, "sample_rate must be an integer, got nan"),
-        ({"sample_rate": -44_100}, "sample_rate must be at least 1"),
-        ({"latent_dim": 0}, "latent_dim must be at least 1"),
-        ({"audio_channels": 6}, "audio_channels must be 1 or 2, got 6"),
+        ({"sample_rate": -44_100}, "sample_rate must be 1000 to 768000 Hz, got -44100"),
+        ({"sample_rate": 10**12}, "sample_rate must be 1000 to 768000 Hz, got 1000000000000"),
+        ({"sample_rate": 10**400}, "sample_rate must be 1000 to 768000 Hz, got an integer of 1329 bits"),
+        ({"channels": 10**400}, "channels must be 1 to 4096, got an integer of 1329 bits"),
+        ({"channels": [[[[[[0]]]]]] * 1000}, "channels must be an integer, got [[[["),
+        ({"channels": 4096}, "are more than 16384"),
+        ({"strides": [2] * 3000, "channel_multipliers": [1] * 3000}, "has 3000 entries, 16 are the most"),
+        ({"strides": [10**400] * 5}, "at most 65536 samples per frame, got (an integer of 1329 bits"),
+        ({"strides": [64] * 5}, "at most 65536 samples per frame, got (64, 64, 64, 64, 64)"),
+        ({"latent_dim": 0}, "latent_dim must be 1 to 4096"),
+        ({"audio_channels": 6}, "audio_channels must be 1 to 2, got 6"),
         ({"strides": 8}, "strides must be a list of integers, got 8"),
         ({"strides": "24448"}, "strides must be a list of integers"),
         ({"strides": []}, "strides must be a list of integers, got []"),
@@ -80,6 +89,13 @@ def test_bad_values_are_named(changes: dict[str, Any], problem: str) -> None:
     with pytest.raises(EarVAEError) as caught:
         EarVAEConfig.from_dict(values)
     assert problem in str(caught.value)
+    assert len(str(caught.value)) < 250
+
+
+def test_integers_of_numpy_are_taken_and_kept_as_pythons() -> None:
+    config = EarVAEConfig(sample_rate=np.int64(48_000), strides=tuple(np.array([2, 4, 4, 4, 8])))
+    assert config == EarVAEConfig(sample_rate=48_000)
+    assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
 
 
 def test_the_head_size_is_free_without_a_transformer() -> None:
@@ -97,12 +113,17 @@ def test_unknown_and_missing_fields_are_named() -> None:
         EarVAEConfig.from_dict(values)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "3", "null", '"config"', "\x00"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "3", "null", '"config"', "\x00", "[" * 100_000, "1" * 5000, '{"a": ' * 900, " " * 2**21],
+)
 def test_files_that_are_no_config(content: str, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(content)
-    with pytest.raises(EarVAEError, match=r"config\.json: "):
+    with pytest.raises(EarVAEError, match=r"config\.json: ") as caught:
         EarVAEConfig.from_json(path)
+    assert "\n" not in str(caught.value)
+    assert "set_int_max_str_digits" not in str(caught.value)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

@@ -354,13 +354,37 @@ def test_a_wrong_checksum_is_refused_and_cured_by_force_download(
     source: str, ours: EarVAE, official: dict[str, EarVAE], hub: LoopbackHub
 ) -> None:
     variant = "ear_vae_44k" if source == OFFICIAL else None
-    hub.faults = ["corrupt"]
+    hub.faults = ["corrupt"] * 4
     for _ in range(2):
-        with pytest.raises(EarVAEError, match=r"download is damaged .*force_download=True"):
+        with pytest.raises(EarVAEError, match=r"damaged .*also when fetched again.*force_download"):
             EarVAE.from_pretrained(source, variant=variant)
+        hub.faults = hub.faults[:1]
     loaded = EarVAE.from_pretrained(source, variant=variant, force_download=True)
     assert_same(loaded, official[variant] if variant else ours)
     assert_same(EarVAE.from_pretrained(source, variant=variant), official[variant] if variant else ours)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("damage", ["truncate", "change"])
+def test_what_is_damaged_in_the_cache_is_fetched_again_once(
+    file: str, damage: str, ours: EarVAE, hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    EarVAE.from_pretrained(OURS)
+    path = tmp_path / "home/hub/models--someone--ours/snapshots" / FIRST / file
+    content = path.read_bytes()
+    changed = content.replace(b"44100", b"48000") if file == "config.json" else content[:-1] + b"\x01"
+    damaged = content[: len(content) // 2] if damage == "truncate" else changed
+    path.resolve().write_bytes(damaged)
+    with pytest.raises(EarVAEError, match=rf"{file}: the download is damaged .*force_download=True"):
+        EarVAE.from_pretrained(OURS, local_files_only=True)
+    before = hub.downloads(file)
+    assert_same(EarVAE.from_pretrained(OURS), ours)
+    assert hub.downloads(file) == before + 1
+    assert path.read_bytes() == content
+    path.resolve().write_bytes(damaged)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(EarVAEError, match=rf"{file}: the download is damaged .*fetching it again: "):
+        EarVAE.from_pretrained(OURS)
 
 
 def test_force_download_fetches_again(ours: EarVAE, hub: LoopbackHub) -> None:
@@ -527,6 +551,18 @@ def test_paths_in_a_config_stay_inside(
     for source in (tmp_path / "official", OFFICIAL):
         with pytest.raises(EarVAEError, match=rf"'{field}' of variant 'ear_vae_44k' must be a relative path"):
             resolve(source, variant="ear_vae_44k")
+
+
+def test_a_folder_that_only_looks_like_a_snapshot_is_not_followed_outside(
+    ours: EarVAE, tmp_path: Path
+) -> None:
+    EarVAE.from_pretrained(OURS)
+    shutil.move(tmp_path / "home/hub/models--someone--ours", tmp_path / "gift/models--someone--ours")
+    snapshot = tmp_path / "gift/models--someone--ours/snapshots" / FIRST
+    assert (snapshot / "config.json").is_symlink()
+    with pytest.raises(EarVAEError, match=r"config\.json: leads out of its folder through a link"):
+        EarVAE.from_pretrained(snapshot)
+    assert_same(EarVAE.from_pretrained(snapshot, cache_dir=tmp_path / "gift"), ours)
 
 
 def test_links_may_not_lead_outside(official: dict[str, EarVAE], tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -51,6 +53,22 @@ def test_round_trip(tmp_path: Path, dtype: torch.dtype) -> None:
         assert same(load_latents(stream), latents)
 
 
+def test_the_same_latents_saved_again_give_the_same_bytes(tmp_path: Path) -> None:
+    written = []
+    for number in range(6):
+        save_latents(tmp_path / f"{number}", example())
+        written.append((tmp_path / f"{number}").read_bytes())
+    assert len(set(written)) == 1
+
+
+def test_numbers_of_numpy_and_names_of_any_length(tmp_path: Path) -> None:
+    latents = example(source_sample_rate=np.int64(48_000), model_name="a\nmodel \x1b[31m" + "x" * 500)
+    save_latents(tmp_path / "a.safetensors", latents)
+    loaded = load_latents(tmp_path / "a.safetensors")
+    assert loaded.source_sample_rate == 48_000
+    assert loaded.model_name == "a model [31m" + "x" * 87 + "…"
+
+
 def test_facts() -> None:
     assert example().latent_rate == pytest.approx(43.066, abs=1e-3)
     assert example().duration_seconds == pytest.approx(9217 / 44_100)
@@ -73,8 +91,16 @@ def test_existing_files_are_kept(tmp_path: Path) -> None:
         ({"mean": torch.zeros(64, 10, dtype=torch.int32)}, "floating point"),
         ({"std": torch.zeros(64, 9)}, r"std must be floating point \[64, 10\]"),
         ({"num_samples": 1024}, "1024 samples at 1024 per frame are 1 frames, the file holds 10"),
-        ({"audio_channels": 6}, "out of range"),
-        ({"sample_rate": 0}, "out of range"),
+        ({"audio_channels": 6}, "audio_channels is out of range: 6"),
+        ({"sample_rate": 0}, "sample_rate must be 1000 to 768000 Hz, got 0"),
+        ({"source_sample_rate": 10_000_019}, "source_sample_rate must be 1000 to 768000 Hz"),
+        ({"source_sample_rate": 10**400}, "source_sample_rate must be 1000 to .*an integer of 1329 bits"),
+        ({"downsampling_ratio": 2**40, "num_samples": 10 * 2**40}, "downsampling_ratio is out of range"),
+        ({"num_samples": 10**400}, "num_samples is out of range: an integer of 1329 bits"),
+        ({"source_num_samples": 10_034}, "10034 samples at 48000 Hz promised, 10033 there"),
+        ({"weights_sha256": "f" * 63}, "weights_sha256 is no fingerprint"),
+        ({"mean": torch.zeros(64, 10, dtype=torch.float8_e4m3fn)}, "floating point"),
+        ({"mean": torch.full((64, 10), 1e39, dtype=torch.float64)}, "more than float32 does"),
         ({"mean": torch.full((64, 10), torch.nan)}, "mean holds NaN"),
         ({"std": torch.full((64, 10), -1.0)}, "std holds negative"),
     ],
@@ -96,14 +122,23 @@ def test_bad_files(tmp_path: Path) -> None:
     from safetensors import safe_open
 
     with safe_open(good, framework="pt") as file:
-        metadata = dict(file.metadata())
-    save_file(tensors, tmp_path / "version", metadata=metadata | {"format_version": "2"})
-    save_file(tensors, tmp_path / "words", metadata=metadata | {"sample_rate": "fast"})
-    save_file(
-        tensors, tmp_path / "lacking", metadata={k: v for k, v in metadata.items() if k != "num_samples"}
-    )
-    save_file({"std": tensors["std"]}, tmp_path / "meanless", metadata=metadata)
-    save_file({**tensors, "mean": tensors["mean"] * torch.inf}, tmp_path / "inf", metadata=metadata)
+        assert list(file.metadata()) == ["ear_vae"]
+        facts = json.loads(file.metadata()["ear_vae"])
+
+    def write(name: str, facts: object = facts, tensors: dict[str, torch.Tensor] = tensors) -> None:
+        entry = facts if isinstance(facts, str) else json.dumps(facts)
+        save_file(tensors, tmp_path / name, metadata={"ear_vae": entry})
+
+    write("version", facts | {"format_version": 2})
+    write("words", facts | {"sample_rate": "fast"})
+    write("huge", facts | {"source_num_samples": 10**400})
+    write("long", json.dumps(facts).replace("48000", "1" * 5000))
+    write("deep", "[" * 100_000)
+    write("list", [1])
+    write("lacking", {k: v for k, v in facts.items() if k != "num_samples"})
+    write("meanless", tensors={"std": tensors["std"]})
+    write("inf", tensors={**tensors, "mean": tensors["mean"] * torch.inf})
+    write("float8", tensors={"mean": tensors["mean"].to(torch.float8_e4m3fn)})
     expected = {
         "missing": "no such file",
         "": "is a folder",
@@ -113,6 +148,11 @@ def test_bad_files(tmp_path: Path) -> None:
         "weights": "not a latent file of ear-vae",
         "version": "format version 2, this ear-vae reads 1",
         "words": "unreadable metadata",
+        "huge": "source_num_samples is out of range: an integer of 1329 bits",
+        "long": "a number of thousands of digits",
+        "deep": "nested too deeply",
+        "list": "expected an object",
+        "float8": "floating point",
         "lacking": r"missing metadata \['num_samples'\]",
         "meanless": r"tensors \['std'\]",
         "inf": "NaN or infinity",

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ear_vae import EarVAE, EarVAEConfig, EarVAEError
 from ear_vae.network import snake as snake_module
@@ -237,8 +242,211 @@ def test_refused_lengths(vae: EarVAE, num_samples: int) -> None:
         vae.decode(torch.zeros(64, 5), num_samples=num_samples)
 
 
-def test_half_precision_is_refused(vae: EarVAE) -> None:
-    with pytest.raises(EarVAEError, match=r"float16.*bfloat16"):
-        vae.to(torch.float16)
-    with pytest.raises(EarVAEError, match="float16"):
-        vae.half()
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda vae: vae.half(),
+        lambda vae: vae.to(torch.float16),
+        lambda vae: torch.nn.ModuleDict({"v": vae}).half(),
+        lambda vae: torch.nn.ModuleDict({"v": vae}).to(torch.float16),
+        lambda vae: vae.decoder.half() and vae.encoder.half(),
+    ],
+)
+def test_float16_is_refused_where_it_would_run_however_it_came_about(
+    cast: Callable[[EarVAE], object],
+) -> None:
+    vae = EarVAE(EarVAEConfig(channels=4)).eval().requires_grad_(False)
+    cast(vae)
+    audio, latents = torch.zeros(2, 5000), torch.zeros(64, 5)
+    for run in (
+        lambda: vae.encode(audio),
+        lambda: vae.decode(latents),
+        lambda: vae.reconstruct(audio),
+        lambda: vae(audio[None]),
+        lambda: list(vae.encode_stream([audio])),
+        lambda: list(vae.decode_stream([latents])),
+    ):
+        with pytest.raises(EarVAEError, match=r"float16.*use bfloat16 or float32"):
+            run()
+
+
+def test_autocast_to_float16_is_refused_and_to_bfloat16_is_not(vae: EarVAE) -> None:
+    with torch.autocast("cpu", dtype=torch.float16), pytest.raises(EarVAEError, match=r"autocast.*float16"):
+        vae.encode(torch.zeros(2, 5000))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert vae.encode(torch.zeros(2, 5000)).mean.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_a_dtype_by_name(dtype: str, small_model: Path) -> None:
+    assert EarVAE.from_pretrained(small_model, dtype=dtype).dtype == getattr(torch, dtype)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": "float16"}, "float16 overflows.*use float32, bfloat16"),
+        ({"dtype": torch.float16}, "float16 overflows.*use float32, bfloat16"),
+        ({"dtype": "int8"}, "'int8' is not supported.*use float32"),
+        ({"device": "gpu"}, "device 'gpu' is not available.*called 'cuda'"),
+        ({"device": "cuda:99"}, "device 'cuda:99' is not available.*have cpu"),
+    ],
+)
+def test_devices_and_dtypes_that_cannot_be(
+    arguments: dict[str, object], message: str, small_model: Path
+) -> None:
+    with pytest.raises(EarVAEError, match=message) as caught:
+        EarVAE.from_pretrained(small_model, **arguments)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("rate", [np.int64(48_000), np.int32(48_000), torch.tensor(48_000)])
+def test_rates_may_be_integers_of_any_library(rate: int, vae: EarVAE) -> None:
+    audio = torch.randn(2, 4801) * 0.1
+    assert torch.equal(vae.encode(audio, rate).mean, vae.encode(audio, 48_000).mean)
+    assert torch.equal(vae.reconstruct(audio, rate), vae.reconstruct(audio, 48_000))
+    streamed = torch.cat([p.mean for p in vae.encode_stream([audio], rate)], dim=-1)
+    torch.testing.assert_close(streamed, vae.encode(audio, 48_000).mean)
+
+
+@pytest.mark.parametrize("rate", [10_000_019, 10**12, 10**400, 999, 0, -48_000, True, 48_000.0, "48000"])
+def test_rates_out_of_range_are_refused_before_any_work(rate: int, vae: EarVAE) -> None:
+    audio = torch.zeros(2, 100)
+    for run in (
+        lambda: vae.encode(audio, rate),
+        lambda: vae.reconstruct(audio, rate),
+        lambda: list(vae.encode_stream([audio], rate)),
+    ):
+        with pytest.raises(
+            EarVAEError, match=r"sample_rate must be (1000 to 768000 Hz|an integer), got"
+        ) as caught:
+            run()
+        assert len(str(caught.value)) < 200
+
+
+def test_the_state_dict_knows_nothing_of_how_kernels_are_used(tmp_path: Path, small_model: Path) -> None:
+    vae = EarVAE.from_pretrained(small_model)
+    audio = torch.randn(2, 9000) * 0.1
+    expected = vae.reconstruct(audio)
+    assert all(tensor.is_contiguous() for tensor in vae.state_dict().values())
+    save_file(vae.state_dict(), tmp_path / "plain.safetensors")
+    torch.save(vae.state_dict(), tmp_path / "state.pt")
+    torch.save(vae, tmp_path / "whole.pt")
+    flat = torch.nn.utils.parameters_to_vector(vae.parameters())
+    assert flat.numel() == sum(p.numel() for p in vae.parameters())
+    for state in (load_file(tmp_path / "plain.safetensors"), torch.load(tmp_path / "state.pt")):
+        other = EarVAE(vae.config).eval().requires_grad_(False)
+        other.load_state_dict(state)
+        assert torch.equal(other.reconstruct(audio), expected)
+    other = EarVAE(vae.config).eval().requires_grad_(False)
+    torch.nn.utils.vector_to_parameters(flat, other.parameters())
+    for same in (other, copy.deepcopy(vae), torch.load(tmp_path / "whole.pt", weights_only=False)):
+        assert torch.equal(same.reconstruct(audio), expected)
+        assert same.weights_sha256 == vae.weights_sha256
+
+
+def test_inference_adds_no_memory_to_the_model(vae: EarVAE) -> None:
+    def stored() -> dict[int, int]:
+        storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in vae.parameters()}
+        held = (t for m in vae.modules() for t in vars(m).values() if isinstance(t, torch.Tensor))
+        return storages | {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
+
+    before = stored()
+    vae.reconstruct(torch.zeros(2, 3000))
+    assert stored() == before
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_torch_export_takes_it(trained: bool) -> None:
+    torch.manual_seed(0)
+    vae = EarVAE(EarVAEConfig(channels=4)).eval().requires_grad_(trained)
+    audio = torch.randn(1, 2, 4096) * 0.1
+    exported = torch.export.export(vae, (audio,)).module()
+    for x in (audio, audio.flip(-1)):
+        found, expected = exported(x), vae(x)
+        torch.testing.assert_close(found.audio, expected.audio, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.posterior.std, expected.posterior.std, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's, of attention under vmap
+@pytest.mark.parametrize("trained", [False, True])
+def test_torch_func_takes_it(trained: bool) -> None:
+    """vmap against a batch, jvp and vjp against each other and against a difference, in float64."""
+    torch.manual_seed(0)
+    vae = EarVAE(EarVAEConfig(channels=4)).double().eval().requires_grad_(trained)
+    audio = torch.randn(3, 2, 3000, dtype=torch.float64) * 0.1
+    with torch.no_grad():
+        posterior = torch.func.vmap(vae.encode)(audio)
+        torch.testing.assert_close(posterior.mean, vae.encode(audio).mean)
+        torch.testing.assert_close(
+            torch.func.vmap(vae.decode)(posterior.mean), vae.decode(vae.encode(audio).mean)
+        )
+
+    def energy(x: torch.Tensor) -> torch.Tensor:
+        return vae(x[None]).audio.square().sum()
+
+    direction = torch.randn(2, 3000, dtype=torch.float64)
+    step = 1e-6
+    with torch.no_grad():
+        difference = (energy(audio[0] + step * direction) - energy(audio[0] - step * direction)) / (2 * step)
+    gradient = torch.func.grad(energy)(audio[0])
+    torch.testing.assert_close((gradient * direction).sum(), difference, rtol=1e-5, atol=1e-8)
+    with torch.no_grad():
+        _, derivative = torch.func.jvp(energy, (audio[0],), (direction,))
+    torch.testing.assert_close(derivative, difference, rtol=1e-5, atol=1e-8)
+    each = torch.func.vmap(torch.func.grad(energy))(audio)
+    torch.testing.assert_close(each[0], gradient)
+    weights = {name: 0.5 * p.detach() for name, p in vae.named_parameters()}
+    found = torch.func.functional_call(vae, weights, (audio,)).audio
+    halved = copy.deepcopy(vae)
+    halved.load_state_dict(weights)
+    torch.testing.assert_close(found, halved(audio).audio)
+
+
+def test_inference_mode_loads_a_model_that_can_be_trained_later(small_model: Path) -> None:
+    with torch.inference_mode():
+        vae = EarVAE.from_pretrained(small_model, dtype=torch.float64)
+        sha256 = vae.weights_sha256
+    assert sha256 == EarVAE.from_pretrained(small_model).weights_sha256
+    vae.requires_grad_(True)(torch.zeros(1, 2, 2000)).audio.sum().backward()
+    assert vae.decoder.conv_out.weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda vae: vae.decoder.conv_out.weight.data.mul_(1.5),
+        lambda vae: vae.load_state_dict({k: 1.5 * v for k, v in vae.state_dict().items()}, assign=True),
+        lambda vae: vae.decoder.conv_out.weight.set_(vae.decoder.conv_out.weight * 1.5),
+        lambda vae: np.multiply(
+            vae.decoder.conv_out.weight.numpy(), 1.5, vae.decoder.conv_out.weight.numpy()
+        ),
+    ],
+)
+@torch.no_grad()
+def test_the_fingerprint_is_of_the_values_whatever_changed_them(
+    change: Callable[[EarVAE], object], small_model: Path, tmp_path: Path
+) -> None:
+    vae = EarVAE.from_pretrained(small_model)
+    before = vae.weights_sha256
+    change(vae)
+    after = vae.weights_sha256
+    assert after != before
+    vae.save_pretrained(tmp_path / "tuned")
+    assert EarVAE.from_pretrained(tmp_path / "tuned").weights_sha256 == after
+
+
+def test_the_fingerprint_follows_a_fused_optimizer(small_model: Path) -> None:
+    vae = EarVAE.from_pretrained(small_model).requires_grad_(True)
+    before = vae.weights_sha256
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, fused=True)
+    vae(torch.randn(1, 2, 2000)).audio.square().mean().backward()
+    optimizer.step()
+    assert vae.weights_sha256 != before
+
+
+def test_one_model_in_every_dtype_has_one_fingerprint(small_model: Path) -> None:
+    vae = EarVAE.from_pretrained(small_model)
+    expected = vae.weights_sha256
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float32):
+        assert torch.nn.ModuleDict({"v": vae}).to(dtype)["v"].weights_sha256 == expected

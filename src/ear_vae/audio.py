@@ -15,12 +15,12 @@ from typing import IO, Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ear_vae._arguments import integer
 from ear_vae._decoding import AudioFileWarning, AudioPart, AudioSource, OpenedAudio, one_line, opened_audio
 from ear_vae._files import atomic_path, name_of, system_path, temporary_folder, write_all
 from ear_vae._formats import AUDIO_EXTENSIONS, WRITTEN_FORMATS
 from ear_vae._walk import find_files
 from ear_vae.errors import EarVAEError
+from ear_vae.limits import integer
 from ear_vae.resampling import resample
 
 __all__ = [

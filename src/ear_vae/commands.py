@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import io
 import json
@@ -67,6 +68,8 @@ def encode(options: argparse.Namespace) -> int:
     from ear_vae.latents import Latents, save_latents
     from ear_vae.posterior import Posterior
 
+    weights_sha256 = _fingerprints()
+
     def work(vae: EarVAE, job: Job) -> float:
         with stream_audio(_source(job)) as (info, blocks):
             counted = _Counted(blocks)
@@ -93,7 +96,7 @@ def encode(options: argparse.Namespace) -> int:
             source_sample_rate=sample_rate,
             source_num_samples=num_samples,
             model_name=vae.name,
-            weights_sha256=vae.weights_sha256,
+            weights_sha256=weights_sha256(vae),
             sampled=options.sample,
         )
         if job.destination == STREAM:
@@ -110,6 +113,8 @@ def decode(options: argparse.Namespace) -> int:
     """Latent files to audio."""
     from ear_vae.latents import load_latents
 
+    weights_sha256 = _fingerprints()
+
     def work(vae: EarVAE, job: Job) -> float:
         latents = load_latents(_source(job))
         maker = _terminal.name(latents.model_name)
@@ -119,16 +124,10 @@ def decode(options: argparse.Namespace) -> int:
                 f"{job.source_name}: made by {maker} at {facts[0]} Hz with {facts[2]} channels "
                 f"every {facts[1]} samples, which {vae.name} cannot decode; choose its model with --model"
             )
-        if latents.weights_sha256 != vae.weights_sha256 and not options.force:
+        if latents.weights_sha256 != weights_sha256(vae) and not options.force:
             raise EarVAEError(
                 f"{job.source_name}: made by {maker} (weights {latents.weights_sha256[:12]}), "
-                f"not by {vae.name} ({vae.weights_sha256[:12]}); choose its model with --model, or --force"
-            )
-        longest = -(-latents.num_samples * latents.source_sample_rate // latents.sample_rate)
-        if latents.source_num_samples > longest:
-            raise EarVAEError(
-                f"{job.source_name}: damaged latent file: {latents.source_num_samples} samples at "
-                f"{latents.source_sample_rate} Hz promised, {longest} there"
+                f"not by {vae.name} ({weights_sha256(vae)[:12]}); choose its model with --model, or --force"
             )
         with _at_work(options, job, latents.duration_seconds, vae):
             _decode_to_file(
@@ -320,6 +319,11 @@ def _refuse_options_of_models(options: argparse.Namespace) -> None:
             options.refuse(f"--{option.replace('_', '-')} is for a --model{of}")
     if names:
         _require_downloadable(names, options)
+
+
+def _fingerprints() -> Callable[[EarVAE], str]:
+    """`EarVAE.weights_sha256`, once for all files of a command: nothing changes the weights meanwhile."""
+    return functools.cache(lambda vae: vae.weights_sha256)
 
 
 def _each(

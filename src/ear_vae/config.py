@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -10,9 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from ear_vae.errors import EarVAEError
+from ear_vae.limits import HIGHEST_DOWNSAMPLING_RATIO, integer, read_json, sample_rate_of, shown
 
 # A config from a stranger must not build a million layers.
-_MAX_TRANSFORMER_DEPTH = 256
+_MOST_BLOCKS = 16
+_HIGHEST = {
+    "audio_channels": 2,
+    "channels": 4096,
+    "latent_dim": 4096,
+    "transformer_depth": 256,
+    "transformer_head_dim": 4096,
+}
+_WIDEST_BLOCK = 16_384
 
 
 @dataclass(frozen=True)
@@ -23,13 +31,14 @@ class EarVAEConfig:
     valid by construction.
 
     Args:
-        sample_rate: Rate of the audio the network works on, in Hz.
-        audio_channels: Channels of that audio.
-        channels: Width of the blocks at full rate; every other width is a multiple of it.
-        channel_multipliers: One multiple of `channels` per block, from full rate to latent rate.
-        strides: Downsampling of each block. Even: with an odd stride the published padding would
-            change the length.
-        latent_dim: Channels of the latents.
+        sample_rate: Rate of the audio the network works on, 1 000 to 768 000 Hz.
+        audio_channels: Channels of that audio, 1 or 2.
+        channels: Width of the blocks at full rate, at most 4096; every other width is a multiple of it.
+        channel_multipliers: One multiple of `channels` per block, from full rate to latent rate; at most 16
+            blocks, none wider than 16 384.
+        strides: Downsampling of each block, together at most 65 536. Even: with an odd stride the published
+            padding would change the length.
+        latent_dim: Channels of the latents, at most 4096.
         transformer_depth: Layers of the transformer on the latents, at most 256; 0 for none.
         transformer_head_dim: Channels of one attention head; divides `latent_dim` and is even.
 
@@ -50,21 +59,25 @@ class EarVAEConfig:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name in ("channel_multipliers", "strides"):
-                if not isinstance(value, (list, tuple)) or not value or not all(map(_is_int, value)):
-                    raise EarVAEError(f"config: {field.name} must be a list of integers, got {value!r}")
-                object.__setattr__(self, field.name, tuple(value))
-            elif not _is_int(value):
-                raise EarVAEError(f"config: {field.name} must be an integer, got {value!r}")
-        for name in ("sample_rate", "audio_channels", "channels", "latent_dim", "transformer_head_dim"):
-            if getattr(self, name) < 1:
-                raise EarVAEError(f"config: {name} must be at least 1, got {getattr(self, name)}")
-        if self.audio_channels > 2:
-            raise EarVAEError(f"config: audio_channels must be 1 or 2, got {self.audio_channels}")
-        if not 0 <= self.transformer_depth <= _MAX_TRANSFORMER_DEPTH:
-            raise EarVAEError(
-                f"config: transformer_depth must be 0 to {_MAX_TRANSFORMER_DEPTH}, "
-                f"got {self.transformer_depth}"
-            )
+                listed = [integer(v) for v in value] if isinstance(value, (list, tuple)) else []
+                if not listed or None in listed:
+                    raise EarVAEError(f"config: {field.name} must be a list of integers, got {shown(value)}")
+                if len(listed) > _MOST_BLOCKS:
+                    raise EarVAEError(
+                        f"config: {field.name} has {len(listed)} entries, {_MOST_BLOCKS} are the most"
+                    )
+                object.__setattr__(self, field.name, tuple(listed))
+                continue
+            number = integer(value)
+            if number is None:
+                raise EarVAEError(f"config: {field.name} must be an integer, got {shown(value)}")
+            object.__setattr__(self, field.name, number)
+            if field.name == "sample_rate":
+                sample_rate_of(number, "config: sample_rate")
+                continue
+            lowest, highest = int(field.name != "transformer_depth"), _HIGHEST[field.name]
+            if not lowest <= number <= highest:
+                raise EarVAEError(f"config: {field.name} must be {lowest} to {highest}, got {shown(number)}")
         if len(self.channel_multipliers) != len(self.strides):
             raise EarVAEError(
                 f"config: channel_multipliers and strides must be equally long, got "
@@ -72,10 +85,20 @@ class EarVAEConfig:
             )
         if min(self.channel_multipliers) < 1:
             raise EarVAEError(
-                f"config: channel_multipliers must be at least 1, got {self.channel_multipliers}"
+                f"config: channel_multipliers must be at least 1, got {shown(self.channel_multipliers)}"
+            )
+        if max(self.channel_multipliers) * self.channels > _WIDEST_BLOCK:
+            raise EarVAEError(
+                f"config: {self.channels} channels times channel_multipliers "
+                f"{shown(self.channel_multipliers)} are more than {_WIDEST_BLOCK}"
             )
         if any(stride < 2 or stride % 2 for stride in self.strides):
-            raise EarVAEError(f"config: strides must be even and at least 2, got {self.strides}")
+            raise EarVAEError(f"config: strides must be even and at least 2, got {shown(self.strides)}")
+        if self.downsampling_ratio > HIGHEST_DOWNSAMPLING_RATIO:
+            raise EarVAEError(
+                f"config: strides must come to at most {HIGHEST_DOWNSAMPLING_RATIO} samples per frame, "
+                f"got {shown(self.strides)}"
+            )
         if self.transformer_depth and (
             self.latent_dim % self.transformer_head_dim or self.transformer_head_dim % 2
         ):
@@ -114,9 +137,9 @@ class EarVAEConfig:
         if not isinstance(values, Mapping):
             raise EarVAEError(f"config: expected a JSON object, got {type(values).__name__}")
         names = [field.name for field in fields(cls)]
-        unknown, missing = sorted(set(values) - set(names)), [n for n in names if n not in values]
+        unknown, missing = sorted(map(str, set(values) - set(names))), [n for n in names if n not in values]
         if unknown or missing:
-            problems = [f"unknown {unknown}"] * bool(unknown) + [f"missing {missing}"] * bool(missing)
+            problems = [f"unknown {shown(unknown)}"] * bool(unknown) + [f"missing {missing}"] * bool(missing)
             raise EarVAEError(f"config: {' and '.join(problems)}; the fields are {names}")
         return cls(**values)
 
@@ -127,15 +150,8 @@ class EarVAEConfig:
         Raises:
             EarVAEError: The file cannot be read, is not JSON, or holds an invalid config.
         """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise EarVAEError(f"{path}: cannot read the config: {error}") from error
+        values = read_json(path)
         try:
             return cls.from_dict(values)
         except EarVAEError as error:
             raise EarVAEError(f"{path}: {error}") from None
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -12,12 +12,13 @@ from typing import Any
 
 from ear_vae.config import EarVAEConfig
 from ear_vae.errors import EarVAEError
+from ear_vae.limits import read_json, sample_rate_of, shown
 from ear_vae.official import from_official, official_config, read_official
 from ear_vae.weights import CONFIG_FILE, WEIGHTS_FILE, assemble, save_pretrained
 
 VARIANTS_KEY = "variants"
 # Part of every key of the cache: raised when the conversion gives other tensors or another config.
-_CONVERSION_VERSION = 1
+_CONVERSION_VERSION = 2
 _SUMS_FILE = "sha256.json"
 _ENTRY_TYPES = {"config": str, "weights": str, "sample_rate": int, "downsampling_ratio": int}
 
@@ -41,18 +42,6 @@ class VariantEntry:
     downsampling_ratio: int
 
 
-def read_json(path: Path) -> Any:
-    """The parsed content of a JSON file.
-
-    Raises:
-        EarVAEError: The file cannot be read or is not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise EarVAEError(f"{path}: cannot read the config: {error}") from error
-
-
 def choose_variant(values: Mapping[str, Any], variant: str | None, *, where: str) -> VariantEntry:
     """The entry of a variant in an official `config.json`; an only one needs no name.
 
@@ -68,25 +57,28 @@ def choose_variant(values: Mapping[str, Any], variant: str | None, *, where: str
     variants = values[VARIANTS_KEY]
     if not isinstance(variants, dict) or not variants:
         raise EarVAEError(
-            f"{where}: {VARIANTS_KEY!r} must be an object with one entry per model, got {variants!r}"
+            f"{where}: {VARIANTS_KEY!r} must be an object with one entry per model, got {shown(variants)}"
         )
-    choices = ", ".join(repr(name) for name in variants)
+    choices = ", ".join(shown(name) for name in list(variants)[:20])
     if variant is None and len(variants) > 1:
         raise EarVAEError(f"{where}: holds several models; choose one with variant=..., one of {choices}")
     name = next(iter(variants)) if variant is None else variant
     if name not in variants:
-        raise EarVAEError(f"{where}: has no variant {name!r}; it has {choices}")
+        raise EarVAEError(f"{where}: has no variant {shown(name)}; it has {choices}")
     entry = variants[name]
     if not isinstance(entry, dict):
         raise EarVAEError(
-            f"{where}: variant {name!r} must be an object with {list(_ENTRY_TYPES)}, got {entry!r}"
+            f"{where}: variant {name!r} must be an object with {list(_ENTRY_TYPES)}, got {shown(entry)}"
         )
     for field, expected in _ENTRY_TYPES.items():
         if field not in entry:
             raise EarVAEError(f"{where}: variant {name!r} has no {field!r}; it needs {list(_ENTRY_TYPES)}")
         if not isinstance(entry[field], expected) or isinstance(entry[field], bool):
             kind = "a path" if expected is str else "an integer"
-            raise EarVAEError(f"{where}: {field!r} of variant {name!r} must be {kind}, got {entry[field]!r}")
+            raise EarVAEError(
+                f"{where}: {field!r} of variant {name!r} must be {kind}, got {shown(entry[field])}"
+            )
+    sample_rate_of(entry["sample_rate"], f"{where}: 'sample_rate' of variant {name!r}")
     for field in ("config", "weights"):
         _require_inner_path(entry[field], where=f"{where}: {field!r} of variant {name!r}")
     return VariantEntry(name, **{field: entry[field] for field in _ENTRY_TYPES})
@@ -96,7 +88,7 @@ def _require_inner_path(path: str, *, where: str) -> None:
     """Refuses what could lead out of a folder on any system, whatever the folder holds."""
     windows = PureWindowsPath(path)  # splits at both kinds of slashes and knows drives
     if not path or "\0" in path or "\\" in path or windows.drive or windows.root or ".." in windows.parts:
-        raise EarVAEError(f"{where} must be a relative path inside the folder, with '/', got {path!r}")
+        raise EarVAEError(f"{where} must be a relative path inside the folder, with '/', got {shown(path)}")
 
 
 def file_sha256(path: Path) -> str:
@@ -171,7 +163,7 @@ def _write_conversion(entry: VariantEntry, config_path: Path, weights_path: Path
         config = official_config(values, sample_rate=entry.sample_rate, state=state)
         if values.get("sample_rate", entry.sample_rate) != entry.sample_rate:
             raise EarVAEError(
-                f"official config: sample_rate is {values['sample_rate']!r}, "
+                f"official config: sample_rate is {shown(values['sample_rate'])}, "
                 f"config.json says {entry.sample_rate}"
             )
     except EarVAEError as error:

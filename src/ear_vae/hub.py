@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import tempfile
@@ -18,16 +19,16 @@ from ear_vae.conversion import (
     conversions_folder,
     convert,
     file_sha256,
-    read_json,
 )
 from ear_vae.errors import EarVAEError
+from ear_vae.limits import read_json, shown
 from ear_vae.weights import CONFIG_FILE, WEIGHTS_FILE, Checkpoint
 
 if TYPE_CHECKING:
     from ear_vae.vae import EarVAE
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+_COMMIT = _GIT_SHA1 = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 # The two published models, as recorded by a public downstream project; width tells them from others.
@@ -86,9 +87,9 @@ def resolve(
     text = os.path.expanduser(os.fspath(name_or_path))
     bundled = bundled_checkpoints()
     if os.path.isdir(text):
-        source = _local_source(Path(text), Path(text).resolve().name)
+        source = _local_source(Path(text), Path(text).resolve().name, _hub_cache(cache_dir))
     elif isinstance(name_or_path, str) and name_or_path in bundled:
-        source = _local_source(bundled[name_or_path], name_or_path)
+        source = _local_source(bundled[name_or_path], name_or_path, _hub_cache(cache_dir))
     elif isinstance(name_or_path, str) and _REPO_ID.fullmatch(name_or_path) and not os.path.exists(text):
         source = _hub_source(
             name_or_path,
@@ -107,28 +108,24 @@ def resolve(
             "repository 'owner/name'"
         )
     if revision is not None:
-        raise EarVAEError(f"{text}: revision={revision!r} is for Hub repositories only; leave it out")
+        raise EarVAEError(f"{text}: revision={shown(revision)} is for Hub repositories only; leave it out")
     return _open(source, variant=variant, cache_dir=cache_dir)
 
 
 def _open(source: _Source, *, variant: str | None, cache_dir: str | os.PathLike[str] | None) -> Checkpoint:
     """Fetches the files of a model and converts them if they are official ones."""
     config_path = source.fetch(CONFIG_FILE)
-    values = read_json(config_path)
+    values = read_json(config_path)  # of a download it has been tried already
     if not isinstance(values, dict) or VARIANTS_KEY not in values:
         if variant is not None:
             raise EarVAEError(
                 f"{source.where}: holds one model and no variants; leave out variant={variant!r}"
             )
         EarVAEConfig.from_json(config_path)  # before a large download
-        path = source.fetch(WEIGHTS_FILE)
-        if _sha256_in_cache(path) is not None:
-            _require_undamaged(path, file_sha256(path))
-        return Checkpoint(path.parent, source.name)
+        return Checkpoint(source.fetch(WEIGHTS_FILE).parent, source.name)
     entry = choose_variant(values, variant, where=f"{source.where}/{CONFIG_FILE}")
     variant_config, weights = source.fetch(entry.config), source.fetch(entry.weights)
     sha256 = file_sha256(weights)
-    _require_undamaged(weights, sha256)
     folder, config = convert(
         entry, variant_config, weights, weights_sha256=sha256, cache=conversions_folder(cache_dir)
     )
@@ -142,28 +139,41 @@ def _open(source: _Source, *, variant: str | None, cache_dir: str | os.PathLike[
     return Checkpoint(folder, source.variant_prefix + entry.name)
 
 
-def _local_source(folder: Path, name: str) -> _Source:
+def _hub_cache(cache_dir: str | os.PathLike[str] | None) -> Path:
+    """Where the Hub's client keeps what it downloads."""
+    if cache_dir is None:
+        from huggingface_hub import constants
+
+        cache_dir = constants.HF_HUB_CACHE
+    return Path(os.path.expanduser(cache_dir))
+
+
+def _local_source(folder: Path, name: str, hub_cache: Path) -> _Source:
     def fetch(relative: str) -> Path:
         path = folder / relative
-        if not _stays_inside(folder, path):
+        if not _stays_inside(folder, path, hub_cache):
             raise EarVAEError(f"{path}: leads out of its folder through a link; put the file itself there")
         if not path.is_file():
             raise EarVAEError(
                 f"{path}: the file is missing; a model's folder has {CONFIG_FILE} and {WEIGHTS_FILE}, "
                 f"an official one {CONFIG_FILE} and the files it names"
             )
+        if problem := _damage(path):
+            raise EarVAEError(f"{path}: {problem}; fetch it again with force_download=True")
         return path
 
     return _Source(where=str(folder), name=name, variant_prefix="", fetch=fetch)
 
 
-def _stays_inside(folder: Path, path: Path) -> bool:
+def _stays_inside(folder: Path, path: Path, hub_cache: Path) -> bool:
     folder = folder.resolve()
     if path.resolve().is_relative_to(folder):
         return True
-    # A snapshot in the Hub's cache consists of links to the blobs beside it.
-    snapshot = folder.parent.name == "snapshots" and path.parent.resolve().is_relative_to(folder)
-    return snapshot and path.is_symlink() and _link_target(path).parent == folder.parent.parent / "blobs"
+    # A snapshot in the Hub's cache consists of links to the blobs beside it. Any folder can look like one:
+    # it has to lie where the Hub's client puts them.
+    snapshot = folder.parent.name == "snapshots" and folder.parent.parent.parent == hub_cache.resolve()
+    inside = path.parent.resolve().is_relative_to(folder) and path.is_symlink()
+    return snapshot and inside and _link_target(path).parent == folder.parent.parent / "blobs"
 
 
 def _link_target(path: Path) -> Path:
@@ -184,12 +194,11 @@ def _hub_source(
         raise EarVAEError("local_files_only=True and force_download=True contradict each other; choose one")
     commit: str | None = None
 
-    def fetch(relative: str) -> Path:
-        nonlocal commit
+    def download(relative: str, *, force: bool) -> Path:
         from huggingface_hub import hf_hub_download
 
         try:
-            path = Path(
+            return Path(
                 hf_hub_download(
                     repo_id,
                     relative,
@@ -197,11 +206,29 @@ def _hub_source(
                     cache_dir=None if cache_dir is None else os.path.expanduser(cache_dir),
                     token=token,
                     local_files_only=local_files_only,
-                    force_download=force_download,
+                    force_download=force,
                 )
             )
         except Exception as error:  # the client lets through whatever its HTTP library of the day raises
             raise EarVAEError(_hub_problem(error, repo_id, relative, revision, local_files_only)) from error
+
+    def fetch(relative: str) -> Path:
+        nonlocal commit
+        path = download(relative, force=force_download)
+        if problem := _problem(path):
+            # What is broken in the cache would stay there for ever.
+            if local_files_only:
+                raise EarVAEError(
+                    f"{path}: {problem}; fetch it again with force_download=True (without local_files_only)"
+                )
+            try:
+                path = download(relative, force=True)
+            except EarVAEError as error:
+                raise EarVAEError(f"{path}: {problem}; fetching it again: {error}") from error
+            if problem := _problem(path):
+                raise EarVAEError(
+                    f"{path}: {problem}, also when fetched again; try later with force_download=True"
+                )
         if relative == CONFIG_FILE and _COMMIT.fullmatch(path.parent.name):
             # The other files are to be of the same commit, even if somebody pushes meanwhile.
             commit = path.parent.name
@@ -251,22 +278,35 @@ def _reason(error: BaseException) -> str:
     return " ".join(lines[:2]).rstrip(".") if lines else type(error).__name__
 
 
-def _sha256_in_cache(path: Path) -> str | None:
-    """The sha256 that the Hub gave for a large file in its cache, where the blob's name is known."""
-    if not path.is_symlink():
+def _problem(path: Path) -> str | None:
+    """What is wrong with a downloaded file as such, by its checksum or, of a config, by its being JSON."""
+    if (damage := _damage(path)) is not None:
+        return damage
+    if path.suffix == ".json":
+        try:
+            read_json(path)
+        except EarVAEError as error:
+            return str(error).removeprefix(f"{path}: ")
+    return None
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a file in the Hub's cache, by the checksum in its blob's name; None if nothing.
+
+    The Hub's client compares sizes only, and those only while it downloads.
+    """
+    if not path.is_symlink() or (blob := _link_target(path)).parent.name != "blobs":
+        return None  # a cache without links, as on Windows, does not tell
+    if _SHA256.fullmatch(blob.name):
+        kind, found = "sha256", file_sha256(path)
+    elif _GIT_SHA1.fullmatch(blob.name):
+        content = path.read_bytes()  # the Hub keeps files of some MB at most this way
+        kind, found = "git sha1", hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    else:
         return None
-    blob = _link_target(path)
-    return blob.name if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name) else None
-
-
-def _require_undamaged(path: Path, sha256: str) -> None:
-    """The Hub's client compares sizes only; the checksum is ours to compare."""
-    expected = _sha256_in_cache(path)
-    if expected is not None and sha256 != expected:
-        raise EarVAEError(
-            f"{path}: the download is damaged (sha256 {sha256}, the Hub says {expected}); "
-            "fetch it again with force_download=True"
-        )
+    if found == blob.name:
+        return None
+    return f"the download is damaged ({kind} {found}, the Hub says {blob.name})"
 
 
 def push(

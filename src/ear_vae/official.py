@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ear_vae.config import EarVAEConfig
 from ear_vae.errors import EarVAEError
+from ear_vae.limits import shown
 from ear_vae.weights import expected_shapes, require_fit
 
 _ROTARY_KEY = "transformers.rotary_pos_emb.inv_freq"
@@ -23,22 +25,35 @@ def read_official(path: Path) -> dict[str, Tensor]:
     Raises:
         EarVAEError: The file is missing, damaged, or holds anything but a flat dict of tensors.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise EarVAEError(f"{path}: the weights file is missing") from None
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise EarVAEError(
-            f"{path}: refused, the pickle is damaged or holds more than tensors: {reason}"
-        ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
-        raise EarVAEError(f"{path}: not a readable PyTorch file: {error}") from error
+    state = load_tensors(path)
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):
         raise EarVAEError(f"{path}: expected a flat dict of tensors, as the official weights are")
     return dict(state)
+
+
+def load_tensors(path: Path) -> Any:
+    """What a file of `torch.save` holds, if that is tensors and plain values only: nothing in it can run.
+
+    Raises:
+        EarVAEError: The file is missing, damaged, or holds anything else.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise EarVAEError(f"{path}: no such file, the weights are missing") from None
+    except pickle.UnpicklingError as error:
+        # Of torch's text only this: the rest advises to load it all the same.
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        held = f" ({shown(found[1])})" if found else ""
+        raise EarVAEError(
+            f"{path}: refused, the pickle is damaged or holds more than tensors{held}; get a plain state "
+            "dict from where you trust it"
+        ) from error
+    except Exception as error:  # torch has many ways to say that a file is none of its own
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise EarVAEError(f"{path}: not a readable PyTorch file: {reason}") from error
 
 
 def official_config(values: Any, *, sample_rate: int, state: Mapping[str, Tensor]) -> EarVAEConfig:
@@ -79,7 +94,7 @@ def official_config(values: Any, *, sample_rate: int, state: Mapping[str, Tensor
         if values["downsampling_ratio"] != config.downsampling_ratio:
             unsupported.append("downsampling_ratio")
     except (KeyError, TypeError, AttributeError) as error:
-        raise EarVAEError(f"official config: field missing or of the wrong type: {error!r}") from error
+        raise EarVAEError(f"official config: field missing or of the wrong type: {shown(error)}") from error
     if unsupported:
         raise EarVAEError(f"official config: unsupported or inconsistent values of {', '.join(unsupported)}")
     return config

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.export import register_dataclass
 from torch.nn import functional
 
 _VARIANCE_FLOOR = 1e-6
@@ -52,3 +53,7 @@ class Posterior:
         """
         variance = self.std.square() + _VARIANCE_FLOOR
         return (self.mean.square() + variance - variance.log() - 1).sum(dim=-2).mean(dim=-1)
+
+
+# So that torch.export and torch.func take functions that give one.
+register_dataclass(Posterior, serialized_type_name="ear_vae.Posterior")

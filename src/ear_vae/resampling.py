@@ -9,10 +9,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ear_vae._arguments import integer
 from ear_vae._torchaudio import functional
 from ear_vae.backlog import Backlog
 from ear_vae.errors import EarVAEError
+from ear_vae.limits import integer
 
 # A Kaiser window of 64 zero crossings with its transition band just below the lower Nyquist frequency:
 # over 120 dB of rejection, flat to 0.946 of it.

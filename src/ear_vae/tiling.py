@@ -349,9 +349,13 @@ def _assembled(
         if output is None:
             if tile.shape[0] == batch and stop - start == num_frames:
                 return tile
-            shape = (batch, *tile.shape[1:-1], num_frames * outputs_per_frame)
-            layout = torch.channels_last if tile.ndim == 4 else torch.contiguous_format
-            output = torch.empty(shape, dtype=tile.dtype, device=tile.device, memory_format=layout)
+            *inner, length = *tile.shape[1:-1], num_frames * outputs_per_frame
+            if tile.ndim == 4:
+                # Channels last by hand: a new tensor of the tile's kind, which torch.vmap takes too.
+                channels, height = inner
+                output = tile.new_empty((batch, height, length, channels)).movedim(-1, 1)
+            else:
+                output = tile.new_empty((batch, *inner, length))
         output[rows, ..., start * outputs_per_frame : stop * outputs_per_frame] = tile
     assert output is not None, "an empty input is refused before it comes here"
     return output

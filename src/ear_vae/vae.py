@@ -21,15 +21,16 @@ from torch.utils.checkpoint import checkpoint
 from ear_vae.config import EarVAEConfig
 from ear_vae.errors import EarVAEError
 from ear_vae.graphs import forget, replayed
+from ear_vae.limits import sample_rate_of
 from ear_vae.network import Decoder, Encoder, LatentTransformer
-from ear_vae.network.blocks import Snake, channels_last_weights
+from ear_vae.network.blocks import Snake
 from ear_vae.network.snake import compile_snake
+from ear_vae.placement import available_device, require_runnable, supported_dtype
 from ear_vae.posterior import Posterior
 from ear_vae.precision import single_at_least
 from ear_vae.tiling import Stage, decoder_stages, encoder_stages, run_stages, stream_stages, tile_length
 from ear_vae.transfers import begin_delivery, to_device
 
-SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _Network = TypeVar("_Network", Encoder, Decoder)
 _StagesOf = Callable[[_Network, EarVAEConfig, torch.device], list[Stage]]
 
@@ -70,10 +71,8 @@ class EarVAE(nn.Module):
         self.encoder = Encoder(self.config)
         self.transformer = LatentTransformer(self.config) if self.config.transformer_depth else None
         self.decoder = Decoder(self.config)
-        channels_last_weights(self)
         self.gradient_checkpointing = False
         self._replays = False
-        self._fingerprint: tuple[str, int] | None = None
 
     @property
     def sample_rate(self) -> int:
@@ -112,16 +111,16 @@ class EarVAE(nn.Module):
 
     @property
     def weights_sha256(self) -> str:
-        """Fingerprint of the weights: equal for equal weights, whatever file layout they came from.
+        """Fingerprint of the weights, by which files of weights and of latents know their model.
 
-        Weights cast to another dtype after loading keep the fingerprint they were loaded with.
+        sha256 over names, shapes and values, these rounded to bfloat16: the same for one model in float32,
+        bfloat16 and float64, whatever file it came from; a change that rounds away does not show. It is
+        computed anew each time, so that no change of the weights can be missed: 0.4 to 0.5 s of
+        processor time at the published size. Keep it in a variable where many files are compared.
         """
         from ear_vae.weights import fingerprint
 
-        changes = sum(parameter._version for parameter in self.parameters())
-        if self._fingerprint is None or self._fingerprint[1] != changes:
-            self._fingerprint = (fingerprint(self.state_dict()), changes)
-        return self._fingerprint[0]
+        return fingerprint(self.state_dict())
 
     def encode(self, audio: Tensor | np.ndarray, sample_rate: int | None = None) -> Posterior:
         """Encodes audio to a distribution over latents.
@@ -129,7 +128,8 @@ class EarVAE(nn.Module):
         Args:
             audio: [C, T] or [B, C, T], floating point, nominally within [-1, 1] (not enforced), one or
                 two channels; mono is duplicated to two.
-            sample_rate: Rate of `audio` in Hz when it is not the model's: it is then resampled.
+            sample_rate: Rate of `audio`, 1 000 to 768 000 Hz, when it is not the model's: it is then
+                resampled.
 
         Returns:
             Posterior with tensors [D, N] or [B, D, N], N = ceil(T / downsampling_ratio) for T samples
@@ -138,8 +138,9 @@ class EarVAE(nn.Module):
         Raises:
             EarVAEError: Wrong rank, integer dtype, no samples, too many channels, unusable rate.
         """
+        rate = None if sample_rate is None else sample_rate_of(sample_rate)
         batched, squeeze = self._as_batch(audio)
-        batched = self._resampled(batched, sample_rate, self.sample_rate)
+        batched = self._resampled(batched, rate, self.sample_rate)
         posterior = Posterior.from_parameters(self._encode_batch(batched))
         return Posterior(posterior.mean[0], posterior.std[0]) if squeeze else posterior
 
@@ -189,6 +190,7 @@ class EarVAE(nn.Module):
             EarVAEError: As for `encode`; or `tile_frames` below 1.
         """
         length = self._tile_frames(tile_frames)
+        rate = None if sample_rate is None else sample_rate_of(sample_rate)
         squeeze = False
 
         def batches() -> Iterator[Tensor]:
@@ -206,7 +208,7 @@ class EarVAE(nn.Module):
             if (missing := -count % self.downsampling_ratio) and count:
                 yield piece.new_zeros(*piece.shape[:-1], missing)
 
-        resampled = batches() if sample_rate is None else self._resampled_stream(batches(), sample_rate)
+        resampled = batches() if rate is None else self._resampled_stream(batches(), rate)
         for parameters in self._stream(self.encoder, padded(resampled), encoder_stages, length):
             posterior = Posterior.from_parameters(parameters)
             yield Posterior(posterior.mean[0], posterior.std[0]) if squeeze else posterior
@@ -261,20 +263,21 @@ class EarVAE(nn.Module):
         Raises:
             EarVAEError: As for `encode`.
         """
+        rate = None if sample_rate is None else sample_rate_of(sample_rate)
         batched, squeeze = self._as_batch(audio)
         num_samples, mono_in_stereo = (
             batched.shape[-1],
             torch.as_tensor(audio).shape[-2] < self.audio_channels,
         )
-        batched = self._resampled(batched, sample_rate, self.sample_rate)
+        batched = self._resampled(batched, rate, self.sample_rate)
         model_samples = batched.shape[-1]
         parameters = self._encode_batch(batched)
         del batched  # An hour of audio is a gigabyte; do not hold it while decoding.
         rebuilt = self._decode_batch(Posterior.from_parameters(parameters).mean)[..., :model_samples]
         if mono_in_stereo:
             rebuilt = rebuilt.mean(dim=1, keepdim=True)
-        if sample_rate is not None:
-            rebuilt = self._resampled(rebuilt, self.sample_rate, sample_rate)[..., :num_samples]
+        if rate is not None:
+            rebuilt = self._resampled(rebuilt, self.sample_rate, rate)[..., :num_samples]
         return rebuilt[0] if squeeze else rebuilt
 
     def forward(
@@ -305,7 +308,7 @@ class EarVAE(nn.Module):
         variant: str | None = None,
         revision: str | None = None,
         device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         local_files_only: bool = False,
         token: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -324,7 +327,8 @@ class EarVAE(nn.Module):
             variant: Which model of a repository that holds several, such as `ear_vae_44k`.
             revision: Branch, tag or commit on the Hub.
             device: Where to put the model; the CPU by default.
-            dtype: float32 (default), bfloat16 or float64. float16 is refused: it overflows in the decoder.
+            dtype: float32 (default), bfloat16 or float64, as torch's or by name. float16 is refused: it
+                overflows in the decoder.
             local_files_only: Do not go to the network.
             token: Access token for the Hub.
             cache_dir: Where Hub files and conversions are cached instead of the Hub's usual folder.
@@ -332,11 +336,13 @@ class EarVAE(nn.Module):
 
         Raises:
             EarVAEError: Nothing is found under the name, the variant is missing or unknown, a file is
-                damaged or does not fit its config, or the download failed.
+                damaged or does not fit its config, the weights do not have the fingerprint that their file
+                states, the download failed, or there is no such device or dtype.
         """
         from ear_vae.hub import resolve
         from ear_vae.weights import load_pretrained
 
+        device, dtype = available_device(device), supported_dtype(dtype)
         checkpoint = resolve(
             name_or_path,
             variant=variant,
@@ -347,7 +353,9 @@ class EarVAE(nn.Module):
             force_download=force_download,
         )
         vae = load_pretrained(cls, checkpoint)
-        return vae.to(device=device, dtype=dtype) if dtype else vae.to(device=device)
+        # Weights made in inference mode could never be trained.
+        with torch.inference_mode(False), torch.no_grad():
+            return vae.to(device=device, dtype=dtype) if dtype else vae.to(device=device)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes `config.json`, `model.safetensors` and, unless there is one, a model card `README.md`.
@@ -405,28 +413,6 @@ class EarVAE(nn.Module):
         for module in self.modules():
             if isinstance(module, Snake):
                 module.compiled = True
-
-    def to(self, *args, **kwargs):  # type: ignore[no-untyped-def]
-        """As `torch.nn.Module.to`; the weights keep the fingerprint they were loaded with.
-
-        Raises:
-            EarVAEError: float16 or another dtype that the network cannot run in.
-        """
-        _, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
-        if dtype is not None and dtype not in SUPPORTED_DTYPES:
-            raise EarVAEError(
-                f"{dtype} is not supported: float16 overflows in the transposed convolutions; "
-                "use torch.bfloat16 or torch.float32"
-            )
-        sha256 = self.weights_sha256 if dtype not in (None, self.dtype) else None
-        moved = super().to(*args, **kwargs)
-        if sha256 is not None:
-            self._fingerprint = (sha256, sum(parameter._version for parameter in self.parameters()))
-        return moved
-
-    def half(self) -> EarVAE:
-        """Refused, see `to`."""
-        return self.to(torch.float16)
 
     def _as_batch(self, audio: Tensor | np.ndarray) -> tuple[Tensor, bool]:
         """Audio as [B, C, T] with the model's channels, and whether a batch axis was added."""
@@ -497,12 +483,17 @@ class EarVAE(nn.Module):
         wrong goes into every sample.
         """
         assert self.transformer is not None
+        self._require_runnable(self.transformer)
         weights = {name: single_at_least(weight) for name, weight in self.transformer.named_parameters()}
         x = latents.to(device=self.device, dtype=torch.promote_types(self.dtype, torch.float32))
         transformed: Tensor = functional_call(self.transformer, weights, (x,))
         return transformed.to(latents.device)
 
+    def _require_runnable(self, network: nn.Module) -> None:
+        require_runnable({parameter.dtype for parameter in network.parameters()}, self.device)
+
     def _run(self, network: _Network, x: Tensor, stages_of: _StagesOf[_Network]) -> Tensor:
+        self._require_runnable(network)
         if torch.is_grad_enabled() and (
             x.requires_grad or any(p.requires_grad for p in network.parameters())
         ):
@@ -539,6 +530,7 @@ class EarVAE(nn.Module):
         tile_frames: int,
     ) -> Iterator[Tensor]:
         """As `_run`, piece by piece; results lie on the device of the input, and no gradients are kept."""
+        self._require_runnable(network)
         source = iter(blocks)
         if (first := next(source, None)) is None:
             return
@@ -564,7 +556,8 @@ class EarVAE(nn.Module):
 
     def _prepared(self, tile: Tensor) -> Tensor:
         """[B, C, T] as the networks take it in inference, see `ear_vae.network.blocks`."""
-        return self._here(tile).unsqueeze(-2).contiguous(memory_format=torch.channels_last)
+        # Channels last by hand, which torch.vmap takes too.
+        return self._here(tile).movedim(1, -1).contiguous().movedim(-1, 1).unsqueeze(-2)
 
     def _delivered(self, tile: Tensor, device: torch.device) -> Callable[[], Tensor]:
         """The way back, as [B, C, T] in float32 at least."""

@@ -1,10 +1,13 @@
 """The convolutions, the activation and the residual unit that encoder and decoder share.
 
-All of them take [B, C, N], and [B, C, 1, N] as well. The second form is for inference: with its channels last
-in memory, a convolution is a plain matrix product on what lies side by side, and nothing is reordered on the
-way in and out, which on a CPU takes as long as the products themselves. `channels_last_weights` does the same
-for the weights. Where a gradient is recorded that form is the slower one: [B, C, N] then goes with weights in
-their plain order.
+All of them take [B, C, N], and [B, C, 1, N] as well. The second form is for inference: with its channels
+last in memory, a convolution is a plain matrix product on what lies side by side, and the activations are not
+reordered on the way in and out, which on a CPU takes as long as the products themselves. Where a gradient is
+recorded that form is the slower one: [B, C, N] it is then.
+
+Weights lie in the plain order of torch, [O, C, K], whatever form they are used in. Channels last has them
+reordered call by call, which is little beside the product where many positions share them; where few do, the
+convolution is one product with the weights as they lie.
 """
 
 from __future__ import annotations
@@ -25,9 +28,20 @@ class Conv1d(nn.Conv1d):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim == 3:
-            return self._conv_forward(x, self.weight.contiguous(), self.bias)
-        (stride,), (dilation,), padding = self.stride, self.dilation, self.padding
+            return super().forward(x)
+        (kernel,), (stride,), (dilation,), padding = (
+            self.kernel_size,
+            self.stride,
+            self.dilation,
+            self.padding,
+        )
         assert not isinstance(padding, str)
+        num_outputs = (x.shape[-1] + 2 * padding[0] - dilation * (kernel - 1) - 1) // stride + 1
+        if kernel > 1 and _few(x, num_outputs, self.out_channels):
+            windows = functional.unfold(
+                x, (1, kernel), dilation=(1, dilation), padding=(0, padding[0]), stride=(1, stride)
+            )
+            return _channels_last(_product(self.weight.flatten(1), windows, self.bias).unsqueeze(-2))
         return functional.conv2d(
             x,
             self.weight.unsqueeze(-2),
@@ -42,23 +56,38 @@ class ConvTranspose1d(nn.ConvTranspose1d):
     """`torch.nn.ConvTranspose1d` that also takes [B, C, 1, N]."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        (stride,), padding = self.stride, self.padding
-        assert not isinstance(padding, str)
         if x.ndim == 3:
-            return functional.conv_transpose1d(
-                x, self.weight.contiguous(), self.bias, stride=stride, padding=padding[0]
+            return super().forward(x)
+        (kernel,), (stride,), padding = self.kernel_size, self.stride, self.padding
+        assert not isinstance(padding, str)
+        if _few(x, x.shape[-1], self.out_channels):
+            windows = _product(self.weight.flatten(1).T, x.squeeze(-2), None)
+            length = (x.shape[-1] - 1) * stride - 2 * padding[0] + kernel
+            y = functional.fold(
+                windows, (1, length), (1, kernel), padding=(0, padding[0]), stride=(1, stride)
             )
+            return _channels_last(y if self.bias is None else y + self.bias[:, None, None])
         return functional.conv_transpose2d(
             x, self.weight.unsqueeze(-2), self.bias, stride=(1, stride), padding=(0, padding[0])
         )
 
 
-def channels_last_weights(network: nn.Module) -> None:
-    """Stores the kernels of all convolutions as [O, K, C], in place; their shape stays [O, C, K]."""
-    for module in network.modules():
-        if isinstance(module, (Conv1d, ConvTranspose1d)):
-            weight = module.weight.data
-            module.weight.data = weight.transpose(1, 2).contiguous().transpose(1, 2)
+def _few(x: Tensor, positions: int, out_channels: int) -> bool:
+    """Whether a kernel outweighs the input's windows, so that reordering it would take the longer."""
+    return x.device.type == "cpu" and x.shape[0] * positions < out_channels
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """[B, C, 1, N] as the next layer takes it; by hand, which torch.vmap takes too."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def _product(weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    """Weight [O, I] times each item of [B, I, N], plus the bias [O]: [B, O, N]."""
+    # Item by item: a batched product would copy the weight for each.
+    if bias is None:
+        return torch.stack([weight @ item for item in x.unbind()])
+    return torch.stack([torch.addmm(bias[:, None], weight, item) for item in x.unbind()])
 
 
 class Snake(nn.Module):

@@ -79,10 +79,15 @@ def _like(per_channel: Tensor, x: Tensor) -> Tensor:
 class _SnakeFunction(torch.autograd.Function):
     """The same formula for training: keeps only its input, where autograd would keep four copies of it."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x: Tensor, alpha: Tensor, inverse_beta: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x, alpha, inverse_beta)
+    def forward(x: Tensor, alpha: Tensor, inverse_beta: Tensor) -> Tensor:
         return torch.mul(x, alpha).sin_().square_().mul_(inverse_beta).add_(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]

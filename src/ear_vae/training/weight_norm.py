@@ -23,8 +23,7 @@ class WeightNorm(nn.Module):
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         g = _norm(weight)
-        # In plain order, in which training is faster, see `ear_vae.network.blocks`.
-        direction = torch.where(g == 0, torch.randn_like(weight), weight).contiguous()
+        direction = torch.where(g == 0, torch.randn_like(weight), weight)
         return g, direction / _norm(direction)
 
 

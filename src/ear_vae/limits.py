@@ -1,0 +1,134 @@
+"""What numbers and names from a file or a caller may be, checked before any work is spent on them."""
+
+from __future__ import annotations
+
+import json
+import operator
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ear_vae.errors import EarVAEError
+
+LOWEST_SAMPLE_RATE, HIGHEST_SAMPLE_RATE = 1_000, 768_000
+"""Rates of audio in Hz: what telephones and the fastest converters are within."""
+HIGHEST_DOWNSAMPLING_RATIO = 2**16
+"""Samples per latent frame."""
+_MOST_JSON_BYTES = 2**20
+_LONGEST_NAME = 100
+_MOST_BITS = 64
+
+
+def sample_rate_of(value: Any, what: str = "sample_rate") -> int:
+    """A sample rate in Hz as a Python integer; those of numpy and torch are taken too.
+
+    Args:
+        value: What was given.
+        what: What messages call it.
+
+    Raises:
+        EarVAEError: It is no integer, or out of range.
+    """
+    rate = integer(value)
+    if rate is None:
+        raise EarVAEError(f"{what} must be an integer, got {shown(value)}")
+    if not LOWEST_SAMPLE_RATE <= rate <= HIGHEST_SAMPLE_RATE:
+        raise EarVAEError(
+            f"{what} must be {LOWEST_SAMPLE_RATE} to {HIGHEST_SAMPLE_RATE} Hz, got {shown(rate)}"
+        )
+    return rate
+
+
+def integer(value: Any) -> int | None:
+    """`value` as a Python integer if it is an integer of any library, and no truth value."""
+    if isinstance(value, bool) or (getattr(value, "dtype", None) is not None and "bool" in str(value.dtype)):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def shown(value: Any) -> str:
+    """A value for a message: its `repr`, cut to what fits a line."""
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        return f"an integer of {value.bit_length()} bits"
+    return _short.repr(value)
+
+
+def name_in_a_line(name: str) -> str:
+    """A name without line breaks and other control characters, cut to 100 characters."""
+    plain = " ".join("".join(c if c.isprintable() else " " for c in name).split())
+    return plain if len(plain) <= _LONGEST_NAME else plain[: _LONGEST_NAME - 1] + "…"
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text from anywhere.
+
+    Raises:
+        ValueError: It is not JSON, or too deep or with too long numbers for Python's parser.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise
+    except ValueError:  # Python's own text advises to lift the limit
+        raise ValueError("it holds a number of thousands of digits") from None
+
+
+def read_json(path: Path) -> Any:
+    """The parsed content of a small JSON file.
+
+    Raises:
+        EarVAEError: The file cannot be read, is larger than 1 MiB, or is not JSON.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read(_MOST_JSON_BYTES + 1)
+        if len(content) > _MOST_JSON_BYTES:
+            raise ValueError(f"it is larger than {_MOST_JSON_BYTES} bytes")
+        return parse_json(content.decode("utf-8"))
+    except (OSError, ValueError) as error:
+        raise EarVAEError(f"{path}: cannot read the config: {error}") from error
+
+
+class _Short(reprlib.Repr):
+    """`reprlib.repr`, which cuts long and deep values, with a little more room."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 60
+        self.maxlist = self.maxtuple = self.maxdict = 12
+        self.maxlevel = 3
+
+    def repr_int(self, x: int, level: int) -> str:
+        return shown(x) if x.bit_length() > _MOST_BITS else repr(x)
+
+
+_short = _Short()
+
+
+def pack_facts(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Metadata for a safetensors file, as one entry: its library writes several in random order."""
+    return {_KEY: json.dumps(facts, sort_keys=True)}
+
+
+def unpack_facts(metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    """What `pack_facts` packed, or nothing for a file of another program.
+
+    Raises:
+        ValueError: The entry is there and damaged.
+    """
+    if _KEY not in (metadata or {}):
+        return {}
+    assert metadata is not None
+    facts = parse_json(metadata[_KEY])
+    if not isinstance(facts, dict):
+        raise ValueError(f"expected an object, got {shown(facts)}")
+    return facts
+
+
+_KEY = "ear_vae"
