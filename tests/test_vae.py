@@ -242,3 +242,13 @@ def test_half_precision_is_refused(vae: EarVAE) -> None:
         vae.to(torch.float16)
     with pytest.raises(EarVAEError, match="float16"):
         vae.half()
+
+
+def test_the_transformer_is_float32_under_autocast() -> None:
+    torch.manual_seed(0)
+    vae = EarVAE(EarVAEConfig(channels=4)).eval().requires_grad_(False)
+    latents = torch.randn(1, 64, 30)
+    expected = vae.transformer(latents)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = vae._transformed(latents)
+    assert torch.equal(found, expected)

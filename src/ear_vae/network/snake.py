@@ -1,9 +1,9 @@
 """The Snake function x + sin²(αx)/β in as few passes over memory as the device allows.
 
 On a GPU it is one pass: a Triton kernel behind `torch.ops.ear_vae.snake`, an operator that compilers and
-exporters take as a whole; where Triton is missing or cannot compile, that operator computes the plain formula.
-Elsewhere it is a handful of passes over what should lie in the cache, see `ear_vae.tiling`, or one that
-torch.compile writes.
+exporters take as a whole; where Triton is missing or cannot compile, that operator computes the plain
+formula. Elsewhere it is a handful of passes over what should lie in the cache, see `ear_vae.tiling`, or one
+that torch.compile writes.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ def kernels(device: torch.device) -> ModuleType | None:
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         warnings.warn(
-            f"Triton does not work here and the Snake function is computed in several passes, which is slower: "
+            "Triton does not work here and the Snake function is computed in several passes, which is slower: "
             f"{lines[0]}; Triton needs a C compiler and Python's headers",
             stacklevel=2,
         )
