@@ -29,7 +29,7 @@ class _Recordings:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.shapes: OrderedDict[Hashable, _Graph | None | object] = OrderedDict()
+        self.shapes: OrderedDict[Hashable, _Graph | object | None] = OrderedDict()
 
     def graphs(self) -> list[_Graph]:
         return [found for found in self.shapes.values() if found is not None and found is not _PLAIN]  # type: ignore[misc]
@@ -146,7 +146,7 @@ class _Graph:
 
 
 def _uncached(device_type: str) -> AbstractContextManager[None]:
-    """Autocast as it is, but for weights that it has cast: they would be gone when the recording is replayed."""
+    """Autocast as it is, without its cache of cast weights: they would be gone at the replay."""
     return torch.autocast(
         device_type,
         dtype=torch.get_autocast_dtype(device_type),

@@ -387,7 +387,7 @@ class EarVAE(nn.Module):
         same result but for the rounding; `docs/speed.md` has figures. Where torch cannot compile, there is a
         warning and nothing changes.
 
-        On CUDA, also if the model is moved there later, where the activation is one pass already, short inputs
+        On CUDA, also if the model is moved there later, the activation is one pass already, and short inputs
         (up to some 9 s) of a shape that comes again are recorded as CUDA graphs and replayed; threads take
         turns. Calling it again drops what has been recorded.
         """

@@ -219,7 +219,7 @@ def kernels(device: torch.device) -> ModuleType | None:
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         warnings.warn(
-            "Triton does not work here and the Snake function is computed in several passes, which is slower: "
+            "Triton does not work here; the Snake function takes several passes, which is slower: "
             f"{lines[0]}; Triton needs a C compiler and Python's headers",
             stacklevel=2,
         )
