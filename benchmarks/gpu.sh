@@ -73,7 +73,7 @@ run() {
         --json "$out/$stage.json"
       ;;
     infer)
-      if [ "$device" = cpu ]; then small+=(--seconds 1 --batch 1); else small=(--seconds 10 60 600 --batch 1 16); fi
+      if [ "$device" = cpu ]; then small+=(--seconds 1 --batch 1 --matrix-sizes 256); else small=(--seconds 10 60 600 --batch 1 16); fi
       within 10 "$python" "$here/inference.py" --device "$device" --compile "${small[@]}" --json "$out/infer.json"
       ;;
     train)

@@ -29,7 +29,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -216,7 +216,7 @@ def flops(direction: str, seconds: float, batch: int, channels: int) -> int:
     return int(counter.get_total_flops())
 
 
-def matrix_peak(device: str, dtype: str) -> float:
+def matrix_peak(device: str, dtype: str, sizes: Sequence[int]) -> float:
     """The best of several matrix products, in operations per second.
 
     Each size is multiplied as matrices and as a convolution of kernel size 1, which is the same product in
@@ -226,7 +226,7 @@ def matrix_peak(device: str, dtype: str) -> float:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype == "tf32"
     weight_dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     best = 0.0
-    for size in MATRIX_SIZES[device]:
+    for size in sizes:
         a, b = (torch.randn(size, size, device=device).to(weight_dtype) for _ in range(2))
         image = a.T[None, :, None, :].contiguous(memory_format=torch.channels_last)
         kernels = b.T[:, :, None, None].contiguous(memory_format=torch.channels_last)
@@ -363,6 +363,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--channels", type=int, default=128, help="narrower than published")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--matrix-sizes", type=int, nargs="+", help="of the products that tell the peak")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.quick:
@@ -372,7 +373,8 @@ def main() -> None:
     print(f"{name}, {arguments.threads} threads, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
     contenders = contenders_of(arguments)
     dtypes = {contender.dtype for contender in contenders}
-    arguments.peaks = {dtype: matrix_peak(arguments.device, dtype) for dtype in dtypes}
+    sizes = arguments.matrix_sizes or MATRIX_SIZES[arguments.device]
+    arguments.peaks = {dtype: matrix_peak(arguments.device, dtype, sizes) for dtype in dtypes}
     print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
     rows: list[dict[str, Any]] = []
     for seconds in arguments.seconds:

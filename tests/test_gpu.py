@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import subprocess
+import sys
 import threading
 import types
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from torch import nn
 
@@ -304,6 +309,90 @@ class TestOnAGpu:
         vae.to("cuda")
         pieces = [part.mean for part in vae.encode_stream(audio.split(7000, dim=-1), tile_frames=8)]
         torch.testing.assert_close(torch.cat(pieces, dim=-1), vae.encode(audio).mean, rtol=0, atol=1e-4)
+
+    @pytest.mark.parametrize("checkpointing", [False, True])
+    def test_gradients_are_those_of_a_cpu(self, vae: EarVAE, checkpointing: bool) -> None:
+        vae.requires_grad_(True)
+        audio = 0.3 * torch.randn(1, 2, 20 * 1024)
+        on_gpu = copy.deepcopy(vae).to("cuda")
+        on_gpu.gradient_checkpointing = checkpointing
+        gradients = [
+            torch.autograd.grad(model(x).audio.square().mean(), list(model.parameters()))
+            for model, x in ((vae, audio), (on_gpu, audio.cuda()))
+        ]
+        for expected, found in zip(*gradients, strict=True):
+            scale = max(float(expected.abs().max()), 1e-6)
+            assert float((found.cpu() - expected).abs().max()) < 1e-2 * scale
+
+    def test_mono_streams(self, vae: EarVAE) -> None:
+        audio = 0.3 * torch.randn(1, 50 * 1024)
+        expected = vae.encode(audio).mean
+        vae.to("cuda")
+        pieces = [part.mean for part in vae.encode_stream(audio.split(7000, dim=-1), tile_frames=8)]
+        torch.testing.assert_close(torch.cat(pieces, dim=-1), expected, rtol=0, atol=1e-4)
+
+    def test_an_hour_is_not_pinned(self, vae: EarVAE) -> None:
+        """Host memory that is pinned for the tiles of a strided hour is that of a few tiles."""
+        vae.to("cuda")
+        hour = torch.zeros(2, 3600 * 44_100)
+        torch.cuda.reset_peak_host_memory_stats()
+        vae.encode(hour)
+        assert torch.cuda.host_memory_stats()["allocated_bytes.peak"] < 2**28
+
+    def test_autocast_after_preparing(self, vae: EarVAE) -> None:
+        vae.compile()
+        vae.to("cuda")
+        latents = torch.randn(64, 30, device="cuda")
+        plain = [vae.decode(latents) for _ in range(3)][-1]
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            cast = [vae.decode(latents) for _ in range(3)]
+        assert all(torch.equal(cast[0], other) for other in cast[1:])
+        assert not torch.equal(cast[0], plain)
+        assert torch.equal(vae.decode(latents), plain)
+
+    def test_recording_beside_a_thread_that_pins_memory(self, vae: EarVAE) -> None:
+        """As a data loader does. None of it may fail, and none be computed as usual for it."""
+        vae.to("cuda").compile()
+        done = threading.Event()
+
+        def pin() -> None:
+            size = 1000
+            while not done.is_set():
+                size += 4096
+                torch.empty(size, pin_memory=True)
+
+        with ThreadPoolExecutor(1) as threads:
+            pinning = threads.submit(pin)
+            try:
+                for frames in (20, 30, 40):
+                    latents = torch.randn(64, frames, device="cuda")
+                    found = [vae.decode(latents) for _ in range(3)]
+                    torch.testing.assert_close(found[2], found[0], rtol=0, atol=1e-5)
+            finally:
+                done.set()
+            pinning.result()
+        assert len(graphs._networks[vae.decoder].graphs()) == 3
+
+    def test_three_steps_of_fit(self, tmp_path: Path) -> None:
+        """Through the command line, with a discriminator, in mixed precision; a model comes out."""
+        for number in range(2):
+            noise = 0.1 * np.random.default_rng(number).standard_normal((5 * 44_100, 2))
+            soundfile.write(tmp_path / f"{number}.wav", noise, 44_100)
+        options = [
+            "--config",
+            "smoke",
+            "--config",
+            "one_gpu",
+            "--data.batch_size",
+            "2",
+            "--data.num_workers",
+            "1",
+        ]
+        options += ["--data.folder", str(tmp_path), "--trainer.max_steps", "3"]
+        options += ["--trainer.default_root_dir", str(tmp_path / "run")]
+        subprocess.run([sys.executable, "-m", "ear_vae", "fit", *options], check=True)
+        model = EarVAE.from_pretrained(tmp_path / "run" / "model")
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
 
     def test_a_long_file_takes_the_memory_of_its_tiles(self, vae: EarVAE) -> None:
         vae.to("cuda")
