@@ -7,7 +7,11 @@ Random weights of the published size. In one run, turn by turn: `straight`, the 
 norm on, the plain Snake formula, the whole clip at once, eager; on a GPU with and without TF32), `ear_vae`,
 and `diffusers`, its AutoencoderOobleck of the same width, where that library is installed; `--compile` adds
 `ear_vae_compiled`, after `EarVAE.compile`. Each has a process of its own, so that its peak memory can be
-told. A time is the median of the repeats after one that is not counted.
+told. A time is the median of the repeats after two that are not counted: a CUDA graph is recorded in the
+second.
+
+On a GPU all begin and end with tensors there; `ear_vae_from_host` goes from the host's memory and back. One
+has all its runs before the next begins, and then gives back the memory it keeps.
 
 Peak memory is what a process holds at most beyond Python and torch: weights, audio and activations. The
 straight path is left out where batch times length exceeds 60 s. The fraction of the peak is that of the best
@@ -25,7 +29,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -42,9 +46,12 @@ from ear_vae.network.blocks import Snake
 from ear_vae.training.weight_norm import apply_weight_norm
 
 STRAIGHT, OURS, COMPILED, DIFFUSERS = "straight", "ear_vae", "ear_vae_compiled", "diffusers"
+FROM_HOST = "ear_vae_from_host"
+TILED = (OURS, COMPILED, FROM_HOST)
+UNCOUNTED = 2
 DIRECTIONS = ("encode", "decode")
 MOST_STRAIGHT_SECONDS = 60
-MATRIX_SIZES = (1024, 2048, 4096)
+MATRIX_SIZES = {"cpu": (1024, 2048, 4096), "cuda": (1024, 2048, 4096, 8192)}
 COLUMNS = (
     *("implementation", "direction", "seconds", "batch", "device", "dtype", "time_s", "times_real_time"),
     *("ratio_to_straight", "gflops", "peak_gflops", "fraction_of_peak", "peak_memory_mb", "max_abs_error"),
@@ -104,13 +111,16 @@ def of_diffusers(config: EarVAEConfig) -> tuple[nn.Module, dict[str, Callable[[T
     }
 
 
-def build(implementation: str, channels: int) -> tuple[nn.Module, dict[str, Callable[[Tensor], Tensor]]]:
+def build(
+    implementation: str, channels: int, device: str, dtype: torch.dtype
+) -> tuple[nn.Module, dict[str, Callable[[Tensor], Tensor]]]:
     """The network with the weights that seed 0 gives, and its two directions."""
     torch.manual_seed(0)
     config = EarVAEConfig(channels=channels)
     if implementation == DIFFUSERS:
-        return of_diffusers(config)
-    vae = EarVAE(config).eval().requires_grad_(False)
+        peer, directions = of_diffusers(config)
+        return peer.to(device=device, dtype=dtype), directions
+    vae = EarVAE(config).eval().requires_grad_(False).to(device=device, dtype=dtype)
     if implementation == COMPILED:
         with warnings.catch_warnings():
             # It would mean that the row shows something else than its name says.
@@ -136,16 +146,21 @@ def serve(
     torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype == "tf32"
     before = resident_bytes()
-    network, directions = build(implementation, channels)
+    weight_dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    # The network lives as long as its directions do.
+    _network, directions = build(implementation, channels, device, weight_dtype)
     config = EarVAEConfig(channels=channels)
-    network.to(device=device, dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32)
-    weight = next(network.parameters())
     pipe.send("ready")
     while (order := pipe.recv()) is not None:
+        if order == "release":
+            if device == "cuda":
+                torch.cuda.empty_cache()
+            pipe.send("released")
+            continue
         direction, seconds, batch, wants_result = order
         x = example(direction, seconds, batch, config)
-        if implementation not in (OURS, COMPILED):
-            x = x.to(device=device, dtype=weight.dtype)
+        if implementation != FROM_HOST:
+            x = x.to(device=device, dtype=weight_dtype)
         reset_peak(device)
         with torch.inference_mode():
             start = now(device)
@@ -201,7 +216,7 @@ def flops(direction: str, seconds: float, batch: int, channels: int) -> int:
     return int(counter.get_total_flops())
 
 
-def matrix_peak(device: str, dtype: str) -> float:
+def matrix_peak(device: str, dtype: str, sizes: Sequence[int]) -> float:
     """The best of several matrix products, in operations per second.
 
     Each size is multiplied as matrices and as a convolution of kernel size 1, which is the same product in
@@ -211,7 +226,7 @@ def matrix_peak(device: str, dtype: str) -> float:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype == "tf32"
     weight_dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     best = 0.0
-    for size in MATRIX_SIZES:
+    for size in sizes:
         a, b = (torch.randn(size, size, device=device).to(weight_dtype) for _ in range(2))
         image = a.T[None, :, None, :].contiguous(memory_format=torch.channels_last)
         kernels = b.T[:, :, None, None].contiguous(memory_format=torch.channels_last)
@@ -243,6 +258,11 @@ class Contender:
         self._pipe.send(order)
         return self._answer()
 
+    def release(self) -> None:
+        """Has memory given back that is kept for the next run."""
+        self._pipe.send("release")
+        self._answer()
+
     def close(self) -> None:
         if self._process.is_alive():
             self._pipe.send(None)
@@ -258,23 +278,30 @@ class Contender:
 def compare(
     contenders: list[Contender], direction: str, seconds: float, batch: int, arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """A row for each contender, run in turns."""
+    """A row for each contender, run in turns, on a GPU one after the other."""
     runs: dict[int, list[tuple[float, int | None, Any]]] = {}
-    for turn in range(1 + arguments.repeats):
-        for number, contender in enumerate(contenders):
-            result = contender.run(direction, seconds, batch, turn == 0)
-            if result is None:
-                raise SystemExit(
-                    f"{contender.implementation} ended at {direction} of {batch} x {seconds:g} s"
-                )
-            runs.setdefault(number, []).append(result)
+    order = [
+        (turn, number) for turn in range(UNCOUNTED + arguments.repeats) for number in range(len(contenders))
+    ]
+    if arguments.device == "cuda":
+        order.sort(key=lambda turn_number: turn_number[1])
+    for turn, number in order:
+        contender = contenders[number]
+        result = contender.run(direction, seconds, batch, turn == 0)
+        if result is None:
+            raise SystemExit(f"{contender.implementation} ended at {direction} of {batch} x {seconds:g} s")
+        runs.setdefault(number, []).append(result)
+        if turn == UNCOUNTED + arguments.repeats - 1:
+            contender.release()
     operations = flops(direction, seconds, batch, arguments.channels)
     reference = next((n for n, c in enumerate(contenders) if c.implementation == STRAIGHT), None)
     rows = []
     for number, contender in enumerate(contenders):
-        elapsed = statistics.median(time_s for time_s, _, _ in runs[number][1:])
+        elapsed = statistics.median(time_s for time_s, _, _ in runs[number][UNCOUNTED:])
         straight_s = (
-            None if reference is None else statistics.median(time_s for time_s, _, _ in runs[reference][1:])
+            None
+            if reference is None
+            else statistics.median(time_s for time_s, _, _ in runs[reference][UNCOUNTED:])
         )
         peak = arguments.peaks[contender.dtype]
         memory = max((m for _, m, _ in runs[number] if m is not None), default=None)
@@ -312,8 +339,11 @@ def contenders_of(arguments: argparse.Namespace) -> list[Contender]:
     wanted = [(STRAIGHT, "float32"), (OURS, "float32")]
     if arguments.device == "cuda":
         wanted += [(STRAIGHT, "tf32"), (OURS, "tf32"), (OURS, "bfloat16")]
+        wanted += [(FROM_HOST, "float32"), (FROM_HOST, "bfloat16")]
     if arguments.compile:
         wanted.append((COMPILED, "float32"))
+        if arguments.device == "cuda":
+            wanted += [(COMPILED, "tf32"), (COMPILED, "bfloat16")]
     try:
         import diffusers  # noqa: F401
 
@@ -333,6 +363,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--channels", type=int, default=128, help="narrower than published")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--matrix-sizes", type=int, nargs="+", help="of the products that tell the peak")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.quick:
@@ -342,15 +373,14 @@ def main() -> None:
     print(f"{name}, {arguments.threads} threads, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
     contenders = contenders_of(arguments)
     dtypes = {contender.dtype for contender in contenders}
-    arguments.peaks = {dtype: matrix_peak(arguments.device, dtype) for dtype in dtypes}
+    sizes = arguments.matrix_sizes or MATRIX_SIZES[arguments.device]
+    arguments.peaks = {dtype: matrix_peak(arguments.device, dtype, sizes) for dtype in dtypes}
     print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
     rows: list[dict[str, Any]] = []
     for seconds in arguments.seconds:
         for batch in arguments.batch:
             able = [
-                c
-                for c in contenders
-                if c.implementation in (OURS, COMPILED) or seconds * batch <= MOST_STRAIGHT_SECONDS
+                c for c in contenders if c.implementation in TILED or seconds * batch <= MOST_STRAIGHT_SECONDS
             ]
             for direction in DIRECTIONS:
                 for row in compare(able, direction, seconds, batch, arguments):

@@ -12,6 +12,7 @@ Configs and options are those of `ear-vae fit`.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import statistics
 import time
@@ -26,6 +27,7 @@ import torch
 from lightning.pytorch.profilers import Profiler
 from torch import Tensor
 
+from ear_vae._files import atomic_path
 from ear_vae.losses import ReconstructionObjective
 from ear_vae.losses.objective import ADVERSARIAL_TERMS
 from ear_vae.training import AudioDataModule, EarVAEModule
@@ -196,6 +198,7 @@ class Measure(L.Callback):
             self.plain_seconds = -now()
         elif step == self.warmup + self.steps:
             self.plain_seconds += now()
+            self.peak = peak_bytes(batch)
             assert isinstance(pl_module, EarVAEModule)
             PartsOfAStep(pl_module, self.ledger)
             self.ledger.start()
@@ -229,6 +232,8 @@ def together_and_alone(module: EarVAEModule, target: Tensor, repeats: int) -> tu
         ).to(target.device)
         for chosen in (weights, *({name: weight} for name, weight in weights.items()))
     ]
+    # Lightning takes it off the GPU when training is over.
+    module.to(target.device)
     posterior = module.vae.encode(target)
     estimate = module.vae.decode(posterior.mean, num_samples=target.shape[-1]).detach().requires_grad_(True)
     seconds: list[list[float]] = [[] for _ in objectives]
@@ -246,6 +251,7 @@ def main() -> None:
     parser.add_argument("--config", action="append", required=True, help="shipped config or file")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--json", type=Path)
     arguments, options = parser.parse_known_args()
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -261,6 +267,7 @@ def main() -> None:
         accelerator=settings["accelerator"],
         devices=1,
         precision=settings["precision"],
+        deterministic=settings["deterministic"],
         max_steps=arguments.warmup + 2 * arguments.steps,
         limit_val_batches=0,
         logger=False,
@@ -271,6 +278,16 @@ def main() -> None:
         profiler=DataTime(ledger),
     ).fit(module, datamodule=data)
     report(module, measure)
+    if arguments.json:
+        parts = {part: seconds / measure.steps for part, seconds in measure.ledger.seconds.items()}
+        result = {
+            "batch": list(measure.batch.shape),
+            "seconds_a_step": measure.plain_seconds / measure.steps,
+            "peak_bytes": measure.peak,
+            "seconds_by_part": parts,
+        }
+        with atomic_path(arguments.json, overwrite=True) as temporary:
+            temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def reset_peak() -> None:
@@ -304,7 +321,7 @@ def report(module: EarVAEModule, measure: Measure) -> None:
     print(f"batch {list(target.shape)}: {audio_seconds:.2f} s of audio a step")
     speed = f"{1 / each:.3g} steps/s, {1000 * each:.1f} ms a step"
     print(f"{speed}, {audio_seconds / each:.3g} s of audio per second")
-    if peak := peak_bytes(target):
+    if peak := measure.peak:
         print(f"{peak / 1e6:.0f} MB at most, {'on the GPU' if target.is_cuda else 'of the whole process'}")
     total = sum(measure.ledger.seconds.values())
     print(f"\nparts of {steps} more steps, {1000 * total / steps:.1f} ms each:")

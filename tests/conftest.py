@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,10 @@ import pytest
 import torch
 
 from ear_vae import EarVAE, EarVAEConfig
+
+if not torch.cuda.is_available():
+    # Without a GPU, Triton's kernels run in its interpreter, which it wants to know before it is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

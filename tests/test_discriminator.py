@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ear_vae import EarVAEError
 from ear_vae.discriminator import Discriminator, DiscriminatorConfig, Judgement
@@ -112,6 +113,28 @@ def test_losses_in_closed_form() -> None:
     assert float(discriminator_loss(target, estimate)) == pytest.approx(swapped)
     assert float(adversarial(estimate)) == pytest.approx((0.8**2 + 0.4**2) / 2)
     assert float(feature_matching(estimate, target)) == pytest.approx((0.5 + 0 + 0 + 2) / 4)
+
+
+def test_feature_matching_makes_no_wide_copies_of_narrow_features() -> None:
+    """Counted by dtype and size; the result is that of float64 within what the differences are rounded by."""
+    a, b = (torch.randn(2, 4, 300, 5).to(torch.bfloat16) for _ in range(2))
+    a.requires_grad_()
+    wide = []
+
+    class Listening(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor) and result.dtype is torch.float32 and result.numel() > 1:
+                wide.append(func)
+            return result
+
+    with Listening():
+        loss = feature_matching([Judgement(a, (a,))], [Judgement(b, (b,))])
+    assert wide == []
+    assert loss.dtype is torch.float32
+    assert float(loss.detach()) == pytest.approx(float((a - b.double()).detach().abs().mean()), rel=1e-3)
+    loss.backward()
+    torch.testing.assert_close(a.grad.float(), (a - b).sign().float() / a.numel(), rtol=1e-2, atol=0)
 
 
 def test_feature_matching_moves_the_estimate_only() -> None:

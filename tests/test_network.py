@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ear_vae import EarVAE
 from ear_vae.config import EarVAEConfig
+from ear_vae.network import snake as snake_module
 from ear_vae.network.blocks import Conv1d, ConvTranspose1d, ResidualUnit, Snake
-from ear_vae.network.snake import compile_snake
+from ear_vae.network.snake import compile_snake, plain_backward, plain_forward, snake
 from ear_vae.network.transformer import LatentTransformer, rotary_table, rotate
 
 
@@ -70,37 +78,174 @@ def test_snake_passes_gradcheck(shape: tuple[int, ...], last: bool) -> None:
     snake, x = random_snake(3), of_shape(*shape[:-1], 3, last=last).requires_grad_()
     assert torch.autograd.gradcheck(snake, x)
     # The operator that a GPU uses, in its form without Triton.
-    alpha, inverse_beta = snake.log_alpha.exp().detach(), (-snake.log_beta).exp().detach()
-    inputs = (x, alpha.requires_grad_(), inverse_beta.requires_grad_())
+    inputs = (x, snake.log_alpha, snake.log_beta)
     assert torch.autograd.gradcheck(torch.ops.ear_vae.snake, inputs)
     torch.testing.assert_close(torch.ops.ear_vae.snake(*inputs), snake(x))
 
 
-def test_snake_operator_is_one_that_compilers_take() -> None:
-    inputs = [torch.randn(2, 3, 1, 8, requires_grad=True), torch.rand(3) + 1, torch.rand(3)]
-    torch.library.opcheck(torch.ops.ear_vae.snake.default, inputs)
-
-
-@pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
-    reason="needs Triton and TRITON_INTERPRET=1",
+LAYOUTS = pytest.mark.parametrize(
+    "x",
+    [
+        torch.randn(2, 3, 8),
+        torch.randn(2, 3, 1, 8),
+        torch.randn(2, 3, 1, 8).contiguous(memory_format=torch.channels_last),
+        torch.randn(8, 3, 2).permute(2, 1, 0),
+        torch.randn(2, 3, 1, 20)[..., 5:13],
+        torch.randn(1, 3, 8).expand(2, 3, 8),
+        torch.randn(2, 1, 1, 8),
+    ],
+    ids=["plain", "image", "channels last", "permuted", "part", "expanded", "one channel"],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@SHAPES
-def test_snake_kernels_in_the_interpreter(shape: tuple[int, ...], last: bool, dtype: torch.dtype) -> None:
-    """Both kernels on the CPU against the formula; more values than one block holds."""
-    from ear_vae.network import snake_triton
 
-    snake, x = random_snake(3, torch.float32), of_shape(*shape[:-1], 1500, last=last, dtype=dtype)
-    alpha, inverse_beta = snake.log_alpha.exp().detach(), (-snake.log_beta).exp().detach()
-    grad = of_shape(*x.shape, dtype=dtype)
-    tolerances = {"atol": 1e-5, "rtol": 1e-4} if dtype is torch.float32 else {"atol": 1e-2, "rtol": 1e-2}
-    found = snake_triton.forward(x, alpha, inverse_beta)
-    assert (found.dtype, found.stride()) == (x.dtype, x.stride())
-    torch.testing.assert_close(found, torch.ops.ear_vae.snake(x, alpha, inverse_beta), **tolerances)
-    expected = torch.ops.ear_vae.snake_backward(grad, x, alpha, inverse_beta)
-    for one, other in zip(snake_triton.backward(grad, x, alpha, inverse_beta), expected, strict=True):
-        torch.testing.assert_close(one, other, **(tolerances | {"atol": 10 * tolerances["atol"]}))
+
+@LAYOUTS
+def test_snake_operators_are_what_compilers_take(x: torch.Tensor, request: pytest.FixtureRequest) -> None:
+    """Among others, results of the strides that are promised, and none that is a view of another."""
+    logs = torch.randn(2, x.shape[1]).unbind()
+    # The dynamic shapes of all layouts would take a minute.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    if "channels last" in request.node.name:
+        checks += ("test_aot_dispatch_dynamic",)
+    forward, backward = torch.ops.ear_vae.snake.default, torch.ops.ear_vae.snake_backward.default
+    torch.library.opcheck(forward, [x.detach().requires_grad_(), *logs], test_utils=checks)
+    torch.library.opcheck(backward, [torch.randn(x.shape), x, *logs], test_utils=checks)
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> ModuleType:
+    """Triton's kernels, which its interpreter runs on the CPU."""
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs TRITON_INTERPRET=1")
+    return importlib.import_module("ear_vae.network.snake_triton")
+
+
+@pytest.fixture
+def kernels_on_the_cpu(interpreted: ModuleType) -> Iterator[None]:
+    """The operators with these kernels instead of the formula."""
+    operators = snake_module._snake_operator, snake_module._snake_backward_operator
+    kernels = (interpreted.forward, interpreted.backward), (plain_forward, plain_backward)
+    for operator, kernel in zip(operators, kernels[0], strict=True):
+        operator.register_kernel("cpu", kernel)
+    yield
+    for operator, kernel in zip(operators, kernels[1], strict=True):
+        operator.register_kernel("cpu", kernel)
+
+
+@pytest.mark.usefixtures("kernels_on_the_cpu")
+class TestKernels:
+    """In the interpreter, and through the operators."""
+
+    @LAYOUTS
+    def test_they_are_what_compilers_take(self, x: torch.Tensor, request: pytest.FixtureRequest) -> None:
+        test_snake_operators_are_what_compilers_take(x, request)
+
+    @pytest.mark.parametrize("reduced", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+    @SHAPES
+    def test_they_give_the_formula(
+        self,
+        shape: tuple[int, ...],
+        last: bool,
+        dtype: torch.dtype,
+        reduced: bool,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """With gradients, of more values than one block holds."""
+        monkeypatch.setattr(snake_module.switches, "reduced_sine", reduced)
+        snake = random_snake(3, torch.float32)
+        x = of_shape(*shape[:-1], 1500, last=last, dtype=dtype).requires_grad_()
+        logs = snake.log_alpha, snake.log_beta
+        grad = of_shape(*x.shape, dtype=dtype)
+        found = torch.ops.ear_vae.snake(x, *logs)
+        assert (found.dtype, found.stride()) == (x.dtype, x.stride())
+        wide = x.detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+        expected = formula_of(snake, wide)
+        tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float64: 1e-5}[dtype]
+        torch.testing.assert_close(found.to(wide.dtype), expected, rtol=tolerance, atol=tolerance)
+        of_found = torch.autograd.grad(found, (x, *logs), grad)
+        of_expected = torch.autograd.grad(expected, (wide, *logs), grad.to(wide.dtype))
+        for one, other in zip(of_found, of_expected, strict=True):
+            torch.testing.assert_close(one.to(other.dtype), other, rtol=tolerance, atol=10 * tolerance)
+
+    @pytest.mark.parametrize("deviation", [1, 1000])
+    def test_the_reduced_sine(self, deviation: float, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Against float64, of the same float32 angles: α and β are 1."""
+        monkeypatch.setattr(snake_module.switches, "reduced_sine", True)
+        x = deviation * torch.randn(1, 1, 50_000)
+        zeros = torch.zeros(1)
+        squares = x.double().sin().square()
+        found = torch.ops.ear_vae.snake(x, zeros, zeros) - x.double()
+        # The sum is rounded to float32 as well.
+        rounding = (x.double() + squares).abs() * 2**-24
+        assert ((found - squares).abs() - rounding).max() < 1.2e-7
+        gradient, *_ = torch.ops.ear_vae.snake_backward(torch.ones_like(x), x, zeros, zeros)
+        torch.testing.assert_close(gradient.double(), 1 + (2 * x.double()).sin(), rtol=0, atol=4e-7)
+
+    def test_a_pass_of_training(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Forward and backward through a whole model, every Snake by the kernels, against the plain one."""
+        torch.manual_seed(0)
+        vae = EarVAE(EarVAEConfig(channels=2, channel_multipliers=(1,), strides=(4,)))
+        audio = 0.3 * torch.randn(1, 2, 64)
+        parameters = list(vae.parameters())
+
+        def gradients() -> tuple[torch.Tensor, ...]:
+            return torch.autograd.grad(vae(audio).audio.square().sum(), parameters)
+
+        expected = gradients()
+        monkeypatch.setattr(
+            "ear_vae.network.blocks.snake", lambda x, *given, compiled: torch.ops.ear_vae.snake(x, *given)
+        )
+        for one, other in zip(gradients(), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_without_a_compiler_there_is_one_warning_and_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Triton raises at its first launch where there is no C compiler."""
+    broken = ModuleType("ear_vae.network.snake_triton")
+    tried = []
+
+    def forward(*given: torch.Tensor) -> torch.Tensor:
+        tried.append(given)
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+    broken.forward = broken.backward = forward
+    monkeypatch.setitem(sys.modules, broken.__name__, broken)
+    snake_module.kernels.cache_clear()
+    inputs = torch.randn(2, 3, 8), torch.randn(3), torch.randn(3)
+    with pytest.warns(UserWarning, match="several passes, which is slower: Failed to find C compiler"):
+        found = snake_module.by_kernel(*inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = snake_module.by_kernel(*inputs)
+        gradients = snake_module.gradients_by_kernel(inputs[0], *inputs)
+    snake_module.kernels.cache_clear()
+    assert len(tried) == 1
+    torch.testing.assert_close(found, plain_forward(*inputs))
+    torch.testing.assert_close(again, found)
+    for one, other in zip(gradients, plain_backward(inputs[0], *inputs), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("traced_formula", [False, True])
+@pytest.mark.parametrize("compiling", [False, True])
+def test_compilers_may_see_the_formula(
+    compiling: bool, traced_formula: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    monkeypatch.setattr(snake_module.switches, "traced_formula", traced_formula)
+    called = []
+
+    class Listening(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            called.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), Listening():
+        x, logs = torch.empty(2, 3, 1, 8, device="cuda"), torch.empty(2, 3, device="cuda")
+        y = snake(x, *logs)
+    assert y.shape == x.shape
+    assert ("ear_vae.snake.default" in called) == (not (compiling and traced_formula))
 
 
 @pytest.mark.gpu

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ear_vae import EarVAE, EarVAEConfig, tiling
 from ear_vae.tiling import (
@@ -231,6 +234,64 @@ def test_tiles_of_the_full_size_network_stay_within_their_memory() -> None:
         for stage, (width, _) in zip(stages, config.block_widths, strict=True):
             values = width * stage.tile_units * max(stage.inputs, stage.outputs)
             assert 4 * values <= (2**24 if stage.tile_units == 512 else 2**22)
+
+
+class Living(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive at once, at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(result):
+            if (
+                isinstance(tensor, torch.Tensor)
+                and (key := tensor.untyped_storage()._cdata) not in self._known
+            ):
+                self._known.add(key)
+                size = tensor.untyped_storage().nbytes()
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(tensor.untyped_storage(), self._gone, key, size)
+        return result
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize(("name", "activations"), [("encoder", 5.0), ("decoder", 5.8)])
+def test_what_a_tile_of_a_gpu_takes(name: str, activations: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted on shapes alone, each Snake being one pass, as on a GPU."""
+    monkeypatch.setattr("ear_vae.network.blocks.snake", lambda x, *_, compiled: torch.empty_like(x))
+    with torch.device("meta"):
+        config = EarVAEConfig()
+        network = getattr(EarVAE(config), name).requires_grad_(False)
+        x = torch.empty(1, 2, 1, 2048 * 1024) if name == "encoder" else torch.empty(1, 64, 1, 2048)
+        x = x.contiguous(memory_format=torch.channels_last)
+    with Living() as living, torch.no_grad():
+        network(x)
+    widest = 2048 * 1024 * 128 * 4
+    assert living.peak / widest == pytest.approx(activations, abs=0.1)
+    assert living.peak / widest < tiling._ACTIVATIONS_ALIVE
+
+
+@pytest.mark.parametrize("gigabytes", [0.5, 3, 7.3, 22, 78])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiles_fit_into_what_is_free_on_a_gpu(
+    gigabytes: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiling, "free_bytes", lambda device: int(gigabytes * 1e9), raising=False)
+    frames = tile_length(128, 1024, torch.device("cuda"), dtype)
+    needed = 5.8 * frames * 1024 * 128 * dtype.itemsize
+    assert needed < 0.7 * gigabytes * 1e9
+    most = 2**30 // (1024 * 128 * dtype.itemsize)
+    assert frames in {2**n for n in range(12)} | {most}
+    # Nothing is given away: with twice the length it would not fit, or is as long as is useful.
+    assert frames == most or 4 * needed > 0.7 * gigabytes * 1e9
 
 
 def assert_equal_to_peak(found: torch.Tensor, expected: torch.Tensor) -> None:

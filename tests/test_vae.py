@@ -450,3 +450,13 @@ def test_one_model_in_every_dtype_has_one_fingerprint(small_model: Path) -> None
     expected = vae.weights_sha256
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float32):
         assert torch.nn.ModuleDict({"v": vae}).to(dtype)["v"].weights_sha256 == expected
+
+
+def test_the_transformer_is_float32_under_autocast() -> None:
+    torch.manual_seed(0)
+    vae = EarVAE(EarVAEConfig(channels=4)).eval().requires_grad_(False)
+    latents = torch.randn(1, 64, 30)
+    expected = vae.transformer(latents)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = vae._transformed(latents)
+    assert torch.equal(found, expected)

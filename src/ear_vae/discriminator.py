@@ -105,9 +105,9 @@ class _Resolution(nn.Module):
 
     def forward(self, spectrum: Tensor) -> Judgement:
         x = torch.cat((spectrum.real, spectrum.imag), dim=1).transpose(-1, -2)
-        if x.device.type == "cpu":
-            # With channels last in memory the gradients of narrow layers cost up to 40 % less.
-            x = x.contiguous(memory_format=torch.channels_last)
+        # With channels last in memory the gradients of narrow layers cost up to 40 % less on a CPU, and the
+        # tensor cores of a GPU take their input as it is.
+        x = x.contiguous(memory_format=torch.channels_last)
         features = []
         for layer in self.layers:
             x = self.activation(layer(x))

@@ -34,13 +34,19 @@ from ear_vae.config import EarVAEConfig
 from ear_vae.network import Decoder, Encoder
 
 # Of a tile along the file, by device: what its widest activation would take in one piece. A CPU has all
-# stages but the last whole, about half as much at a time; elsewhere up to four such activations are alive.
+# stages but the last whole, about half as much at a time.
 _TILE_BYTES = {"cpu": 2**27, "cuda": 2**30}
 _OTHER_TILE_BYTES = 2**28
+# How many activations as large as the widest are alive at once in a pass through a whole network, at most:
+# 5.0 in the encoder, 5.8 in the decoder, and some room for what convolutions work in.
+_ACTIVATIONS_ALIVE = 7
+# Of the memory that is free on a GPU, for a tile; the rest is for others and for what is not counted.
+_SHARE_OF_FREE = 0.7
 # Of a tile within a stage on a CPU: its widest activation, to stay in the cache.
 _ACTIVATION_BYTES = 2**22
 # With fewer, reading the weights takes longer than using them.
 _FEWEST_UNITS = 512
+# Of the float32 that a CPU computes in.
 _BYTES_PER_VALUE = 4
 
 _observer: ContextVar[Callable[[int], None] | None] = ContextVar("observer", default=None)
@@ -81,10 +87,34 @@ def decoder_reach(decoder: nn.Module, downsampling_ratio: int) -> tuple[int, int
     return -first, last
 
 
-def tile_length(channels: int, downsampling_ratio: int, device: torch.device) -> int:
-    """Latent frames per tile along a file, for a network that is `channels` wide at full rate."""
+def tile_length(
+    channels: int, downsampling_ratio: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> int:
+    """Latent frames per tile along a file, for a network that is `channels` wide at full rate.
+
+    On a GPU no more than fit into what is free there now, and then a power of two: lengths that followed the
+    last byte would hardly ever come again.
+
+    Args:
+        channels: Of the widest activation.
+        downsampling_ratio: Its positions per latent frame.
+        device: Where the network runs.
+        dtype: Of its activations.
+    """
     budget = _TILE_BYTES.get(device.type, _OTHER_TILE_BYTES)
-    return max(1, budget // (_BYTES_PER_VALUE * channels * downsampling_ratio))
+    width = _BYTES_PER_VALUE if device.type == "cpu" else dtype.itemsize
+    frames = max(1, budget // (width * channels * downsampling_ratio))
+    if device.type != "cuda":
+        return frames
+    per_frame = _ACTIVATIONS_ALIVE * width * channels * downsampling_ratio
+    fitting = int(_SHARE_OF_FREE * free_bytes(device)) // per_frame
+    return frames if fitting >= frames else 2 ** max(0, fitting.bit_length() - 1)
+
+
+def free_bytes(device: torch.device) -> int:
+    """What tensors can take on a GPU now: unused memory, and what torch holds without a tensor in it."""
+    unused, _ = torch.cuda.mem_get_info(device)
+    return unused + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 @dataclass(frozen=True)

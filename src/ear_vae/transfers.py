@@ -1,4 +1,8 @@
-"""Tensors on their way between the host and a GPU, while both go on working."""
+"""Tensors on their way between the host and a GPU, while both go on working.
+
+A copy runs beside the computing where the host's end of it is pinned memory and it has a stream of its own.
+Each direction has one: on a shared stream the next tile would wait behind the result of this one.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,9 @@ from torch import Tensor
 
 
 def to_device(x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """`x` there, in that dtype. The host does not wait for a copy to CUDA."""
+    """`x` there, in that dtype. Neither the host nor what the GPU computes waits for a copy to CUDA."""
     if device.type == "cuda" and x.device.type == "cpu":
-        return x.pin_memory().to(device, non_blocking=True).to(dtype)
+        return _upload(_pinned_copy(x), device).to(dtype)
     return x.to(device=device, dtype=dtype)
 
 
@@ -24,8 +28,8 @@ def begin_delivery(x: Tensor, device: torch.device) -> Callable[[], Tensor]:
     if not x.is_cuda or device.type != "cpu":
         moved = x.to(device)
         return lambda: moved
-    copies, arrived = _copy_stream(x.device), torch.cuda.Event()
-    pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    copies, arrived = _copy_stream(x.device, "from"), torch.cuda.Event()
+    pinned = _pinned_buffer(x.shape, x.dtype)
     copies.wait_stream(torch.cuda.current_stream(x.device))
     with torch.cuda.stream(copies):
         pinned.copy_(x, non_blocking=True)
@@ -40,6 +44,30 @@ def begin_delivery(x: Tensor, device: torch.device) -> Callable[[], Tensor]:
     return wait
 
 
+def _pinned_copy(x: Tensor) -> Tensor:
+    """`x` in pinned memory of its own size.
+
+    `Tensor.pin_memory` pins all that the strides span, which for a tile of an hour is most of the hour, and
+    fails on the overlapping ones of expanded mono.
+    """
+    return _pinned_buffer(x.shape, x.dtype).copy_(x)
+
+
+def _pinned_buffer(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, pin_memory=True)
+
+
+def _upload(pinned: Tensor, device: torch.device) -> Tensor:
+    """A copy on the GPU that what is computed from now on waits for, and nothing before."""
+    copies = _copy_stream(device, "to")
+    with torch.cuda.stream(copies):
+        moved = pinned.to(device, non_blocking=True)
+    computing = torch.cuda.current_stream(device)
+    computing.wait_stream(copies)
+    moved.record_stream(computing)
+    return moved
+
+
 @functools.cache
-def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+def _copy_stream(device: torch.device, direction: str) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)

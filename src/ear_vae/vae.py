@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ear_vae.config import EarVAEConfig
 from ear_vae.errors import EarVAEError
-from ear_vae.graphs import forget, replayed
+from ear_vae.graphs import MOST_FRAMES, forget, replayed
 from ear_vae.limits import sample_rate_of
 from ear_vae.network import Decoder, Encoder, LatentTransformer
 from ear_vae.network.blocks import Snake
@@ -395,14 +395,14 @@ class EarVAE(nn.Module):
         same result but for the rounding; `docs/speed.md` has figures. Where torch cannot compile, there is a
         warning and nothing changes.
 
-        On CUDA, where the activation is one pass already, tiles of a shape that comes again are recorded as
-        CUDA graphs and replayed, for one thread at a time. They keep the settings of torch, such as TF32,
-        that they were recorded under: call `compile` again after a change.
+        On CUDA, also if the model is moved there later, the activation is one pass already, and short inputs
+        (up to some 9 s) of a shape that comes again are recorded as CUDA graphs and replayed; threads take
+        turns. Calling it again drops what has been recorded.
         """
+        self._replays = True
+        for network in (self.encoder, self.decoder):
+            forget(network)
         if self.device.type == "cuda":
-            self._replays = True
-            for network in (self.encoder, self.decoder):
-                forget(network)
             return
         try:
             compile_snake(self.device, self.dtype)
@@ -486,7 +486,9 @@ class EarVAE(nn.Module):
         self._require_runnable(self.transformer)
         weights = {name: single_at_least(weight) for name, weight in self.transformer.named_parameters()}
         x = latents.to(device=self.device, dtype=torch.promote_types(self.dtype, torch.float32))
-        transformed: Tensor = functional_call(self.transformer, weights, (x,))
+        # Autocast would compute it in less.
+        with torch.autocast(self.device.type, enabled=False):
+            transformed: Tensor = functional_call(self.transformer, weights, (x,))
         return transformed.to(latents.device)
 
     def _require_runnable(self, network: nn.Module) -> None:
@@ -511,7 +513,7 @@ class EarVAE(nn.Module):
         stages = stages_of(network, self.config, self.device)
         if self._replays and self.device.type == "cuda":
             # On a GPU the only stage is the network itself.
-            return [replace(stage, network=partial(replayed, network)) for stage in stages]
+            return [replace(stage, network=partial(_replayed, network, stage.inputs)) for stage in stages]
         return stages
 
     def _recorded(self, network: Encoder | Decoder, x: Tensor) -> Tensor:
@@ -552,7 +554,7 @@ class EarVAE(nn.Module):
     def _tile_frames(self, wanted: int | None = None) -> int:
         if wanted is not None and wanted < 1:
             raise EarVAEError(f"tile_frames is {wanted}; expected 1 or more")
-        return wanted or tile_length(self.config.channels, self.downsampling_ratio, self.device)
+        return wanted or tile_length(self.config.channels, self.downsampling_ratio, self.device, self.dtype)
 
     def _prepared(self, tile: Tensor) -> Tensor:
         """[B, C, T] as the networks take it in inference, see `ear_vae.network.blocks`."""
@@ -566,6 +568,14 @@ class EarVAE(nn.Module):
     def _here(self, x: Tensor) -> Tensor:
         """On the model's device, in its dtype."""
         return to_device(x, self.device, self.dtype)
+
+
+def _replayed(network: Encoder | Decoder, inputs_per_frame: int, x: Tensor) -> Tensor:
+    """A pass without gradients, recorded where that is worth it."""
+    if x.shape[0] * x.shape[-1] > MOST_FRAMES * inputs_per_frame:
+        result: Tensor = network(x)
+        return result
+    return replayed(network, x)
 
 
 def _require_floating(what: str, x: Tensor, cure: str) -> None:

@@ -56,8 +56,9 @@ def feature_matching(estimate: Sequence[Judgement], target: Sequence[Judgement])
 
     Reference: Kumar et al., "MelGAN" (2019), equation 4, as a mean.
     """
+    # A copy of all features in float32 would be most of a step's memory: only the sums are taken in it.
     terms = [
-        (single_at_least(a) - single_at_least(b.detach())).abs().mean()
+        (a - b.detach()).abs().mean(dtype=torch.promote_types(a.dtype, torch.float32))
         for x, y in zip(estimate, target, strict=True)
         for a, b in zip(x.features, y.features, strict=True)
     ]

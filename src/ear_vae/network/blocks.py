@@ -20,7 +20,6 @@ from ear_vae.network.snake import snake
 
 RESIDUAL_DILATIONS = (1, 3, 9)
 RESIDUAL_KERNEL_SIZE = 7
-_BETA_EPSILON = 1e-9
 
 
 class Conv1d(nn.Conv1d):
@@ -110,10 +109,7 @@ class Snake(nn.Module):
         self.compiled = False
 
     def forward(self, x: Tensor) -> Tensor:
-        compute_dtype = torch.promote_types(x.dtype, torch.float32)
-        alpha = self.log_alpha.to(compute_dtype).exp()
-        inverse_beta = 1 / (self.log_beta.to(compute_dtype).exp() + _BETA_EPSILON)
-        return snake(x, alpha, inverse_beta, compiled=self.compiled)
+        return snake(x, self.log_alpha, self.log_beta, compiled=self.compiled)
 
 
 class ResidualUnit(nn.Module):

@@ -60,9 +60,14 @@ class OptimizerConfig:
     def build(
         self, parameters: Iterable[nn.Parameter], total_steps: int
     ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-        """The optimizer of `parameters` and its schedule."""
+        """The optimizer of `parameters` and its schedule; on a GPU a step is one kernel."""
+        parameters = list(parameters)
         optimizer = torch.optim.AdamW(
-            parameters, lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay
+            parameters,
+            lr=self.learning_rate,
+            betas=self.betas,
+            weight_decay=self.weight_decay,
+            fused=True if all(parameter.is_cuda for parameter in parameters) else None,
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.factor(step, total_steps))
         return optimizer, schedule

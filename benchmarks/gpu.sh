@@ -1,0 +1,98 @@
+#!/usr/bin/env bash
+# Everything that is to be known of a GPU, in stages that each keep to their minutes:
+#   benchmarks/gpu.sh correct|micro|profile|infer|train [--device cpu] [--out FOLDER] [--music FOLDER]
+# Results go to FOLDER/STAGE*.json (default gpu-results; correct writes JUnit's XML), what is printed to
+# FOLDER/STAGE.log. `train` needs music, else it makes noise of its own. `--device cpu` goes through the same
+# with small sizes, to see that all of it runs. PYTHON chooses the interpreter; the package and what
+# `pip install .[test]` brings is all that is needed.
+set -euo pipefail
+stage=${1:?"one of correct, micro, profile, infer, train"}
+shift
+device=cuda out=gpu-results music=
+while [ $# -gt 0 ]; do
+  case $1 in
+    --device) device=$2 ;;
+    --out) out=$2 ;;
+    --music) music=$2 ;;
+    *) echo "unknown option $1: expected --device, --out or --music" >&2; exit 2 ;;
+  esac
+  shift 2
+done
+case $device in cpu | cuda) ;; *) echo "--device is $device: expected cpu or cuda" >&2; exit 2 ;; esac
+here=$(cd "$(dirname "$0")" && pwd)
+python=${PYTHON:-python}
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+if [ -n "$music" ]; then music=$(cd "$music" && pwd); fi
+
+# minutes command...: the command, ended when its time is up.
+within() {
+  local minutes=$1
+  shift
+  timeout --signal=INT --kill-after=30 "${minutes}m" "$@"
+}
+
+small=()
+if [ "$device" = cpu ]; then small=(--channels 4 --repeats 1); fi
+
+noise() {
+  "$python" - "$1" <<'PY'
+import sys
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+folder = Path(sys.argv[1])
+folder.mkdir(parents=True, exist_ok=True)
+for number in range(4):
+    audio = 0.1 * np.random.default_rng(number).standard_normal((10 * 44_100, 2))
+    soundfile.write(folder / f"noise{number}.wav", audio, 44_100)
+PY
+}
+
+# name options...: a training step; what does not fit into the memory is a result as well.
+train_step() {
+  local name=$1
+  shift
+  within 4 "$python" "$here/training_step.py" "$@" --data.folder "$music" --json "$out/train-$name.json" ||
+    echo "train-$name: ended with $?, see above"
+}
+
+run() {
+  case $stage in
+    correct)
+      marker=gpu tests=()
+      if [ "$device" = cpu ]; then marker="not gpu and not slow" tests=("$here/../tests/test_gpu.py"); fi
+      (cd "$here/.." && within 10 "$python" -m pytest -m "$marker" --junitxml "$out/correct.xml" \
+        ${tests[@]+"${tests[@]}"})
+      ;;
+    micro | profile)
+      if [ "$device" = cpu ]; then small+=(--frames 2 --minutes 0.5); fi
+      within 9 "$python" "$here/gpu_kernels.py" "$stage" --device "$device" ${small[@]+"${small[@]}"} \
+        --json "$out/$stage.json"
+      ;;
+    infer)
+      if [ "$device" = cpu ]; then small+=(--seconds 1 --batch 1 --matrix-sizes 256); else small=(--seconds 10 60 600 --batch 1 16); fi
+      within 10 "$python" "$here/inference.py" --device "$device" --compile "${small[@]}" --json "$out/infer.json"
+      ;;
+    train)
+      if [ -z "$music" ]; then music=$out/noise && noise "$music"; fi
+      if [ "$device" = cpu ]; then
+        train_step smoke --config smoke --steps 1 --warmup 1
+        return
+      fi
+      for batch in 1 4 16; do
+        for checkpointing in false true; do
+          train_step "$batch-checkpointing-$checkpointing" --config adversarial --config one_gpu \
+            --steps 5 --warmup 3 --data.batch_size "$batch" --model.gradient_checkpointing "$checkpointing"
+        done
+      done
+      train_step deterministic --config adversarial --config one_gpu --steps 2 --warmup 2 \
+        --data.batch_size 1 --trainer.deterministic true
+      ;;
+    *) echo "no stage $stage: expected correct, micro, profile, infer or train" >&2; exit 2 ;;
+  esac
+}
+
+run 2>&1 | tee "$out/$stage.log"

@@ -1,0 +1,246 @@
+"""What the kernels of the network reach on a device, one by one and in the whole.
+
+    python benchmarks/gpu_kernels.py micro|profile [--device cuda] [--channels 128] [--frames 512]
+        [--repeats 20] [--minutes 8] --json OUT.json
+
+`micro`: every shape of convolution of encoder and decoder, in float32, TF32 and bfloat16, with plain and with
+channels-last memory; the Snake with either sine, and what it reads and writes per second; and the networks
+with the switches of `ear_vae.network.snake` on and off. `profile`: time by kernel of a pass of encoder and
+decoder in bfloat16, beside what each block would take at the assumed rates of arithmetic and memory. Stops
+after `--minutes`, keeping what is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from ear_vae import EarVAE, EarVAEConfig
+from ear_vae._files import atomic_path
+from ear_vae.network.blocks import Snake
+from ear_vae.network.snake import switches
+
+PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
+LAYOUTS = {"plain": torch.contiguous_format, "channels last": torch.channels_last}
+# Assumed of a large GPU in bfloat16: convolutions, those of 128 channels, and memory.
+FLOPS_PER_SECOND, NARROW_FLOPS_PER_SECOND, BYTES_PER_SECOND = 520e12, 390e12, 2.85e12
+NARROW = 128
+# Reads and writes of an activation in a residual unit: two convolutions, their biases, two Snakes, the sum.
+PASSES_A_UNIT = 15
+UNITS_A_BLOCK = 3
+
+
+def seconds_of(call: Callable[[], object], device: str, repeats: int) -> float:
+    """Median after two calls that are not counted."""
+    times = []
+    for _ in range(2 + repeats):
+        start = now(device)
+        call()
+        times.append(now(device) - start)
+    return statistics.median(times[2:])
+
+
+def now(device: str) -> float:
+    """The time, once a GPU has done what it was told."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def allow_tf32(allowed: bool) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+
+
+def networks(arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, tuple[nn.Module, Tensor]]:
+    """Encoder and decoder with random weights, and input as inference gives it to them."""
+    config = EarVAEConfig(channels=arguments.channels)
+    vae = EarVAE(config).eval().requires_grad_(False).to(device=arguments.device, dtype=dtype)
+    shapes = {
+        "encoder": (1, config.audio_channels, 1, arguments.frames * config.downsampling_ratio),
+        "decoder": (1, config.latent_dim, 1, arguments.frames),
+    }
+    return {
+        name: (
+            getattr(vae, name),
+            torch.randn(shape, device=arguments.device, dtype=dtype).contiguous(
+                memory_format=torch.channels_last
+            ),
+        )
+        for name, shape in shapes.items()
+    }
+
+
+def shapes_of(network: nn.Module, x: Tensor, kind: type | tuple[type, ...]) -> list[tuple[nn.Module, Tensor]]:
+    """Modules of a kind with what they get, one for each geometry."""
+    found: dict[str, tuple[nn.Module, Tensor]] = {}
+
+    def remember(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        found.setdefault(f"{module} {list(given[0].shape)}", (module, given[0]))
+
+    hooks = [m.register_forward_pre_hook(remember) for m in network.modules() if isinstance(m, kind)]
+    network(x)
+    for hook in hooks:
+        hook.remove()
+    return list(found.values())
+
+
+def micro(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A row for each measurement."""
+    device, repeats = arguments.device, arguments.repeats
+    for precision, dtype in PRECISIONS.items():
+        allow_tf32(precision == "tf32")
+        for name, (network, x) in networks(arguments, dtype).items():
+            for module, given in shapes_of(network, x, (nn.Conv1d, nn.ConvTranspose1d)):
+                assert isinstance(module, (nn.Conv1d, nn.ConvTranspose1d))
+                output = module(given)
+                # A transposed convolution has its kernel at each place of its input.
+                places = given if isinstance(module, nn.ConvTranspose1d) else output
+                flops = 2 * module.weight.numel() * places.shape[-1] * places.shape[0]
+                moved = (given.numel() + output.numel() + module.weight.numel()) * given.element_size()
+                for layout, memory_format in LAYOUTS.items():
+                    image = given.contiguous(memory_format=memory_format)
+                    seconds = seconds_of(lambda m=module, i=image: m(i), device, repeats)
+                    yield {
+                        "what": "convolution",
+                        "network": name,
+                        "module": str(module),
+                        "input": list(given.shape),
+                        "precision": precision,
+                        "layout": layout,
+                        "seconds": seconds,
+                        "flops_per_second": flops / seconds,
+                        "bytes_per_second": moved / seconds,
+                    }
+    allow_tf32(False)
+    for precision in ("float32", "bfloat16"):
+        for name, (network, x) in networks(arguments, PRECISIONS[precision]).items():
+            snakes = shapes_of(network, x, Snake)
+            for reduced in (False, True):
+                switches.reduced_sine = reduced
+                for module, given in snakes:
+                    seconds = seconds_of(lambda m=module, i=given: m(i), device, repeats)
+                    yield {
+                        "what": "snake",
+                        "network": name,
+                        "input": list(given.shape),
+                        "precision": precision,
+                        "reduced_sine": reduced,
+                        "seconds": seconds,
+                        "bytes_per_second": 2 * given.numel() * given.element_size() / seconds,
+                    }
+                yield {
+                    "what": "network",
+                    "network": name,
+                    "precision": precision,
+                    "reduced_sine": reduced,
+                    "seconds": seconds_of(lambda n=network, i=x: n(i), device, repeats),
+                }
+            switches.reduced_sine = False
+            for traced in (False, True):
+                switches.traced_formula = traced
+                torch.compiler.reset()
+                compiled = torch.compile(network)
+                try:
+                    seconds = seconds_of(lambda c=compiled, i=x: c(i), device, repeats)
+                except Exception as error:
+                    # A compiler may be missing; the other rows are worth having.
+                    print(f"torch.compile: {str(error).splitlines()[:1]}")
+                    continue
+                yield {
+                    "what": "network after torch.compile",
+                    "network": name,
+                    "precision": precision,
+                    "traced_formula": traced,
+                    "seconds": seconds,
+                }
+            switches.traced_formula = False
+
+
+def roofline(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of the residual units of each block at the assumed rates, for one direction in bfloat16."""
+    config = EarVAEConfig(channels=arguments.channels)
+    positions, blocks = arguments.frames * config.downsampling_ratio, []
+    for (width, _), stride in zip(config.block_widths, config.strides, strict=True):
+        flops = UNITS_A_BLOCK * 2 * (7 + 1) * width**2 * positions
+        moved = UNITS_A_BLOCK * PASSES_A_UNIT * 2 * width * positions
+        rate = NARROW_FLOPS_PER_SECOND if width <= NARROW else FLOPS_PER_SECOND
+        blocks.append(
+            {
+                "width": width,
+                "flops": flops,
+                "bytes": moved,
+                "seconds_of_arithmetic": flops / rate,
+                "seconds_of_memory": moved / BYTES_PER_SECOND,
+            }
+        )
+        positions //= stride
+    return {"what": "roofline", "assumed": [FLOPS_PER_SECOND, BYTES_PER_SECOND], "blocks": blocks}
+
+
+def profiled(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Time by kernel (by operator on a CPU), and the roofline."""
+    yield roofline(arguments)
+    on_gpu = arguments.device == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    for name, (network, x) in networks(arguments, torch.bfloat16).items():
+        seconds = seconds_of(lambda n=network, i=x: n(i), arguments.device, arguments.repeats)
+        with profile(activities=activities) as seen:
+            network(x)
+            now(arguments.device)
+        rows = sorted(
+            (
+                {
+                    "name": event.key,
+                    "calls": event.count,
+                    "seconds": (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6,
+                }
+                for event in seen.key_averages()
+            ),
+            key=lambda row: -row["seconds"],
+        )
+        yield {"what": "pass", "network": name, "seconds": seconds, "kernels": rows[:40]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("stage", choices=("micro", "profile"))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--channels", type=int, default=128, help="narrower than published")
+    parser.add_argument("--frames", type=int, default=512, help="latent frames of the input")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--minutes", type=float, default=8)
+    parser.add_argument("--json", type=Path, required=True)
+    arguments = parser.parse_args()
+    device = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
+    result: dict[str, Any] = {
+        "device": device,
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "settings": {key: str(value) for key, value in vars(arguments).items()},
+        "complete": False,
+        "rows": [],
+    }
+    ends = time.monotonic() + 60 * arguments.minutes
+    with torch.no_grad():
+        for row in {"micro": micro, "profile": profiled}[arguments.stage](arguments):
+            result["rows"].append(row)
+            print(json.dumps(row)[:200], flush=True)
+            if time.monotonic() > ends:
+                break
+        else:
+            result["complete"] = True
+    with atomic_path(arguments.json, overwrite=True) as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
