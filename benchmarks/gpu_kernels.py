@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from ear_vae import EarVAE, EarVAEConfig
-from ear_vae._files import atomic_path
+from ear_vae._atomic import atomic_path
 from ear_vae.network.blocks import Snake
 from ear_vae.network.snake import switches
 

@@ -40,8 +40,8 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from ear_vae import EarVAE, EarVAEConfig
-from ear_vae._files import atomic_path
-from ear_vae._torchaudio import functional as functional_of_torchaudio
+from ear_vae._atomic import atomic_path
+from ear_vae.dsp._torchaudio import functional as functional_of_torchaudio
 from ear_vae.network.blocks import Snake
 from ear_vae.training.weight_norm import apply_weight_norm
 

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ear_vae._torchaudio import functional
 from ear_vae.audio import read_audio
+from ear_vae.dsp._torchaudio import functional
 from ear_vae.evaluation import measure
 
 RATE = 44_100

@@ -21,10 +21,10 @@ import torch
 
 from ear_vae import EarVAEError
 from ear_vae.audio import find_audio_files
-from ear_vae.evaluation.baselines import load_system
 from ear_vae.evaluation.pairs import Pair
-from ear_vae.evaluation.report import summarize
+from ear_vae.evaluation.results import summarize
 from ear_vae.evaluation.runner import Task, run_tasks
+from ear_vae.evaluation.systems.loading import load_system
 
 # The paper's columns, their factor and decimals.
 COLUMNS = {

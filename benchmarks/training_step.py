@@ -27,11 +27,11 @@ import torch
 from lightning.pytorch.profilers import Profiler
 from torch import Tensor
 
-from ear_vae._files import atomic_path
+from ear_vae._atomic import atomic_path
+from ear_vae.cli.fit import FitCLI, shipped_configs
 from ear_vae.losses import ReconstructionObjective
 from ear_vae.losses.objective import ADVERSARIAL_TERMS
 from ear_vae.training import AudioDataModule, EarVAEModule
-from ear_vae.training.cli import FitCLI, shipped_configs
 
 DATA = "data: waiting for the batch"
 GENERATOR, GENERATOR_BACK = "generator: forward", "generator: backward"

@@ -18,18 +18,24 @@ from torch.func import functional_call
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from ear_vae._dtype import available_device, require_runnable, supported_dtype, upcast
 from ear_vae.config import EarVAEConfig
 from ear_vae.errors import EarVAEError
-from ear_vae.graphs import MOST_FRAMES, forget, replayed
+from ear_vae.inference.asynchronous_copy import begin_delivery, to_device
+from ear_vae.inference.cuda_graphs import MOST_FRAMES, forget, replayed
+from ear_vae.inference.tiling import (
+    Stage,
+    decoder_stages,
+    encoder_stages,
+    run_stages,
+    stream_stages,
+    tile_length,
+)
 from ear_vae.limits import sample_rate_of
 from ear_vae.network import Decoder, Encoder, LatentTransformer
 from ear_vae.network.blocks import Snake
 from ear_vae.network.snake import compile_snake
-from ear_vae.placement import available_device, require_runnable, supported_dtype
 from ear_vae.posterior import Posterior
-from ear_vae.precision import single_at_least
-from ear_vae.tiling import Stage, decoder_stages, encoder_stages, run_stages, stream_stages, tile_length
-from ear_vae.transfers import begin_delivery, to_device
 
 _Network = TypeVar("_Network", Encoder, Decoder)
 _StagesOf = Callable[[_Network, EarVAEConfig, torch.device], list[Stage]]
@@ -118,7 +124,7 @@ class EarVAE(nn.Module):
         computed anew each time, so that no change of the weights can be missed: 0.4 to 0.5 s of
         processor time at the published size. Keep it in a variable where many files are compared.
         """
-        from ear_vae.weights import fingerprint
+        from ear_vae.pretrained.folder import fingerprint
 
         return fingerprint(self.state_dict())
 
@@ -339,8 +345,8 @@ class EarVAE(nn.Module):
                 damaged or does not fit its config, the weights do not have the fingerprint that their file
                 states, the download failed, or there is no such device or dtype.
         """
-        from ear_vae.hub import resolve
-        from ear_vae.weights import load_pretrained
+        from ear_vae.pretrained.folder import load_pretrained
+        from ear_vae.pretrained.resolve import resolve
 
         device, dtype = available_device(device), supported_dtype(dtype)
         checkpoint = resolve(
@@ -363,7 +369,7 @@ class EarVAE(nn.Module):
         Raises:
             EarVAEError: The folder cannot be written to.
         """
-        from ear_vae.weights import save_pretrained
+        from ear_vae.pretrained.folder import save_pretrained
 
         save_pretrained(self, Path(directory))
 
@@ -383,7 +389,7 @@ class EarVAE(nn.Module):
         Raises:
             EarVAEError: The Hub refused or could not be reached.
         """
-        from ear_vae.hub import push
+        from ear_vae.pretrained.resolve import push
 
         return push(self, repo_id, token=token, private=private, commit_message=commit_message)
 
@@ -459,7 +465,7 @@ class EarVAE(nn.Module):
         return resample(audio, original_rate, target_rate)
 
     def _resampled_stream(self, blocks: Iterable[Tensor], original_rate: int) -> Iterator[Tensor]:
-        from ear_vae.resampling import resample_stream
+        from ear_vae.dsp.resampling import resample_stream
 
         return resample_stream(blocks, original_rate, self.sample_rate)
 
@@ -484,7 +490,7 @@ class EarVAE(nn.Module):
         """
         assert self.transformer is not None
         self._require_runnable(self.transformer)
-        weights = {name: single_at_least(weight) for name, weight in self.transformer.named_parameters()}
+        weights = {name: upcast(weight) for name, weight in self.transformer.named_parameters()}
         x = latents.to(device=self.device, dtype=torch.promote_types(self.dtype, torch.float32))
         # Autocast would compute it in less.
         with torch.autocast(self.device.type, enabled=False):
@@ -500,7 +506,7 @@ class EarVAE(nn.Module):
             x.requires_grad or any(p.requires_grad for p in network.parameters())
         ):
             # A recorded graph holds every activation anyway: tiles would only add their contexts to it.
-            return single_at_least(self._recorded(network, self._here(x))).to(x.device)
+            return upcast(self._recorded(network, self._here(x))).to(x.device)
         return run_stages(
             self._stages(network, stages_of),
             x,
@@ -563,7 +569,7 @@ class EarVAE(nn.Module):
 
     def _delivered(self, tile: Tensor, device: torch.device) -> Callable[[], Tensor]:
         """The way back, as [B, C, T] in float32 at least."""
-        return begin_delivery(single_at_least(tile.squeeze(-2)), device)
+        return begin_delivery(upcast(tile.squeeze(-2)), device)
 
     def _here(self, x: Tensor) -> Tensor:
         """On the model's device, in its dtype."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ear_vae._torchaudio import functional
+from ear_vae.dsp._torchaudio import functional
 from ear_vae.errors import EarVAEError
 
 

@@ -20,7 +20,7 @@ _MODULES = {
         "true_peak_distance_db",
         "why_undefined",
     ),
-    "ear_vae.evaluation.modules": (
+    "ear_vae.evaluation.torchmetrics_modules": (
         "Ccpc",
         "Icpc",
         "LoudnessDistance",
@@ -31,7 +31,7 @@ _MODULES = {
         "StftDistance",
         "TruePeakDistance",
     ),
-    "ear_vae.evaluation.distortion": (
+    "ear_vae.evaluation.thd": (
         "SWEEP_DBFS",
         "SWEEP_HZ",
         "ToneDistortion",

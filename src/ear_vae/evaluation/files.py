@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ear_vae.audio import read_audio
 from ear_vae.dsp.loudness import SHORTEST_SECONDS
+from ear_vae.dsp.resampling import resample
 from ear_vae.errors import EarVAEError
-from ear_vae.evaluation.baselines import System, rebuild
 from ear_vae.evaluation.metrics import METRICS, measure, why_undefined
 from ear_vae.evaluation.pairs import Pair
 from ear_vae.evaluation.spectra import SHORTEST_SAMPLES, SPECTRAL_RATE
-from ear_vae.resampling import resample
+from ear_vae.evaluation.systems.base import System, rebuild
 
 # Every number in a row but these is a metric or what one is made of.
 QUANTITIES = tuple(

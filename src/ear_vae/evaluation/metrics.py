@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ear_vae.dsp import distortion, loudness
+from ear_vae.dsp.resampling import resample_briefly
 from ear_vae.errors import EarVAEError
 from ear_vae.evaluation.spectra import SPECTRAL_RATE, compare_spectra
-from ear_vae.resampling import resample_briefly
 
 METRICS = (
     "si_sdr_db",

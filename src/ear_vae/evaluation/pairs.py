@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ear_vae.audio.folders import find_files
+from ear_vae.audio.formats import AUDIO_EXTENSIONS
 from ear_vae.errors import EarVAEError
 
 DEFAULT_PATTERN = "{name}"
@@ -33,7 +35,7 @@ class Pairs:
         pairs: Sorted by name.
         without_estimate: Names of originals that have no rebuilt file.
         without_target: Rebuilt files that belong to no original.
-        unreadable: What of the folders could not be seen, as in `ear_vae._walk.Found`.
+        unreadable: What of the folders could not be seen, as in `ear_vae.audio.folders.Found`.
     """
 
     pairs: tuple[Pair, ...]
@@ -103,9 +105,6 @@ def find_pairs(target: Path, estimate: Path, *, pattern: str = DEFAULT_PATTERN) 
 
 
 def _by_name(folder: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
-    from ear_vae._walk import find_files
-    from ear_vae.audio import AUDIO_EXTENSIONS
-
     if not folder.exists():
         raise EarVAEError(f"{folder}: no such file or folder")
     found: dict[str, Path] = {}

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ear_vae.dsp.resampling import resample
 from ear_vae.errors import EarVAEError
 from ear_vae.evaluation.metrics import measure
-from ear_vae.resampling import resample
-
-if TYPE_CHECKING:
-    from ear_vae.vae import EarVAE
+from ear_vae.vae import EarVAE
 
 NOISE_LEVELS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _NAMES = ("si_sdr_db", "mel_distance", "stft_distance", "icpc", "ccpc")

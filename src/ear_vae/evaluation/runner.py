@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -12,12 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ear_vae import __version__
-from ear_vae.batch import one_line
-from ear_vae.errors import EarVAEError
-from ear_vae.evaluation.baselines import System
+from ear_vae.errors import EarVAEError, in_one_line
 from ear_vae.evaluation.files import Row, compare_files, fingerprint
 from ear_vae.evaluation.pairs import Pair
+from ear_vae.evaluation.systems.base import System
 
 # Below this many pairs for each process, starting processes takes longer than they save.
 _PAIRS_PER_PROCESS = 4
@@ -141,17 +143,13 @@ def _in_processes(
         }
         for future in as_completed(futures):
             error = future.exception()
-            result = future.result() if error is None else f"its process ended: {one_line(error)}"
+            result = future.result() if error is None else f"its process ended: {in_one_line(error)}"
             yield futures[future], result
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _prepare_process(threads: int) -> None:
-    import signal
-
-    import torch
-
     # Ctrl-C, and that it was closed, reach every process of the terminal; the first one decides.
     for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):
@@ -167,7 +165,7 @@ def _attempt(task: Task, debug: bool) -> Row | str:
     except Exception as error:
         if debug:
             raise
-        return one_line(error)
+        return in_one_line(error)
     return {"name": row.pop("name"), "system": task.system_name, **row}
 
 

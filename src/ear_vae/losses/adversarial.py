@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ear_vae.precision import single_at_least
+from ear_vae._dtype import upcast
 
 if TYPE_CHECKING:
-    from ear_vae.discriminator import Judgement
+    from ear_vae.network.discriminator import Judgement
 
 
 def discriminator_loss(estimate: Sequence[Judgement], target: Sequence[Judgement]) -> Tensor:
@@ -27,7 +27,7 @@ def discriminator_loss(estimate: Sequence[Judgement], target: Sequence[Judgement
     Reference: Mao et al., "Least Squares Generative Adversarial Networks" (2017), equation 2 without ½.
     """
     terms = [
-        single_at_least(x.logits).square().mean() + (1 - single_at_least(y.logits)).square().mean()
+        upcast(x.logits).square().mean() + (1 - upcast(y.logits)).square().mean()
         for x, y in zip(estimate, target, strict=True)
     ]
     return torch.stack(terms).mean()
@@ -41,7 +41,7 @@ def adversarial(estimate: Sequence[Judgement]) -> Tensor:
 
     Reference: as `discriminator_loss`.
     """
-    return torch.stack([(1 - single_at_least(x.logits)).square().mean() for x in estimate]).mean()
+    return torch.stack([(1 - upcast(x.logits)).square().mean() for x in estimate]).mean()
 
 
 def feature_matching(estimate: Sequence[Judgement], target: Sequence[Judgement]) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from ear_vae._dtype import upcast
 from ear_vae.dsp.spectral import MultiResolutionSTFT, mel_bands
 from ear_vae.dsp.stereo import mid_side_left_right
 from ear_vae.dsp.weighting import a_weight, k_weight
@@ -17,7 +18,6 @@ from ear_vae.losses import spectral
 from ear_vae.losses.phase import PhaseComparison
 from ear_vae.losses.spectral import Planar
 from ear_vae.posterior import Posterior
-from ear_vae.precision import single_at_least
 
 DEFAULT_WINDOW_SIZES = (2048, 1024, 512, 256, 128)
 DEFAULT_LOSS_WEIGHTS = {
@@ -135,16 +135,14 @@ class ReconstructionObjective(nn.Module):
         # Under autocast too, spectra and logarithms of magnitudes need single precision.
         with torch.autocast(device_type=estimate.device.type, enabled=False):
             weight = _WEIGHTINGS[self.weighting]
-            x = weight(single_at_least(estimate), self.sample_rate)
+            x = weight(upcast(estimate), self.sample_rate)
             with torch.no_grad():
-                y = weight(single_at_least(target), self.sample_rate)
+                y = weight(upcast(target), self.sample_rate)
             terms = self._spectral_terms(x, y)
             if self.weights["waveform"]:
                 terms["waveform"] = spectral.waveform(x, y)
             if self.weights["kl"]:
-                terms["kl"] = (
-                    Posterior(single_at_least(posterior.mean), single_at_least(posterior.std)).kl().mean()
-                )
+                terms["kl"] = Posterior(upcast(posterior.mean), upcast(posterior.std)).kl().mean()
         return terms
 
     def total(self, terms: Mapping[str, Tensor]) -> Tensor:

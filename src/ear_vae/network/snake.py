@@ -2,8 +2,8 @@
 
 On a GPU it is one pass: a Triton kernel behind `torch.ops.ear_vae.snake`, an operator that compilers and
 exporters take as a whole; where Triton is missing or cannot compile, that operator computes the plain
-formula. Elsewhere it is a handful of passes over what should lie in the cache, see `ear_vae.tiling`, or one
-that torch.compile writes.
+formula. Elsewhere it is a handful of passes over what should lie in the cache, see
+`ear_vae.inference.tiling`, or one that torch.compile writes.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ear_vae.errors import EarVAEError
-from ear_vae.weights import require_fit
+from ear_vae.pretrained.folder import require_fit
 
 # What our module adds to Lightning's content.
 FACTS = "ear_vae"

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from ear_vae.config import EarVAEConfig
-from ear_vae.discriminator import Discriminator, DiscriminatorConfig
 from ear_vae.errors import EarVAEError
 from ear_vae.evaluation import ReconstructionMetrics
 from ear_vae.losses import ReconstructionObjective, adversarial
@@ -26,10 +25,11 @@ from ear_vae.losses.objective import (
     MagnitudeChannels,
     Weighting,
 )
+from ear_vae.network.discriminator import Discriminator, DiscriminatorConfig
 from ear_vae.training import filter_bank
-from ear_vae.training.average import AveragedWeights
 from ear_vae.training.checkpoint import FACTS, changes, require_moments, require_state
 from ear_vae.training.data import AudioDataModule
+from ear_vae.training.ema import AveragedWeights
 from ear_vae.training.optimization import OptimizerConfig, SkippedSteps, trained
 from ear_vae.training.training_state import load_training_state, restore_moments
 from ear_vae.training.weight_norm import apply_weight_norm, load_plain_weights, plain_weights

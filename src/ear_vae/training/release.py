@@ -13,11 +13,18 @@ import torch
 
 from ear_vae.config import EarVAEConfig
 from ear_vae.errors import EarVAEError
+from ear_vae.pretrained.folder import (
+    CARD_FILE,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    expected_shapes,
+    model_card,
+    require_fit,
+)
 from ear_vae.training.checkpoint import FACTS, read_checkpoint, require_moments, require_state
 from ear_vae.training.training_state import TRAINING_STATE_FILE, save_training_state
 from ear_vae.training.weight_norm import apply_weight_norm, plain_weights
 from ear_vae.vae import EarVAE
-from ear_vae.weights import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, expected_shapes, model_card, require_fit
 
 
 def release(

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ear_vae._files import atomic_path
+from ear_vae._atomic import atomic_path
 from ear_vae.errors import EarVAEError
-from ear_vae.weights import read_safetensors
+from ear_vae.pretrained.folder import read_safetensors
 
 TRAINING_STATE_FILE = "training_state.safetensors"
 _FORMAT = "ear-vae-training-state"

@@ -1,0 +1,253 @@
+"""Writing audio files: complete or not at all, and never clipped silently."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal, get_args
+
+import soundfile
+from torch import Tensor
+
+from ear_vae._atomic import atomic_path, name_of, system_path, temporary_folder, write_all
+from ear_vae.audio.formats import WRITTEN_FORMATS
+from ear_vae.audio.reading import stream_audio
+from ear_vae.errors import EarVAEError
+from ear_vae.limits import integer
+
+PeakPolicy = Literal["keep", "scale", "clip"]
+
+_UNBOUNDED_SUBTYPES = {"FLOAT", "DOUBLE"}
+# A plain RIFF file counts its bytes in 32 bits.
+_RIFF_BYTES = 2**32 - 2**16
+_BLOCK_FRAMES = 2**20
+
+
+class PeakWarning(UserWarning):
+    """Audio above full scale went to a format that cannot hold it."""
+
+
+def write_audio(
+    destination: str | os.PathLike[str] | IO[bytes],
+    audio: Tensor,
+    sample_rate: int,
+    *,
+    format: str | None = None,
+    subtype: str | None = None,
+    peak: PeakPolicy = "keep",
+    overwrite: bool = False,
+) -> None:
+    """Writes audio; a file appears complete or not at all.
+
+    Args:
+        destination: Path, or an open binary file (then `format` is required).
+        audio: [C, T] with C of 1 or 2.
+        sample_rate: In Hz.
+        format: `wav`, `flac`, `ogg`, `mp3` or `aiff`; by default what the path's extension says.
+        subtype: libsndfile's name of the encoding, such as `PCM_16`; by default float32 for wav, 24 bits
+            for flac and aiff.
+        peak: What to do with samples beyond full scale. `keep` writes them as they are, which in any
+            format but float means that they are cut off, with a `PeakWarning`; `scale` lowers the whole file
+            so that its peak is full scale; `clip` cuts them off.
+        overwrite: Replace an existing file.
+
+    Raises:
+        EarVAEError: Unknown format or subtype, a rate that the format cannot hold, wrong shape, NaN or
+            infinity in the audio, an existing or unwritable destination, a full disk.
+    """
+    name = name_of(destination)
+    audio = audio.detach()
+    if audio.ndim != 2 or audio.shape[0] not in (1, 2) or audio.shape[1] == 0:
+        raise EarVAEError(
+            f"{name}: audio to write must be [C, T] with 1 or 2 channels, got {list(audio.shape)}"
+        )
+    encoding = _encoding(destination, format, subtype, sample_rate, audio.shape[0], audio.shape[1], peak)
+    blocks = audio.split(_BLOCK_FRAMES, dim=1)
+    highest = max(_peak(block, name) for block in blocks)
+    _write(destination, blocks, encoding, gain=encoding.gain(highest), overwrite=overwrite)
+
+
+def write_audio_stream(
+    destination: str | os.PathLike[str] | IO[bytes],
+    blocks: Iterable[Tensor],
+    sample_rate: int,
+    *,
+    channels: int,
+    num_samples: int,
+    format: str | None = None,
+    subtype: str | None = None,
+    peak: PeakPolicy = "keep",
+    overwrite: bool = False,
+) -> None:
+    """`write_audio` for audio that comes in blocks; none of it is held but for a destination that is no path.
+
+    Args:
+        destination: As for `write_audio`.
+        blocks: Pieces of the audio, [C, T_i].
+        sample_rate: In Hz.
+        channels: C, 1 or 2.
+        num_samples: About how many samples there will be, to choose a container that is large enough.
+        format: As for `write_audio`.
+        subtype: As for `write_audio`.
+        peak: As for `write_audio`. For `scale` the blocks are kept in a temporary file until the peak is
+            known.
+        overwrite: As for `write_audio`.
+
+    Raises:
+        EarVAEError: As for `write_audio`.
+    """
+    encoding = _encoding(destination, format, subtype, sample_rate, channels, num_samples, peak)
+    if peak != "scale":
+        _write(destination, blocks, encoding, gain=1.0, overwrite=overwrite)
+        return
+    folder = Path(destination).parent if isinstance(destination, (str, os.PathLike)) else None
+    try:
+        with temporary_folder(folder) as place:
+            spool = place / "spool.wav"
+            kept = _encoding(spool, "wav", "FLOAT", sample_rate, channels, num_samples, "keep")
+            highest = _write(spool, blocks, kept, gain=1.0, overwrite=True)
+            with stream_audio(spool) as (_, again):
+                _write(destination, again, encoding, gain=encoding.gain(highest), overwrite=overwrite)
+    except FileNotFoundError:
+        raise EarVAEError(f"{name_of(destination)}: the folder {folder} does not exist") from None
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """How audio is written: what `soundfile` needs to know, and what happens to peaks."""
+
+    name: str
+    container: str
+    subtype: str
+    sample_rate: int
+    channels: int
+    peak: PeakPolicy
+
+    @property
+    def bounded(self) -> bool:
+        """Whether it holds nothing beyond full scale."""
+        return self.subtype not in _UNBOUNDED_SUBTYPES
+
+    @property
+    def limits(self) -> bool:
+        """Whether samples beyond full scale are cut off."""
+        return self.peak == "clip" or (self.peak == "keep" and self.bounded)
+
+    def gain(self, highest: float) -> float:
+        """To write audio with this peak."""
+        return 1 / highest if self.peak == "scale" and highest > 1 else 1.0
+
+
+def _encoding(
+    destination: str | os.PathLike[str] | IO[bytes],
+    format: str | None,
+    subtype: str | None,
+    sample_rate: int,
+    channels: int,
+    num_samples: int,
+    peak: PeakPolicy,
+) -> _Encoding:
+    """What the arguments of `write_audio` come to.
+
+    Raises:
+        EarVAEError: As `write_audio`.
+    """
+    name = name_of(destination)
+    rate = integer(sample_rate)
+    if rate is None or rate < 1:
+        raise EarVAEError(f"{name}: the sample rate must be a positive integer in Hz, got {sample_rate!r}")
+    if integer(channels) not in (1, 2):
+        raise EarVAEError(f"{name}: channels must be 1 or 2, got {channels!r}")
+    if peak not in get_args(PeakPolicy):
+        raise EarVAEError(f"{name}: peak must be keep, scale or clip, got {peak!r}")
+    kind = (format or (Path(name).suffix[1:] if isinstance(destination, (str, os.PathLike)) else "")).lower()
+    kind = {"aif": "aiff", "oga": "ogg"}.get(kind, kind)
+    if kind not in WRITTEN_FORMATS:
+        raise EarVAEError(f"{name}: cannot write format {kind!r}; choose one of {', '.join(WRITTEN_FORMATS)}")
+    container, default = WRITTEN_FORMATS[kind]
+    chosen = (subtype or default).upper()
+    if container == "RF64" and channels * num_samples * 8 < _RIFF_BYTES:
+        container = "WAV"
+    if not soundfile.check_format(container, chosen):
+        choices = ", ".join(soundfile.available_subtypes(container))
+        raise EarVAEError(f"{name}: {kind} cannot hold subtype {chosen!r}; choose one of {choices}")
+    return _Encoding(name, container, chosen, rate, int(channels), peak)
+
+
+def _peak(block: Tensor, name: str) -> float:
+    highest = float(block.abs().max())
+    if not math.isfinite(highest):
+        raise EarVAEError(f"{name}: the audio to write holds NaN or infinite samples; nothing was written")
+    return highest
+
+
+def _write(
+    destination: str | os.PathLike[str] | IO[bytes],
+    blocks: Iterable[Tensor],
+    encoding: _Encoding,
+    *,
+    gain: float,
+    overwrite: bool,
+) -> float:
+    """Writes the blocks and returns their peak before the gain."""
+    name, highest = encoding.name, 0.0
+
+    @contextmanager
+    def full_disk_is_said() -> Iterator[None]:
+        try:
+            yield
+        except (soundfile.LibsndfileError, OSError, AssertionError) as error:
+            # soundfile asserts that all frames went out, which is how a full disk shows.
+            raise EarVAEError(f"{name}: could not be written, is the disk full? ({error})") from error
+
+    def write(target: Any) -> None:
+        nonlocal highest
+        try:
+            file = soundfile.SoundFile(
+                target,
+                "w",
+                encoding.sample_rate,
+                encoding.channels,
+                subtype=encoding.subtype,
+                format=encoding.container,
+            )
+        except soundfile.LibsndfileError as error:
+            kind = {"RF64": "wav"}.get(encoding.container, encoding.container.lower())
+            raise EarVAEError(
+                f"{name}: cannot write {kind} at {encoding.sample_rate} Hz: {error.error_string.strip()} "
+                "Choose another format or resample first."
+            ) from error
+        with file:
+            for block in blocks:
+                highest = max(highest, _peak(block, name))
+                scaled = block.detach().float().cpu() * gain
+                samples = (scaled.clamp(-1, 1) if encoding.limits else scaled).T.contiguous().numpy()
+                with full_disk_is_said():
+                    file.write(samples)
+            with full_disk_is_said():
+                file.close()
+
+    if isinstance(destination, (str, os.PathLike)):
+        with atomic_path(destination, overwrite) as temporary:
+            write(system_path(temporary))
+    else:
+        buffer = io.BytesIO()
+        write(buffer)
+        try:
+            write_all(destination, buffer.getbuffer())
+        except OSError as error:
+            raise EarVAEError(f"{name}: could not be written: {error.strerror or error}") from error
+    if highest > 1 and encoding.bounded and encoding.peak == "keep":
+        warnings.warn(
+            f"{name}: peaks reach {20 * math.log10(highest):+.2f} dBFS and are cut off in this format; write "
+            "float wav, or choose peak 'scale' (lower the whole file) or 'clip' (cut off knowingly)",
+            PeakWarning,
+            stacklevel=3,
+        )
+    return highest

@@ -1,0 +1,74 @@
+"""The command `ear-vae encode`."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+
+import torch
+
+from ear_vae.audio import stream_audio
+from ear_vae.cli.files import LATENT_EXTENSION, at_work, each_file, find_audio
+from ear_vae.cli.jobs import STREAM, Job
+from ear_vae.cli.models import fingerprints
+from ear_vae.cli.streams import CountedBlocks, flush, source_of
+from ear_vae.latents import Latents, save_latents
+from ear_vae.posterior import Posterior
+from ear_vae.vae import EarVAE
+
+
+def run(options: argparse.Namespace) -> int:
+    """Audio to latent files."""
+    if options.seed is not None and not options.sample:
+        options.refuse("--seed is for --sample; without it nothing is drawn")
+    weights_sha256 = fingerprints()
+
+    def work(vae: EarVAE, job: Job) -> float:
+        with stream_audio(source_of(job)) as (info, blocks):
+            counted = CountedBlocks(blocks)
+            means, stds = [], []
+            with at_work(options, job, info.num_samples / info.sample_rate, vae):
+                for part in vae.encode_stream(counted, info.sample_rate):
+                    means.append(part.mean)
+                    if options.std or options.sample:
+                        stds.append(part.std)
+        num_samples, sample_rate = counted.num_samples, info.sample_rate
+        mean = torch.cat(means, dim=-1)
+        std = torch.cat(stds, dim=-1) if stds else None
+        means, stds = [], []
+        if options.sample:
+            assert std is not None
+            mean = Posterior(mean, std).sample(_generator(options.seed, job))
+        latents = Latents(
+            mean=mean,
+            std=std if options.std else None,
+            sample_rate=vae.sample_rate,
+            downsampling_ratio=vae.downsampling_ratio,
+            num_samples=-(-num_samples * vae.sample_rate // sample_rate),
+            audio_channels=info.channels,
+            source_sample_rate=sample_rate,
+            source_num_samples=num_samples,
+            model_name=vae.name,
+            weights_sha256=weights_sha256(vae),
+            sampled=options.sample,
+        )
+        if job.destination == STREAM:
+            save_latents(sys.stdout.buffer, latents)
+            flush()
+        else:
+            save_latents(job.destination, latents, overwrite=options.force)
+        return num_samples / sample_rate
+
+    return each_file(options, work, find=find_audio, extension=LATENT_EXTENSION)
+
+
+def _generator(seed: int | None, job: Job) -> torch.Generator | None:
+    """Source of a file's draw: for one file as in the library, in a folder another one for each file."""
+    if seed is None:
+        return None
+    if job.relative:
+        # Of the seed and the file only, so that it does not matter what else is in the folder, or was done.
+        digest = hashlib.sha256(f"{seed} {job.relative}".encode(errors="surrogateescape")).digest()
+        seed = int.from_bytes(digest[:7], "big")
+    return torch.Generator().manual_seed(seed)

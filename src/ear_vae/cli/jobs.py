@@ -1,0 +1,230 @@
+"""Which file becomes which, and going through them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from ear_vae._atomic import same_file
+from ear_vae.audio.folders import Found
+from ear_vae.cli.terminal import name as shown_name
+from ear_vae.cli.terminal import say, say_traceback
+from ear_vae.errors import EarVAEError, in_one_line
+from ear_vae.inference.tiling import observe_tiles
+
+STREAM = "-"
+_LONGEST_IN_BAR = 40
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One input and its output.
+
+    Attributes:
+        source: A path, or `-` for standard input.
+        destination: A path, or `-` for standard output.
+        relative: The source's path inside the folder that is worked through, with `/`; empty for a file
+            that was named itself.
+    """
+
+    source: str
+    destination: str
+    relative: str = ""
+
+    @property
+    def source_name(self) -> str:
+        """What messages call the input."""
+        return "standard input" if self.source == STREAM else self.source
+
+    @property
+    def destination_name(self) -> str:
+        """What messages call the output."""
+        return "standard output" if self.destination == STREAM else self.destination
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do.
+
+    Attributes:
+        jobs: The inputs to go through.
+        kept: Outputs that exist and are kept.
+        unreadable: What of the folder could not be seen, and why.
+    """
+
+    jobs: tuple[Job, ...]
+    kept: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()
+
+
+def make_plan(
+    source: str,
+    destination: str,
+    *,
+    find: Callable[[Path], Found],
+    extension: str,
+    overwrite: bool,
+) -> Plan:
+    """Pairs inputs with outputs before any work is done.
+
+    Args:
+        source: A file, a folder or `-`.
+        destination: A file for a file, a folder for a folder, or `-`.
+        find: Lists the inputs of a folder.
+        extension: Of the outputs in a folder, without the dot.
+        overwrite: Redo outputs that exist.
+
+    Raises:
+        EarVAEError: A missing input, a folder for a file or the reverse, an output that is no ordinary
+            file, nothing to do in a folder, two inputs that would have the same output, or an output that
+            would replace an input.
+    """
+    if not source or not destination:
+        raise EarVAEError("the name of the input or of the output is empty; give a file, a folder or -")
+    if source != STREAM and not Path(source).exists():
+        raise EarVAEError(f"{source}: no such file or folder")
+    if source != STREAM and Path(source).is_dir():
+        return _plan_folder(Path(source), destination, find=find, extension=extension, overwrite=overwrite)
+    output = Path(destination)
+    if destination != STREAM and output.is_dir():
+        raise EarVAEError(f"{destination}: is a folder; give a file for the output of one file")
+    if destination != STREAM and output.exists() and not output.is_file():
+        raise EarVAEError(f"{destination}: is not an ordinary file; write to - and redirect it there")
+    if STREAM not in (source, destination) and same_file(source, destination):
+        raise EarVAEError(f"{destination}: is the input itself; choose another name for the output")
+    return Plan((Job(source, destination),))
+
+
+def _plan_folder(
+    source: Path,
+    destination: str,
+    *,
+    find: Callable[[Path], Found],
+    extension: str,
+    overwrite: bool,
+) -> Plan:
+    folder = Path(destination)
+    if destination == STREAM or (folder.exists() and not folder.is_dir()):
+        name = "standard output" if destination == STREAM else destination
+        raise EarVAEError(f"{name}: is no folder; give a folder for the output of the folder {source}")
+    found = find(source)
+    inputs = list(found.files)
+    inner = folder.resolve()
+    if inner != source.resolve() and inner.is_relative_to(source.resolve()):
+        # What an earlier run wrote there is no input.
+        inputs = [path for path in inputs if not path.resolve().is_relative_to(inner)]
+    if not inputs:
+        unseen = f"; {found.unreadable[0]}" if found.unreadable else ""
+        raise EarVAEError(f"{source}: holds no files of a kind that this command reads{unseen}")
+    originals = {path.resolve() for path in inputs} | {_identity(path) for path in inputs}
+    outputs: dict[Path, Path] = {}
+    for path in inputs:
+        output = (folder / path.relative_to(source)).with_suffix(f".{extension}")
+        if output in outputs:
+            raise EarVAEError(f"{outputs[output]} and {path} would both become {output}; rename one of them")
+        if output.resolve() in originals or (output.exists() and _identity(output) in originals):
+            raise EarVAEError(
+                f"{path}: its output {output} would replace an input; choose another folder or format"
+            )
+        outputs[output] = path
+    kept = tuple(str(output) for output in outputs if output.is_file() and not overwrite)
+    jobs = tuple(
+        Job(str(path), str(output), path.relative_to(source).as_posix())
+        for output, path in outputs.items()
+        if str(output) not in kept
+    )
+    return Plan(jobs, kept, found.unreadable)
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """Equal for two names of one file."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def run_jobs(
+    plan: Plan, start: Callable[[], _T], work: Callable[[_T, Job], float], *, quiet: bool, debug: bool
+) -> int:
+    """Does every job, reports each on standard error, and goes on after one that failed.
+
+    Args:
+        plan: What to do.
+        start: Makes what all jobs need; called once, and only if there is a job.
+        work: Does one job with it and returns the seconds of audio in it.
+        quiet: Report failures only.
+        debug: Show the traceback of each failure.
+
+    Returns:
+        0, or 1 if any job failed or a part of the folder could not be seen.
+    """
+    for problem in plan.unreadable:
+        say(f"ear-vae: {problem}")
+    for output in plan.kept:
+        _report(f"{output}: exists, kept (--force to redo it)", quiet)
+    if not plan.jobs:
+        return 1 if plan.unreadable else 0
+    shared = start()
+    failed = 0
+    for job in plan.jobs:
+        started = time.monotonic()
+        try:
+            if job.relative:
+                os.makedirs(os.path.dirname(job.destination), exist_ok=True)
+            seconds = work(shared, job)
+        # Decoders meet every kind of damage; whatever one file does, the others are done.
+        except Exception as error:
+            if debug:
+                say_traceback(error)
+            failed += 1
+            say(f"ear-vae: {_failure(job.source_name, error)}")
+            continue
+        elapsed = time.monotonic() - started
+        speed = f"{seconds / max(elapsed, 1e-3):.1f}x real time"
+        _report(f"{job.destination_name}: {seconds:.1f} s in {elapsed:.1f} s ({speed})", quiet)
+    if failed and len(plan.jobs) > 1:
+        say(f"ear-vae: {failed} of {len(plan.jobs)} files failed")
+    return 1 if failed or plan.unreadable else 0
+
+
+@contextmanager
+def progress(name: str, audio_seconds: float, latent_rate: float, *, shown: bool) -> Iterator[None]:
+    """A bar over one file on standard error, its rate in seconds of audio per second.
+
+    Args:
+        name: Shown before the bar.
+        audio_seconds: What the networks will go through, counted once for each direction.
+        latent_rate: Of the model.
+        shown: Whether there is a bar at all.
+    """
+    with (
+        tqdm(
+            total=round(audio_seconds, 1),
+            desc=shown_name(os.path.basename(name), _LONGEST_IN_BAR),
+            disable=not shown,
+            leave=False,
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s, {rate_noinv_fmt}",
+            unit="x real time",
+        ) as bar,
+        # The last frame may be longer than what is left of the audio.
+        observe_tiles(lambda frames: bar.update(min(frames / latent_rate, bar.total - bar.n)) and None),
+    ):
+        yield
+
+
+def _failure(source: str, error: BaseException) -> str:
+    text = in_one_line(error)
+    return text if text.startswith(source) else f"{source}: {text}"
+
+
+def _report(text: str, quiet: bool) -> None:
+    if not quiet:
+        say(text)

@@ -1,0 +1,103 @@
+"""The command `ear-vae`: what it takes, and how it ends."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from importlib import import_module
+from typing import Any, NoReturn
+
+from ear_vae.cli.options import command_parser
+from ear_vae.cli.terminal import discard_unwritten_output, say, say_traceback, usable_streams
+from ear_vae.errors import EarVAEError, in_one_line
+
+EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        argv: Without the program's name; `sys.argv` by default.
+
+    Returns:
+        0 when all went well, 1 when a file or the command failed, 130 when interrupted.
+
+    Raises:
+        SystemExit: With 2 on wrong usage, with 0 after `--help`.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # Training ends its step and writes a checkpoint when it is terminated.
+    cleaning_up = nullcontext() if arguments[:1] == ["fit"] else _terminated_like_interrupted()
+    with usable_streams():
+        try:
+            with cleaning_up, warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                code = _run(arguments)
+                if code == 0:
+                    sys.stdout.flush()
+                return code
+        except (EarVAEError, OSError, MemoryError) as error:
+            if "--debug" in arguments:
+                say_traceback(error)
+            else:
+                say(f"ear-vae: {in_one_line(error)}")
+            return EXIT_FAILED
+        except KeyboardInterrupt:
+            say("ear-vae: interrupted")
+            return EXIT_INTERRUPTED
+        finally:
+            discard_unwritten_output()
+
+
+def _run(arguments: list[str]) -> int:
+    if arguments[:1] == ["fit"]:
+        from ear_vae.cli.fit import main as fit
+
+        return fit([argument for argument in arguments[1:] if argument != "--debug"])
+    try:
+        options = command_parser().parse_args(arguments)
+    except SystemExit as left:
+        if not left.code:  # help that did not get through is no success
+            sys.stdout.flush()
+        raise
+    return int(_command(options.name)(options))
+
+
+def _command(name: str) -> Any:
+    """What runs a command; only that one is imported, because torch takes seconds."""
+    return import_module(f"ear_vae.cli.{name}").run
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """Makes a terminated process clean up as an interrupted one does."""
+    # Elsewhere Python refuses, and signals are the caller's business.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # Windows has no SIGHUP, which a terminal sends when it closes. What is ignored, as by nohup, stays so.
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, _interrupt) for number in heeded}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    say(f"ear-vae: warning: {' '.join(str(message).split())}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""Models as commands load them: on which device, in which dtype, from where."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from ear_vae.errors import EarVAEError, in_one_line
+from ear_vae.pretrained.bundled import bundled_checkpoints
+from ear_vae.vae import EarVAE
+
+
+def load_model(options: argparse.Namespace) -> EarVAE:
+    """The model of `--model`, prepared as the options say.
+
+    Raises:
+        EarVAEError: There is no such model or device, or no room for it.
+    """
+    device = device_of(options.device)
+    vae = pretrained(options.model, options)
+    try:
+        vae.to(device, getattr(torch, options.dtype))
+    except RuntimeError as error:  # a full or broken device
+        raise EarVAEError(f"cannot put {vae.name} on {device}: {in_one_line(error)}") from error
+    if options.compile:
+        vae.compile()
+    return vae
+
+
+def pretrained(name: str, options: argparse.Namespace) -> EarVAE:
+    """`EarVAE.from_pretrained` with the options on where a model comes from."""
+    require_downloadable([name], options)
+    return EarVAE.from_pretrained(
+        name,
+        variant=options.variant,
+        revision=options.revision,
+        force_download=options.force_download,
+    )
+
+
+def require_downloadable(names: Sequence[str], options: argparse.Namespace) -> None:
+    """Refuses to fetch again where nothing comes from the Hub."""
+    if options.force_download and all(
+        Path(name).expanduser().exists() or name in bundled_checkpoints() for name in names
+    ):
+        options.refuse(f"--force-download is for models on the Hub; {', '.join(names)} is here")
+
+
+def device_of(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        EarVAEError: There is none.
+    """
+    kind, _, index = name.partition(":")
+    available = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+    }
+    if kind not in available or not (index.isdecimal() or name == kind):
+        meant = "; for an NVIDIA or AMD GPU write cuda" if kind == "gpu" else ""
+        raise EarVAEError(f"no device {name!r}; choose cpu, cuda, cuda:N or mps{meant}")
+    if int(index or 0) >= available[kind]:
+        here = ", ".join(kind for kind, count in available.items() if count)
+        raise EarVAEError(
+            f"device {name!r} is not available here; this machine and this torch have: {here} "
+            "(ear-vae env says why)"
+        )
+    return torch.device(name)
+
+
+def fingerprints() -> Callable[[EarVAE], str]:
+    """`EarVAE.weights_sha256`, once for all files of a command: nothing changes the weights meanwhile."""
+    return functools.cache(lambda vae: vae.weights_sha256)

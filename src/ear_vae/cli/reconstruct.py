@@ -1,0 +1,37 @@
+"""The command `ear-vae reconstruct`."""
+
+from __future__ import annotations
+
+import argparse
+
+from ear_vae.audio import stream_audio
+from ear_vae.cli.files import at_work, each_file, find_audio
+from ear_vae.cli.jobs import Job
+from ear_vae.cli.streams import CountedBlocks, decode_to_file, source_of
+from ear_vae.vae import EarVAE
+
+
+def run(options: argparse.Namespace) -> int:
+    """Audio to the audio that the model makes of it."""
+
+    def work(vae: EarVAE, job: Job) -> float:
+        with stream_audio(source_of(job)) as (info, blocks):
+            seconds = info.num_samples / info.sample_rate
+            with at_work(options, job, 2 * seconds, vae):
+                counted = CountedBlocks(blocks)
+                # Latents are a thousandth of the audio: they are held, it is not.
+                latents = [posterior.mean for posterior in vae.encode_stream(counted, info.sample_rate)]
+                num_samples = -(-counted.num_samples * vae.sample_rate // info.sample_rate)
+                decode_to_file(
+                    vae,
+                    latents,
+                    job,
+                    options,
+                    num_samples=num_samples,
+                    channels=info.channels,
+                    sample_rate=info.sample_rate,
+                    source_num_samples=counted.num_samples,
+                )
+        return counted.num_samples / info.sample_rate
+
+    return each_file(options, work, find=find_audio, extension=options.format or "wav")

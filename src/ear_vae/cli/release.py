@@ -1,0 +1,20 @@
+"""The command `ear-vae release`."""
+
+from __future__ import annotations
+
+import argparse
+
+from ear_vae.training.release import release
+
+
+def run(options: argparse.Namespace) -> int:
+    """A training checkpoint to a folder for users."""
+    release(
+        options.checkpoint,
+        options.destination,
+        name=options.name_of_model,
+        averaged=not options.raw,
+        training_state=options.training_state,
+        overwrite=options.force,
+    )
+    return 0

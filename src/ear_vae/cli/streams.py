@@ -1,0 +1,120 @@
+"""Files and standard streams at either end of a command."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ear_vae._atomic import atomic_path
+from ear_vae.audio import write_audio, write_audio_stream
+from ear_vae.cli.jobs import STREAM, Job
+from ear_vae.dsp.resampling import resample_stream
+from ear_vae.errors import EarVAEError
+from ear_vae.vae import EarVAE
+
+
+class CountedBlocks:
+    """Blocks of audio as they come, and how many samples they have been."""
+
+    def __init__(self, blocks: Iterable[torch.Tensor]) -> None:
+        self._blocks = blocks
+        self.num_samples = 0
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for block in self._blocks:
+            self.num_samples += block.shape[-1]
+            yield block
+
+
+def source_of(job: Job) -> Any:
+    """What to read the input of a job from."""
+    # Decoders seek, pipes cannot.
+    return _NamedBytes(sys.stdin.buffer.read()) if job.source == STREAM else job.source
+
+
+def flush() -> None:
+    """Sends on what standard output holds.
+
+    Raises:
+        EarVAEError: It does not get through.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        raise EarVAEError(f"standard output: could not be written: {error.strerror or error}") from error
+
+
+def decode_to_file(
+    vae: EarVAE,
+    latents: list[torch.Tensor],
+    job: Job,
+    options: argparse.Namespace,
+    *,
+    num_samples: int,
+    channels: int,
+    sample_rate: int,
+    source_num_samples: int,
+) -> None:
+    """Latents in pieces [D, n] to an audio file of the source's rate, channels and length."""
+
+    def decoded() -> Iterator[torch.Tensor]:
+        for audio in _first_samples(vae.decode_stream(latents), num_samples):
+            yield audio.mean(dim=0, keepdim=True) if channels == 1 else audio
+
+    to_stream = job.destination == STREAM
+    write_audio_stream(
+        sys.stdout.buffer if to_stream else job.destination,
+        _first_samples(resample_stream(decoded(), vae.sample_rate, sample_rate), source_num_samples),
+        sample_rate,
+        channels=channels,
+        num_samples=source_num_samples,
+        format=format_of(job, options),
+        subtype=options.subtype,
+        peak=options.peak,
+        overwrite=options.force,
+    )
+    if to_stream:
+        flush()
+
+
+def _first_samples(blocks: Iterable[torch.Tensor], num_samples: int) -> Iterator[torch.Tensor]:
+    for block in blocks:
+        if block[..., :num_samples].shape[-1]:
+            yield block[..., :num_samples]
+        num_samples = max(0, num_samples - block.shape[-1])
+
+
+def require_writable_format(job: Job, options: argparse.Namespace) -> None:
+    """Refuses a format and subtype that cannot be written, by writing a little of it to nowhere."""
+    trial = _NamedBytes()
+    trial.name = job.destination_name
+    write_audio(trial, torch.zeros(2, 4096), 44_100, format=format_of(job, options), subtype=options.subtype)
+
+
+def require_free(destination: str, *, overwrite: bool) -> None:
+    """Refuses an existing or impossible output before a model is loaded and hours are spent on it."""
+    with suppress(_OnlyLooking), atomic_path(destination, overwrite):
+        raise _OnlyLooking
+
+
+class _OnlyLooking(Exception):
+    """Leaves `atomic_path` without writing."""
+
+
+class _NamedBytes(io.BytesIO):
+    """Bytes in memory that error messages have a name for."""
+
+    name = "standard input"
+
+
+def format_of(job: Job, options: argparse.Namespace) -> str:
+    """The audio format of a job's output: what the options say, else its extension."""
+    named = "wav" if job.destination == STREAM else Path(job.destination).suffix[1:]
+    return str(options.format or named)

@@ -1,0 +1,31 @@
+"""Systems that `evaluate` and `report` run, as their options name them."""
+
+from __future__ import annotations
+
+import argparse
+
+from ear_vae.cli.models import device_of, require_downloadable
+from ear_vae.evaluation.systems.base import System
+from ear_vae.evaluation.systems.codecs import is_codec
+from ear_vae.evaluation.systems.loading import load_system
+
+
+def load_from_options(name: str, variant: str | None, options: argparse.Namespace) -> System:
+    """The system of that name, on the device that the options name."""
+    return load_system(
+        name,
+        device=device_of(options.device or "cpu"),
+        variant=variant,
+        force_download=options.force_download,
+    )
+
+
+def refuse_options_of_models(options: argparse.Namespace) -> None:
+    """Ends with a usage error where an option is for models that are not there."""
+    names = [name for name in options.model if not is_codec(name)]
+    for option, models in (("device", options.model), ("variant", names), ("force_download", names)):
+        if getattr(options, option) and not models:
+            of = " of εar-VAE" if options.model else ""
+            options.refuse(f"--{option.replace('_', '-')} is for a --model{of}")
+    if names:
+        require_downloadable(names, options)

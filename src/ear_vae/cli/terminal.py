@@ -1,0 +1,146 @@
+"""What the command line prints: one line each, that no name can turn into anything else."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+import traceback
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+_LONGEST_LINE = 2_000
+
+
+def escaped(text: str) -> str:
+    """The text with its control characters, and bytes that are no UTF-8, as escapes such as `\\x1b`."""
+    return "".join(map(_shown, text))
+
+
+def shortened(text: str, longest: int) -> str:
+    """The text without its middle where it is longer than that many characters."""
+    if len(text) <= longest:
+        return text
+    head = (longest - 1) // 2
+    return f"{text[:head]}…{text[len(text) - (longest - 1 - head) :]}"
+
+
+def name(text: str, longest: int = 80) -> str:
+    """A name that came with a file, fit to be shown in a line."""
+    return shortened(escaped(text), longest)
+
+
+def say(text: str) -> None:
+    """One line on standard error; where nobody takes it, it is lost, and the work goes on."""
+    with suppress(OSError):
+        print(shortened(escaped(text), _LONGEST_LINE), file=sys.stderr)  # noqa: T201
+
+
+def say_traceback(error: BaseException) -> None:
+    """The traceback on standard error."""
+    lines = "".join(traceback.format_exception(error)).splitlines()
+    with suppress(OSError):
+        print("\n".join(map(escaped, lines)), file=sys.stderr)  # noqa: T201
+
+
+def put(text: str) -> None:
+    """Lines on standard output, which each end with their line break only."""
+    print("\n".join(map(escaped, text.split("\n"))))  # noqa: T201
+
+
+def is_watched() -> bool:
+    """Whether somebody sees standard error as it is written."""
+    return sys.stderr.isatty()
+
+
+@contextmanager
+def usable_streams() -> Iterator[None]:
+    """Standard streams that take every character, and that are there even if the caller has closed them.
+
+    What a caller closes gets its file descriptor back, or the next file to be opened would receive what
+    torch and others write to it. Reading from closed input and writing to closed output are errors of the
+    system; messages for closed standard error are lost.
+    """
+    streams = sys.stdin, sys.stdout, sys.stderr
+    _fill_descriptors()
+    if sys.stdin is None:
+        sys.stdin = _stream(0, "r")
+    if sys.stdout is None:
+        sys.stdout = _stream(1, "w")
+    if sys.stderr is None:
+        sys.stderr = _stream(2, "w")
+    handlers = [
+        (stream, stream.errors) for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)
+    ]
+    for stream, _ in handlers:
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        for stream, errors in handlers:
+            with suppress(OSError, ValueError):
+                stream.reconfigure(errors=errors)
+        sys.stdin, sys.stdout, sys.stderr = streams
+
+
+def discard_unwritten_output() -> None:
+    """Keeps Python from failing once more, at exit, on output that nobody takes."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def _shown(character: str) -> str:
+    if character.isprintable() or unicodedata.category(character) == "Zs":
+        return character
+    if "\udc80" <= character <= "\udcff":  # a byte of a file name that is not UTF-8
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def _fill_descriptors() -> None:
+    """Opens the null device for those of the three that are closed, so that wrong use is an error."""
+    for descriptor, mode in ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
+        if not _is_open(descriptor):
+            opened = os.open(os.devnull, mode)
+            if opened != descriptor:
+                os.dup2(opened, descriptor)
+                os.close(opened)
+            os.set_inheritable(descriptor, True)
+
+
+def _is_open(descriptor: int) -> bool:
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True
+
+
+def _stream(descriptor: int, mode: str) -> io.TextIOWrapper:
+    raw = io.FileIO(descriptor, mode, closefd=False)
+    buffer = io.BufferedReader(raw) if mode == "r" else io.BufferedWriter(raw)
+    return io.TextIOWrapper(buffer, encoding="utf-8", line_buffering=descriptor == 2)
+
+
+def put_facts(facts: dict[str, Any], *, as_json: bool, longest: int | None = None) -> None:
+    """Facts on standard output, a line each, or as JSON."""
+    if as_json:
+        put(json.dumps(facts))
+        return
+    width = max(map(len, facts))
+    lines = []
+    for name, value in facts.items():
+        # Several lines of text stand below each other.
+        parts = value if isinstance(value, list) and all(isinstance(part, str) for part in value) else [value]
+        for index, part in enumerate(parts or ["none"]):
+            text = escaped(str(part))
+            text = shortened(text, longest) if longest else text
+            lines.append(f"{'' if index else name:{width}}  {text}")
+    put("\n".join(lines))

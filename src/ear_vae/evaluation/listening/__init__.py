@@ -1,0 +1,1 @@
+"""The listening report: excerpts of originals and systems on one page."""

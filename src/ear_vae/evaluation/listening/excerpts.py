@@ -1,0 +1,267 @@
+"""Excerpts to listen to: chosen from the originals, rebuilt by every system, brought to one level, measured.
+
+Which files: all if there are few, else evenly spaced from the first to the last in the order that is given.
+Where in a file: at its loudest, so that the choice favours no system; a file that gives several excerpts is
+cut into as many equal parts, and each gives its loudest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ear_vae.audio import audio_info, read_audio
+from ear_vae.dsp.loudness import SHORTEST_SECONDS, Loudness
+from ear_vae.dsp.resampling import resample
+from ear_vae.dsp.stereo import correlation, side_to_mid_db
+from ear_vae.errors import EarVAEError
+from ear_vae.evaluation.files import delay_seconds, figures
+from ear_vae.evaluation.runner import Task
+from ear_vae.evaluation.systems.base import rebuild
+
+ORIGINAL = "Original"
+# What browsers play everywhere, and more than ears need.
+HIGHEST_RATE = 48_000
+LARGEST_GAIN_DB = 20.0
+# Excerpts start on whole tenths of a second, which are whole samples at all usual rates.
+_STEPS_PER_SECOND = 10
+# What models and resampling see on either side of an excerpt.
+_MARGIN_SECONDS = 1
+
+
+@dataclass(frozen=True)
+class Place:
+    """A part of an original.
+
+    Attributes:
+        name: What the file is called.
+        target: The original.
+        start_seconds: Whole tenths.
+        seconds: At most this much; less where the file ends.
+    """
+
+    name: str
+    target: Path
+    start_seconds: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Signal:
+    """The original's or one system's audio of an excerpt.
+
+    Attributes:
+        name: `ORIGINAL`, or what the system is called.
+        audio: [C, T], as many channels and samples as all others of the excerpt.
+        gain_db: Brings it to the original's integrated loudness.
+        correlation: Of left and right, None where it has no value.
+        side_db: Energy of the side relative to that of the mid, None where it has no finite value.
+        figures: As `ear_vae.evaluation.files.figures`; empty for the original.
+        notes: What a listener should know of it.
+    """
+
+    name: str
+    audio: Tensor
+    gain_db: float = 0.0
+    correlation: float | None = None
+    side_db: float | None = None
+    figures: dict[str, float | None] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """An original and what the systems made of it.
+
+    Attributes:
+        place: Where it comes from.
+        sample_rate: Of all signals, in Hz.
+        signals: The original, then the systems in their order.
+    """
+
+    place: Place
+    sample_rate: int
+    signals: tuple[Signal, ...]
+
+    @property
+    def seconds(self) -> float:
+        """How long it is."""
+        return self.signals[0].audio.shape[1] / self.sample_rate
+
+    def shortened(self, seconds: float) -> Excerpt:
+        """The beginning of it."""
+        num_samples = max(1, int(seconds * self.sample_rate))
+        cut = (replace(signal, audio=signal.audio[:, :num_samples]) for signal in self.signals)
+        return replace(self, signals=tuple(cut))
+
+
+def evenly_spaced(count: int, available: int) -> list[int]:
+    """`count` indices below `available`, the first and the last among them, or all if there are fewer."""
+    if count >= available:
+        return list(range(available))
+    if count == 1:
+        return [0]
+    return [round(index * (available - 1) / (count - 1)) for index in range(count)]
+
+
+def choose_places(originals: Sequence[tuple[str, Path]], *, count: int, seconds: float) -> list[Place]:
+    """Where the excerpts lie, the same for the same files.
+
+    Args:
+        originals: Names and files, in the order to choose from.
+        count: How many excerpts; fewer where the files are too few and too short.
+        seconds: How long each is.
+
+    Raises:
+        EarVAEError: A file cannot be read.
+    """
+    chosen = [originals[index] for index in evenly_spaced(count, len(originals))]
+    places = []
+    for index, (name, target) in enumerate(chosen):
+        several = count // len(chosen) + (index < count % len(chosen))
+        audio, sample_rate = read_audio(target)
+        parts = max(1, min(several, int(audio.shape[1] / sample_rate / seconds)))
+        places += [
+            Place(name, target, start, seconds) for start in loudest(audio, sample_rate, seconds, parts)
+        ]
+    return places
+
+
+def loudest(audio: Tensor, sample_rate: int, seconds: float, parts: int = 1) -> list[float]:
+    """Where the loudest stretch begins in each of equal parts, in seconds.
+
+    Args:
+        audio: [C, T].
+        sample_rate: In Hz.
+        seconds: Length of a stretch.
+        parts: How many; they must be as long as a stretch, unless there is only one.
+    """
+    if audio.shape[1] < SHORTEST_SECONDS * sample_rate:
+        return [0.0] * parts
+    powers = Loudness(audio, sample_rate).powers
+    length = max(1, min(round(seconds * _STEPS_PER_SECOND), len(powers) // parts))
+    starts = []
+    for part in range(parts):
+        first, stop = len(powers) * part // parts, len(powers) * (part + 1) // parts
+        sums = powers[first:stop].unfold(0, length, 1).sum(dim=-1)
+        starts.append((first + int(sums.argmax())) / _STEPS_PER_SECOND)
+    return starts
+
+
+def cut(place: Place, tasks: Sequence[Task]) -> Excerpt:
+    """The excerpt, not measured yet.
+
+    Args:
+        place: Of an original.
+        tasks: Each system's, with a file to read or a model to run; the pairs belong to the place's file.
+
+    Raises:
+        EarVAEError: A file that cannot be read or ends before the excerpt, or a system's failure.
+    """
+    rate = min(audio_info(place.target).sample_rate, HIGHEST_RATE)
+    target = _read_span(place.target, place.start_seconds, place.seconds, rate)
+    # At the end of a file there may be less than was asked for.
+    target = target[:, : max(1, round((_duration(place.target) - place.start_seconds) * rate))]
+    signals = [Signal(ORIGINAL, target)]
+    for task in tasks:
+        audio, notes = _estimate(place, task, target, rate)
+        signals.append(Signal(task.system_name, audio, notes=tuple(notes)))
+    channels = max(signal.audio.shape[0] for signal in signals)
+    return Excerpt(place, rate, tuple(_with_channels(signal, channels) for signal in signals))
+
+
+def measured(excerpt: Excerpt) -> Excerpt:
+    """The same with gains, figures and notes.
+
+    Raises:
+        EarVAEError: NaN in a system's audio.
+    """
+    target = excerpt.signals[0].audio
+    signals = [_with_stereo(excerpt.signals[0])]
+    for signal in excerpt.signals[1:]:
+        notes = list(signal.notes)
+        found = figures(signal.audio, excerpt.sample_rate, target, excerpt.sample_rate, notes)
+        theirs, ours = found["lufs_target"], found["lufs_estimate"]
+        gain_db = 0.0
+        if theirs is None or ours is None:
+            notes.append("its level was not matched: there is no loudness to compare")
+        else:
+            gain_db = max(-LARGEST_GAIN_DB, min(LARGEST_GAIN_DB, theirs - ours))
+            if gain_db != theirs - ours:
+                notes.append(f"its level would need {theirs - ours:+.1f} dB to match")
+        matched = replace(signal, gain_db=gain_db, figures=found, notes=tuple(notes))
+        signals.append(_with_stereo(matched))
+    return replace(excerpt, signals=tuple(signals))
+
+
+def _estimate(place: Place, task: Task, target: Tensor, rate: int) -> tuple[Tensor, list[str]]:
+    """[C, T] as long as the target, and what was done to it."""
+    notes: list[str] = []
+    num_samples = target.shape[1]
+    if task.pair.estimate is None:
+        if task.system is None:
+            raise EarVAEError(f"{place.name}: neither an estimate nor a system to make it")
+        start = place.start_seconds - _MARGIN_SECONDS
+        wide = _read_span(place.target, start, place.seconds + 2 * _MARGIN_SECONDS, rate)
+        before = _MARGIN_SECONDS * rate
+        return rebuild(task.system, wide, rate)[:, before : before + num_samples], notes
+    path = task.pair.estimate
+    own_rate = audio_info(path).sample_rate
+    seconds = num_samples / rate
+    missing = place.start_seconds + seconds - _duration(path)
+    if missing >= seconds:
+        raise EarVAEError(f"{path}: ends before the excerpt at {place.start_seconds:.1f} s")
+    if missing > 1 / _STEPS_PER_SECOND:
+        notes.append(f"it ends {missing:.2f} s before the excerpt does")
+    if own_rate != rate:
+        notes.append(f"it is at {own_rate} Hz and was resampled to {rate} Hz")
+    audio = _read_span(path, place.start_seconds, seconds, rate)[:, :num_samples]
+    delay = delay_seconds(audio, rate, target, rate)
+    if delay and task.align:
+        audio = _read_span(path, place.start_seconds + delay, seconds, rate)[:, :num_samples]
+        notes.append(f"a delay of {1000 * delay:.2f} ms was taken out")
+    elif delay:
+        late = "late" if delay > 0 else "early"
+        notes.append(f"it seems {1000 * abs(delay):.2f} ms {late}; --align takes that out")
+    return audio, notes
+
+
+def _with_channels(signal: Signal, channels: int) -> Signal:
+    if signal.audio.shape[0] == channels:
+        return signal
+    notes = (*signal.notes, "it is mono and was duplicated")
+    return replace(signal, audio=signal.audio.expand(channels, -1), notes=notes)
+
+
+def _duration(path: Path) -> float:
+    return audio_info(path).duration_seconds
+
+
+def _read_span(path: Path, start_seconds: float, seconds: float, rate: int) -> Tensor:
+    """[C, T] of a file at a rate, with zeros where the file has nothing."""
+    own_rate = audio_info(path).sample_rate
+    margin = _MARGIN_SECONDS * own_rate
+    first = round(start_seconds * own_rate) - margin
+    wanted = math.ceil(seconds * own_rate) + 2 * margin
+    start = max(0, first)
+    audio, _ = read_audio(path, start=start, num_samples=wanted - (start - first))
+    before = start - first
+    audio = torch.nn.functional.pad(audio, (before, wanted - before - audio.shape[1]))
+    resampled = resample(audio, own_rate, rate)
+    return resampled[:, _MARGIN_SECONDS * rate :][:, : round(seconds * rate)]
+
+
+def _with_stereo(signal: Signal) -> Signal:
+    if signal.audio.shape[0] < 2:
+        return signal
+    alike, side_db = float(correlation(signal.audio)), float(side_to_mid_db(signal.audio))
+    return replace(
+        signal,
+        correlation=alike if math.isfinite(alike) else None,
+        side_db=side_db if math.isfinite(side_db) else None,
+    )

@@ -1,0 +1,5 @@
+"""What rebuilds audio: ours, and other codecs to compare with."""
+
+from ear_vae.evaluation.systems.base import EarVAESystem, System, rebuild
+
+__all__ = ["EarVAESystem", "System", "rebuild"]

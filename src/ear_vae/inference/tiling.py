@@ -1,0 +1,403 @@
+"""Exact tiling: long sequences through a convolutional network in pieces, with the result of one pass.
+
+Every output frame of the encoder and decoder depends on a finite stretch of input. A piece that is
+computed together with that much neighbouring input, its edges then cut off, is therefore the same as
+in a pass over everything; at the true ends nothing is added, because there the network pads by itself.
+Pieces start on the grid of latent frames, so that strided convolutions keep their phase.
+
+       ├──context──┼────── kept ──────┼──context──┤          one tile
+                              ├──context──┼────── kept ──────┼──context──┤
+
+On a CPU a network goes through its stages in this way twice over. Along the file it takes tiles of some
+seconds, whose memory is what a long file costs. Within one, each stage takes tiles whose activations fit the
+processor's cache, with the context that this stage alone needs; the context of the stages behind it is cut
+off as soon as it has served, so that little is computed twice. Other devices have no such cache and need much
+to do at once: there the whole network is one stage, in tiles as long as their memory allows, and results
+travel to the host while the next tile is computed.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ear_vae.config import EarVAEConfig
+from ear_vae.inference.stream_buffer import Backlog
+from ear_vae.network import Decoder, Encoder
+
+# Of a tile along the file, by device: what its widest activation would take in one piece. A CPU has all
+# stages but the last whole, about half as much at a time.
+_TILE_BYTES = {"cpu": 2**27, "cuda": 2**30}
+_OTHER_TILE_BYTES = 2**28
+# How many activations as large as the widest are alive at once in a pass through a whole network, at most:
+# 5.0 in the encoder, 5.8 in the decoder, and some room for what convolutions work in.
+_ACTIVATIONS_ALIVE = 7
+# Of the memory that is free on a GPU, for a tile; the rest is for others and for what is not counted.
+_SHARE_OF_FREE = 0.7
+# Of a tile within a stage on a CPU: its widest activation, to stay in the cache.
+_ACTIVATION_BYTES = 2**22
+# With fewer, reading the weights takes longer than using them.
+_FEWEST_UNITS = 512
+# Of the float32 that a CPU computes in.
+_BYTES_PER_VALUE = 4
+
+_observer: ContextVar[Callable[[int], None] | None] = ContextVar("observer", default=None)
+
+
+@contextmanager
+def observe_tiles(callback: Callable[[int], None]) -> Iterator[None]:
+    """Calls `callback(latent_frames)` after every tile of every network that runs within the block."""
+    token = _observer.set(callback)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
+def encoder_reach(encoder: nn.Module, downsampling_ratio: int) -> tuple[int, int]:
+    """Samples before and after its own `downsampling_ratio` samples that one latent frame depends on."""
+    first, last = 0, 0
+    for conv in reversed(_convolutions(encoder)):
+        (kernel,), (stride,), (dilation,), padding = _geometry(conv)
+        first = first * stride - padding
+        last = last * stride - padding + dilation * (kernel - 1)
+    return -first, last - (downsampling_ratio - 1)
+
+
+def decoder_reach(decoder: nn.Module, downsampling_ratio: int) -> tuple[int, int]:
+    """Latent frames before and after its own that the samples of one frame depend on."""
+    first, last = 0, downsampling_ratio - 1
+    for conv in reversed(_convolutions(decoder)):
+        (kernel,), (stride,), (dilation,), padding = _geometry(conv)
+        if isinstance(conv, nn.ConvTranspose1d):
+            # Output t takes input n where 0 <= t + padding - n * stride < kernel.
+            first = -((kernel - 1 - padding - first) // stride)
+            last = (last + padding) // stride
+        else:
+            first -= padding
+            last += dilation * (kernel - 1) - padding
+    return -first, last
+
+
+def tile_length(
+    channels: int, downsampling_ratio: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> int:
+    """Latent frames per tile along a file, for a network that is `channels` wide at full rate.
+
+    On a GPU no more than fit into what is free there now, and then a power of two: lengths that followed the
+    last byte would hardly ever come again.
+
+    Args:
+        channels: Of the widest activation.
+        downsampling_ratio: Its positions per latent frame.
+        device: Where the network runs.
+        dtype: Of its activations.
+    """
+    budget = _TILE_BYTES.get(device.type, _OTHER_TILE_BYTES)
+    width = _BYTES_PER_VALUE if device.type == "cpu" else dtype.itemsize
+    frames = max(1, budget // (width * channels * downsampling_ratio))
+    if device.type != "cuda":
+        return frames
+    per_frame = _ACTIVATIONS_ALIVE * width * channels * downsampling_ratio
+    fitting = int(_SHARE_OF_FREE * free_bytes(device)) // per_frame
+    return frames if fitting >= frames else 2 ** max(0, fitting.bit_length() - 1)
+
+
+def free_bytes(device: torch.device) -> int:
+    """What tensors can take on a GPU now: unused memory, and what torch holds without a tensor in it."""
+    unused, _ = torch.cuda.mem_get_info(device)
+    return unused + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a network that changes the rate once.
+
+    Its unit is one position at its lower rate.
+
+    Attributes:
+        network: Maps [B, *, n * inputs] to [B, *, n * outputs].
+        inputs: Input positions per unit.
+        outputs: Output positions per unit.
+        context: Units that the outputs of one depend on, before and after it.
+        tile_units: Units that are computed at once.
+    """
+
+    network: Callable[[Tensor], Tensor]
+    inputs: int
+    outputs: int
+    context: tuple[int, int]
+    tile_units: int
+
+
+def encoder_stages(encoder: Encoder, config: EarVAEConfig, device: torch.device) -> list[Stage]:
+    """The stages of an encoder, the rate falling by a stride in each; off the CPU a single one."""
+    if device.type != "cpu":
+        return [_encoder_stage(encoder, config.downsampling_ratio, sys.maxsize)]
+    return [
+        _encoder_stage(network, stride, _tile_units(width * stride))
+        for network, stride, (width, _) in zip(
+            encoder.stages(), config.strides, config.block_widths, strict=True
+        )
+    ]
+
+
+def decoder_stages(decoder: Decoder, config: EarVAEConfig, device: torch.device) -> list[Stage]:
+    """The stages of a decoder, the rate rising by a stride in each; off the CPU a single one."""
+    if device.type != "cpu":
+        return [_decoder_stage(decoder, config.downsampling_ratio, sys.maxsize)]
+    return [
+        _decoder_stage(network, stride, _tile_units(width * stride))
+        for network, stride, (width, _) in zip(
+            decoder.stages(), reversed(config.strides), reversed(config.block_widths), strict=True
+        )
+    ]
+
+
+def _encoder_stage(network: nn.Module, ratio: int, tile_units: int) -> Stage:
+    before, after = encoder_reach(network, ratio)
+    return Stage(network, ratio, 1, (-(-before // ratio), -(-after // ratio)), tile_units)
+
+
+def _decoder_stage(network: nn.Module, ratio: int, tile_units: int) -> Stage:
+    return Stage(network, 1, ratio, decoder_reach(network, ratio), tile_units)
+
+
+def _tile_units(values_per_unit: int) -> int:
+    return max(_FEWEST_UNITS, _ACTIVATION_BYTES // (_BYTES_PER_VALUE * values_per_unit))
+
+
+def _at_once(tile: Tensor) -> Callable[[], Tensor]:
+    return lambda: tile
+
+
+def run_stages(
+    stages: Sequence[Stage],
+    x: Tensor,
+    *,
+    tile_frames: int,
+    prepare: Callable[[Tensor], Tensor] = lambda tile: tile,
+    deliver: Callable[[Tensor], Callable[[], Tensor]] = _at_once,
+) -> Tensor:
+    """All stages of a network, in tiles of at most `tile_frames` latent frames and in those of each stage.
+
+    Args:
+        stages: Of an encoder or a decoder.
+        x: Input of the first stage, [B, C, T], of a whole number of latent frames.
+        tile_frames: Most frames of one tile along the sequence; short items of a batch share one.
+        prepare: What is done to the input of a tile, such as moving it to a device.
+        deliver: Begins what is done to the output of a tile, such as moving it from a device, and gives a
+            function that waits for it: [B, C, T] again. The next tile is begun before that is called.
+
+    Returns:
+        Output of the last stage, [B, C, T].
+    """
+    chain = _Chain(stages, prepare, deliver)
+    num_frames = x.shape[-1] // chain.inputs_per_frame
+
+    def begin(place: _Place) -> Callable[[], Tensor]:
+        spans = chain.spans(place.start, place.stop, num_frames)
+        return chain.begin(x[place.rows, :, slice(*spans[0])], spans)
+
+    def tiles() -> Iterator[tuple[_Place, Tensor]]:
+        begun: tuple[_Place, Callable[[], Tensor]] | None = None
+        # Even ones: a last tile of a few frames would cost reading all weights.
+        for place in _places(x.shape[0], num_frames, tile_frames, even=True):
+            following = place, begin(place)
+            if begun is not None:
+                yield begun[0], begun[1]()
+            begun = following
+        assert begun is not None, "an empty input is refused before it comes here"
+        yield begun[0], begun[1]()
+
+    return _assembled(tiles(), x.shape[0], num_frames, chain.outputs_per_frame)
+
+
+def stream_stages(
+    stages: Sequence[Stage],
+    blocks: Iterable[Tensor],
+    *,
+    tile_frames: int,
+    prepare: Callable[[Tensor], Tensor] = lambda tile: tile,
+    deliver: Callable[[Tensor], Callable[[], Tensor]] = _at_once,
+) -> Iterator[Tensor]:
+    """`run_stages` on input that comes in pieces, tile by tile as soon as the input of one is there.
+
+    Args:
+        stages: Of an encoder or a decoder.
+        blocks: Pieces of the input, [B, C, T_i], together of a whole number of latent frames.
+        tile_frames: Frames of one tile.
+        prepare: As for `run_stages`.
+        deliver: As for `run_stages`, but waited for at once.
+
+    Yields:
+        Pieces of the output, [B, C, T_j], each of `tile_frames` frames but for the last.
+    """
+    chain = _Chain(stages, prepare, deliver)
+    held = Backlog()
+    source = iter(blocks)
+    start, num_frames = 0, sys.maxsize
+    while start < num_frames:
+        spans = chain.spans(start, start + tile_frames, num_frames)
+        if not held.fill(source, spans[0][1]):
+            num_frames = held.stop // chain.inputs_per_frame
+            if start >= num_frames:
+                return
+            spans = chain.spans(start, min(start + tile_frames, num_frames), num_frames)
+        yield chain.begin(held.take(*spans[0]), spans)()
+        start += tile_frames
+        held.drop(chain.spans(start, start + 1, sys.maxsize)[0][0])
+
+
+class _Chain:
+    """Stages one behind the other, and which part of each is needed for a part of the last."""
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        prepare: Callable[[Tensor], Tensor],
+        deliver: Callable[[Tensor], Callable[[], Tensor]],
+    ) -> None:
+        self._stages, self._prepare, self._deliver = stages, prepare, deliver
+        # Units of each stage to a latent frame: the product of the steps between the two.
+        self._units = [
+            math.prod(stage.outputs for stage in stages[:index])
+            * math.prod(stage.inputs for stage in stages[index + 1 :])
+            for index in range(len(stages))
+        ]
+        self.inputs_per_frame = self._units[0] * stages[0].inputs
+        self.outputs_per_frame = self._units[-1] * stages[-1].outputs
+
+    def spans(self, start: int, stop: int, num_frames: int) -> list[tuple[int, int]]:
+        """First and last position of what each stage takes, and of what is wanted of the last one."""
+        first, last = start * self.outputs_per_frame, stop * self.outputs_per_frame
+        spans = [(first, last)]
+        for stage, per_frame in zip(reversed(self._stages), reversed(self._units), strict=True):
+            before, after = stage.context
+            first = max(0, first // stage.outputs - before) * stage.inputs
+            last = min(num_frames * per_frame, -(-last // stage.outputs) + after) * stage.inputs
+            spans.insert(0, (first, last))
+        return spans
+
+    def begin(self, x: Tensor, spans: Sequence[tuple[int, int]]) -> Callable[[], Tensor]:
+        """Begins the last span of the output, from the first of the input, and gives a function to wait."""
+        (first, _), *others = spans
+        tile = self._prepare(x)
+        for stage, (wanted, end) in zip(self._stages, others, strict=True):
+            tile = run_tiled(
+                stage.network,
+                tile,
+                inputs_per_frame=stage.inputs,
+                outputs_per_frame=stage.outputs,
+                context_frames=stage.context,
+                tile_frames=stage.tile_units,
+            )
+            first = first // stage.inputs * stage.outputs
+            tile = tile[..., wanted - first : end - first]
+            first = wanted
+        arrival = self._deliver(tile)
+
+        def wait() -> Tensor:
+            delivered = arrival()
+            if (callback := _observer.get()) is not None:
+                callback(delivered.shape[-1] // self.outputs_per_frame)
+            return delivered
+
+        return wait
+
+
+def run_tiled(
+    network: Callable[[Tensor], Tensor],
+    x: Tensor,
+    *,
+    inputs_per_frame: int,
+    outputs_per_frame: int,
+    context_frames: tuple[int, int],
+    tile_frames: int,
+) -> Tensor:
+    """`network(x)`, computed in tiles of at most `tile_frames` frames and batches that fit one tile's memory.
+
+    Args:
+        network: Maps [B, *, n * inputs_per_frame] to [B, *, n * outputs_per_frame].
+        x: Input, [B, *, N * inputs_per_frame].
+        inputs_per_frame: Input positions per frame.
+        outputs_per_frame: Output positions per frame.
+        context_frames: Frames that a tile needs before and after itself.
+        tile_frames: Most frames kept of each tile.
+
+    Returns:
+        [B, *, N * outputs_per_frame].
+    """
+    num_frames = x.shape[-1] // inputs_per_frame
+    before, after = context_frames
+
+    def compute(place: _Place) -> Tensor:
+        first, last = max(0, place.start - before), min(num_frames, place.stop + after)
+        tile = network(x[place.rows, ..., first * inputs_per_frame : last * inputs_per_frame])
+        return tile[..., (place.start - first) * outputs_per_frame : (place.stop - first) * outputs_per_frame]
+
+    # As few different lengths as can be, whatever the whole is: oneDNN keeps code for each, by the megabyte.
+    places = _places(x.shape[0], num_frames, tile_frames, even=False)
+    tiles = ((place, compute(place)) for place in places)
+    return _assembled(tiles, x.shape[0], num_frames, outputs_per_frame)
+
+
+class _Place(NamedTuple):
+    """Of a tile: rows of the batch, and frames from `start` to before `stop`."""
+
+    rows: slice
+    start: int
+    stop: int
+
+
+def _places(batch: int, num_frames: int, tile_frames: int, *, even: bool) -> Iterator[_Place]:
+    """Tiles of at most `tile_frames` frames, short items side by side.
+
+    All but the last are of one length: `tile_frames` itself, or with `even` the least that is enough.
+    """
+    items = max(1, tile_frames // num_frames)
+    length = -(-num_frames // -(-num_frames // tile_frames)) if even else tile_frames
+    for row in range(0, batch, items):
+        for start in range(0, num_frames, length):
+            yield _Place(slice(row, row + items), start, min(start + length, num_frames))
+
+
+def _assembled(
+    tiles: Iterable[tuple[_Place, Tensor]], batch: int, num_frames: int, outputs_per_frame: int
+) -> Tensor:
+    """Tiles side by side in one tensor."""
+    output: Tensor | None = None
+    for (rows, start, stop), tile in tiles:
+        if output is None:
+            if tile.shape[0] == batch and stop - start == num_frames:
+                return tile
+            *inner, length = *tile.shape[1:-1], num_frames * outputs_per_frame
+            if tile.ndim == 4:
+                # Channels last by hand: a new tensor of the tile's kind, which torch.vmap takes too.
+                channels, height = inner
+                output = tile.new_empty((batch, height, length, channels)).movedim(-1, 1)
+            else:
+                output = tile.new_empty((batch, *inner, length))
+        output[rows, ..., start * outputs_per_frame : stop * outputs_per_frame] = tile
+    assert output is not None, "an empty input is refused before it comes here"
+    return output
+
+
+def _convolutions(network: nn.Module) -> list[nn.Conv1d | nn.ConvTranspose1d]:
+    """The convolutions in the order they run, which is the order they are registered in."""
+    return [module for module in network.modules() if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d))]
+
+
+def _geometry(
+    conv: nn.Conv1d | nn.ConvTranspose1d,
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
+    assert not isinstance(conv.padding, str)
+    return conv.kernel_size, conv.stride, conv.dilation, conv.padding[0]

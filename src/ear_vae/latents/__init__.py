@@ -1,0 +1,5 @@
+"""Latent files: what the encoder gave, with all it takes to decode it again."""
+
+from ear_vae.latents.file import Latents, is_latent_file, load_latents, save_latents
+
+__all__ = ["Latents", "is_latent_file", "load_latents", "save_latents"]

@@ -1,0 +1,235 @@
+"""The latent file: a safetensors file that says what it needs to be decoded."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save
+from torch import Tensor
+
+from ear_vae._atomic import atomic_path, name_of, write_all
+from ear_vae.errors import EarVAEError
+from ear_vae.limits import (
+    HIGHEST_DOWNSAMPLING_RATIO,
+    integer,
+    name_in_a_line,
+    pack_facts,
+    parse_json,
+    sample_rate_of,
+    shown,
+    unpack_facts,
+)
+from ear_vae.pretrained.folder import STORED_DTYPES
+
+FORMAT = "ear-vae-latents"
+FORMAT_VERSION = 1
+_INTEGERS = (
+    "sample_rate",
+    "downsampling_ratio",
+    "num_samples",
+    "audio_channels",
+    "source_sample_rate",
+    "source_num_samples",
+)
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Latents of one piece of audio, with what it takes to turn them back into it.
+
+    Attributes:
+        mean: The posterior's means, or one draw from it where `sampled` is true; [D, N], floating point.
+        std: The posterior's standard deviations, [D, N], or None.
+        sample_rate: Rate of the model that made them, 1 000 to 768 000 Hz.
+        downsampling_ratio: Samples per latent frame, at most 65 536.
+        num_samples: Samples at `sample_rate` that are not padding; N is this over `downsampling_ratio`,
+            rounded up.
+        audio_channels: Channels of the source, 1 or 2.
+        source_sample_rate: Rate of the source, 1 000 to 768 000 Hz.
+        source_num_samples: Length of the source at its own rate.
+        model_name: Name of the model that made them; a file keeps one line of 100 characters of it.
+        weights_sha256: Fingerprint of its weights.
+        sampled: Whether `mean` holds a draw.
+    """
+
+    mean: Tensor
+    std: Tensor | None
+    sample_rate: int
+    downsampling_ratio: int
+    num_samples: int
+    audio_channels: int
+    source_sample_rate: int
+    source_num_samples: int
+    model_name: str
+    weights_sha256: str
+    sampled: bool = False
+
+    @property
+    def latent_rate(self) -> float:
+        """Latent frames per second."""
+        return self.sample_rate / self.downsampling_ratio
+
+    @property
+    def duration_seconds(self) -> float:
+        """Length of the audio."""
+        return self.num_samples / self.sample_rate
+
+
+def save_latents(
+    destination: str | os.PathLike[str] | IO[bytes], latents: Latents, *, overwrite: bool = False
+) -> None:
+    """Writes a latent file; it appears complete or not at all.
+
+    Args:
+        destination: Path or open binary file.
+        latents: What to write; the tensors keep their dtype.
+        overwrite: Replace an existing file.
+
+    Raises:
+        EarVAEError: The latents are inconsistent, or the destination exists or cannot be written.
+    """
+    name = name_of(destination)
+    _require_valid(latents, name)
+    facts = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        **{key: integer(getattr(latents, key)) for key in _INTEGERS},
+        "model_name": name_in_a_line(latents.model_name),
+        "weights_sha256": latents.weights_sha256,
+        "sampled": bool(latents.sampled),
+    }
+    tensors = {"mean": latents.mean.detach().cpu().contiguous()}
+    if latents.std is not None:
+        tensors["std"] = latents.std.detach().cpu().contiguous()
+    data = save(tensors, pack_facts(facts))
+    try:
+        if isinstance(destination, (str, os.PathLike)):
+            with atomic_path(destination, overwrite) as temporary:
+                temporary.write_bytes(data)
+        else:
+            write_all(destination, data)
+    except OSError as error:
+        raise EarVAEError(f"{name}: could not be written: {error.strerror or error}") from error
+
+
+def load_latents(source: str | os.PathLike[str] | IO[bytes]) -> Latents:
+    """Reads a latent file.
+
+    Args:
+        source: Path or open binary file.
+
+    Raises:
+        EarVAEError: The file is missing, a folder, empty, truncated, no latent file, of another format
+            version, or its content is inconsistent or not finite.
+    """
+    name = name_of(source)
+    tensors, facts = _read(source, name)
+    if facts.get("format") != FORMAT:
+        raise EarVAEError(f"{name}: is a safetensors file, but not a latent file of ear-vae")
+    version = facts.get("format_version")
+    if version != FORMAT_VERSION:
+        raise EarVAEError(
+            f"{name}: latent format version {shown(version)}, this ear-vae reads {FORMAT_VERSION}; "
+            "update ear-vae"
+        )
+    missing = [k for k in (*_INTEGERS, "model_name", "weights_sha256", "sampled") if k not in facts]
+    if missing or "mean" not in tensors or set(tensors) - {"mean", "std"}:
+        raise EarVAEError(
+            f"{name}: damaged latent file: missing metadata {missing}, tensors {shown(sorted(tensors))} "
+            "(expected mean, std)"
+        )
+    kinds = {**dict.fromkeys(_INTEGERS, int), "model_name": str, "weights_sha256": str, "sampled": bool}
+    for key, kind in kinds.items():
+        if type(facts[key]) is not kind:
+            raise EarVAEError(
+                f"{name}: damaged latent file: unreadable metadata ({key} is {shown(facts[key])})"
+            )
+    latents = Latents(
+        mean=tensors["mean"],
+        std=tensors.get("std"),
+        **{key: facts[key] for key in (*_INTEGERS, "weights_sha256", "sampled")},
+        model_name=name_in_a_line(facts["model_name"]),
+    )
+    _require_valid(latents, name)
+    return latents
+
+
+def is_latent_file(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a safetensors file that calls itself a latent file."""
+    try:
+        with safe_open(Path(path), framework="pt") as file:
+            return unpack_facts(file.metadata()).get("format") == FORMAT
+    except (OSError, SafetensorError, ValueError):
+        return False
+
+
+def _read(source: str | os.PathLike[str] | IO[bytes], name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        if isinstance(source, (str, os.PathLike)):
+            path = Path(source)
+            if path.is_dir():
+                raise EarVAEError(f"{name}: is a folder, expected a latent file")
+            if path.stat().st_size == 0:
+                raise EarVAEError(f"{name}: is empty (0 bytes)")
+            with safe_open(path, framework="pt") as file:
+                facts = unpack_facts(file.metadata())
+                return {key: file.get_tensor(key) for key in file.keys()}, facts  # noqa: SIM118 - not a mapping
+        data = source.read()
+        return load(data), unpack_facts(_header_metadata(data))
+    except FileNotFoundError:
+        raise EarVAEError(f"{name}: no such file") from None
+    except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
+        # The last two from dtypes that this torch has not.
+        raise EarVAEError(f"{name}: not a readable latent file, perhaps truncated: {error}") from error
+
+
+def _header_metadata(data: bytes) -> dict[str, str]:
+    """The metadata of safetensors bytes, which `safetensors.torch.load` has accepted but does not return."""
+    length = int.from_bytes(data[:8], "little")
+    return dict(parse_json(data[8 : 8 + length]).get("__metadata__") or {})
+
+
+def _require_valid(latents: Latents, name: str) -> None:
+    mean, std = latents.mean, latents.std
+    for key, tensor in (("mean", mean), ("std", std)):
+        if tensor is not None and tensor.dtype not in STORED_DTYPES:
+            raise EarVAEError(
+                f"{name}: {key} is {tensor.dtype}; expected float32, float64, float16 or bfloat16"
+            )
+    if mean.ndim != 2:
+        raise EarVAEError(f"{name}: mean must be [D, N], got {list(mean.shape)}")
+    if std is not None and std.shape != mean.shape:
+        raise EarVAEError(f"{name}: std must be {list(mean.shape)} as the mean is, got {list(std.shape)}")
+    for key in ("sample_rate", "source_sample_rate"):
+        sample_rate_of(getattr(latents, key), f"{name}: {key}")
+    highest = {"downsampling_ratio": HIGHEST_DOWNSAMPLING_RATIO, "audio_channels": 2}
+    for key in ("downsampling_ratio", "audio_channels", "num_samples", "source_num_samples"):
+        number = integer(getattr(latents, key))
+        if number is None or not 1 <= number <= highest.get(key, 2**63):
+            raise EarVAEError(f"{name}: {key} is out of range: {shown(getattr(latents, key))}")
+    if not re.fullmatch("[0-9a-f]{64}", latents.weights_sha256):
+        raise EarVAEError(f"{name}: weights_sha256 is no fingerprint: {shown(latents.weights_sha256)}")
+    num_frames = -(-latents.num_samples // latents.downsampling_ratio)
+    if num_frames != mean.shape[1]:
+        raise EarVAEError(
+            f"{name}: {latents.num_samples} samples at {latents.downsampling_ratio} per frame are "
+            f"{num_frames} frames, the file holds {mean.shape[1]}"
+        )
+    longest = -(-latents.num_samples * latents.source_sample_rate // latents.sample_rate)
+    if latents.source_num_samples > longest:
+        raise EarVAEError(
+            f"{name}: damaged latent file: {latents.source_num_samples} samples at "
+            f"{latents.source_sample_rate} Hz promised, {longest} there"
+        )
+    for key, tensor in (("mean", mean), ("std", std)):
+        # In float32, which they are decoded in.
+        if tensor is not None and not bool(torch.isfinite(tensor.float()).all()):
+            raise EarVAEError(f"{name}: {key} holds NaN or infinity, or more than float32 does")
+    if std is not None and bool((std < 0).any()):
+        raise EarVAEError(f"{name}: std holds negative values")

@@ -1,0 +1,1 @@
+"""From a name to config and weights, and back: folders, the Hub, official layouts, bundled checkpoints."""

@@ -1,0 +1,217 @@
+"""Weights on disk in our own layout: a folder with `config.json` and `model.safetensors`."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ear_vae.config import EarVAEConfig
+from ear_vae.errors import EarVAEError
+from ear_vae.limits import name_in_a_line, pack_facts, shown, unpack_facts
+
+if TYPE_CHECKING:
+    from ear_vae.vae import EarVAE
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+CARD_FILE = "README.md"
+_FORMAT, _FORMAT_VERSION = "ear-vae", 1
+STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder in our own layout, and the name its model goes by."""
+
+    folder: Path
+    name: str
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """sha256 over names, shapes and values of a state dict, in the order of the names.
+
+    The values are rounded to bfloat16, so that a model is the same one in every dtype that it runs in.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        rounded = state[name].detach().to(torch.float32).to(torch.bfloat16).to("cpu").contiguous()
+        digest.update(f"{name}{list(rounded.shape)}".encode())
+        digest.update(rounded.view(torch.int16).numpy().reshape(-1).data)
+    return digest.hexdigest()
+
+
+def load_pretrained(cls: type[EarVAE], checkpoint: Checkpoint) -> EarVAE:
+    """Builds the model of a folder in our layout, in evaluation mode, frozen, in float32.
+
+    Raises:
+        EarVAEError: A file is missing or damaged, the tensors do not fit the config, or are not those that
+            the file was written with.
+    """
+    config = EarVAEConfig.from_json(checkpoint.folder / CONFIG_FILE)
+    path = checkpoint.folder / WEIGHTS_FILE
+    # Tensors of inference mode could not be trained later.
+    with torch.inference_mode(False), torch.no_grad():
+        state, facts = read_safetensors(path)
+        vae = assemble(cls, config, state, name=checkpoint.name, path=path)
+    # A file of another program may state none.
+    stated = facts.get("weights_sha256")
+    if stated is not None and stated != (found := vae.weights_sha256):
+        raise EarVAEError(
+            f"{path}: its weights have the fingerprint {found}, the file states {shown(stated)}: it is "
+            "damaged, or was changed after it was written; get it again (from the Hub with "
+            "force_download=True), or write changed weights with EarVAE.save_pretrained"
+        )
+    return vae
+
+
+def assemble(
+    cls: type[EarVAE], config: EarVAEConfig, state: Mapping[str, Tensor], *, name: str, path: Path
+) -> EarVAE:
+    """The model of a config and our state dict, in evaluation mode, frozen, in float32.
+
+    Args:
+        cls: The class to build.
+        config: The architecture.
+        state: Our state dict.
+        name: What the model will be called.
+        path: Where `state` came from, for messages.
+
+    Raises:
+        EarVAEError: The tensors do not fit the config.
+    """
+    vae = _without_weights(cls, config, name=name, path=path)
+    require_fit(path, state, {key: tensor.shape for key, tensor in vae.state_dict().items()})
+    vae.load_state_dict({key: tensor.float().contiguous() for key, tensor in state.items()}, assign=True)
+    return vae.eval().requires_grad_(False)
+
+
+def save_pretrained(vae: EarVAE, directory: Path, *, dtype: torch.dtype | None = None) -> None:
+    """Writes a folder in our layout; existing files of the same names are replaced one by one.
+
+    Args:
+        vae: The model.
+        directory: The folder, made if needed.
+        dtype: Dtype to store, the model's own by default. The file states the fingerprint of the stored
+            values.
+
+    Raises:
+        EarVAEError: The folder cannot be written to.
+    """
+    from ear_vae._atomic import atomic_path
+
+    state = {
+        name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+        for name, tensor in vae.state_dict().items()
+    }
+    facts = {
+        "format": _FORMAT,
+        "format_version": _FORMAT_VERSION,
+        "weights_sha256": fingerprint(state),
+    }
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with atomic_path(directory / WEIGHTS_FILE, overwrite=True) as temporary:
+            save_file(state, temporary, metadata=pack_facts(facts))
+        with atomic_path(directory / CONFIG_FILE, overwrite=True) as temporary:
+            temporary.write_text(json.dumps(vae.config.to_dict(), indent=2) + "\n", encoding="utf-8")
+        if not (directory / CARD_FILE).exists():
+            with atomic_path(directory / CARD_FILE, overwrite=False) as temporary:
+                temporary.write_text(model_card(vae), encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise EarVAEError(f"{directory}: cannot write the model: {error}") from error
+
+
+def model_card(vae: EarVAE) -> str:
+    """A minimal card for the Hub: what the folder holds and how to load it."""
+    config = vae.config
+    # The name may come from anywhere, and a card is Markdown with HTML in it.
+    name = re.sub(r"([\\`*_{}\[\]()#+.!|~-])", r"\\\1", html.escape(name_in_a_line(vae.name), quote=False))
+    return (
+        "---\nlibrary_name: ear-vae\ntags:\n- audio\n- music\n- vae\n---\n\n"
+        f"# {name}\n\nεar-VAE weights for the `ear-vae` package: {config.sample_rate} Hz, "
+        f"{config.audio_channels} channels, {config.latent_dim} latent channels at "
+        f"{config.latent_rate:.2f} Hz.\n\n```python\nfrom ear_vae import EarVAE\n\n"
+        'vae = EarVAE.from_pretrained("path/to/this/folder")\n```\n'
+    )
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All tensors of a safetensors file, and what `save_pretrained` says of them.
+
+    Raises:
+        EarVAEError: The file is missing, truncated, not a safetensors file, of a dtype that torch does not
+            have, or written by a later version of this package.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = unpack_facts(file.metadata())
+            if facts and (facts.get("format"), facts.get("format_version")) != (_FORMAT, _FORMAT_VERSION):
+                found = f"{shown(facts.get('format'))} of version {shown(facts.get('format_version'))}"
+                raise EarVAEError(
+                    f"{path}: is {found}, this ear-vae reads {_FORMAT!r} of version {_FORMAT_VERSION}"
+                )
+            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 - not a mapping
+    except FileNotFoundError:
+        raise EarVAEError(f"{path}: the weights file is missing") from None
+    except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
+        # The last two from dtypes that this torch has not.
+        raise EarVAEError(f"{path}: not a readable safetensors file: {error}") from error
+
+
+def require_fit(path: Path, state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+    """Refuses a state dict whose names, shapes or dtypes are not those of the network.
+
+    Raises:
+        EarVAEError: Lists missing, unexpected, misshapen, non-floating, non-dense and non-finite tensors, and
+            those beyond the range of float32, in which the network runs.
+    """
+    problems = [f"missing {name}" for name in shapes if name not in state]
+    problems += [f"unexpected {name}" for name in state if name not in shapes]
+    for name in sorted(shapes.keys() & state.keys()):
+        tensor = state[name]
+        if tensor.shape != shapes[name]:
+            problems.append(f"{name} is {list(tensor.shape)} instead of {list(shapes[name])}")
+        elif tensor.dtype not in STORED_DTYPES:
+            problems.append(f"{name} is {tensor.dtype} instead of float32 or another floating dtype")
+        elif tensor.layout != torch.strided:
+            problems.append(f"{name} is {tensor.layout} instead of dense")
+        elif tensor.is_meta:
+            problems.append(f"{name} has no values (it lies on the meta device)")
+        elif not tensor.isfinite().all():
+            problems.append(f"{name} holds NaN or infinity")
+        elif not tensor.float().isfinite().all():
+            problems.append(f"{name} holds values beyond the range of float32")
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise EarVAEError(f"{path}: the weights do not fit the config: {shown}")
+
+
+def expected_shapes(config: EarVAEConfig, *, path: Path) -> dict[str, torch.Size]:
+    """Name and shape of every tensor of our state dict.
+
+    Raises:
+        EarVAEError: The config, which came with `path`, asks for tensors beyond any memory.
+    """
+    from ear_vae.vae import EarVAE
+
+    vae = _without_weights(EarVAE, config, name="", path=path)
+    return {name: tensor.shape for name, tensor in vae.state_dict().items()}
+
+
+def _without_weights(cls: type[EarVAE], config: EarVAEConfig, *, name: str, path: Path) -> EarVAE:
+    try:
+        with torch.device("meta"):
+            return cls(config, name=name)
+    except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond 64 bits
+        raise EarVAEError(f"{path}: its config asks for impossibly large tensors: {config}") from error

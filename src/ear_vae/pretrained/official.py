@@ -1,0 +1,236 @@
+"""The official state dicts and configs, and the way from them to ours and back."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ear_vae.config import EarVAEConfig
+from ear_vae.errors import EarVAEError
+from ear_vae.limits import shown
+from ear_vae.pretrained.folder import expected_shapes, require_fit
+
+_ROTARY_KEY = "transformers.rotary_pos_emb.inv_freq"
+
+
+def read_official(path: Path) -> dict[str, Tensor]:
+    """The state dict of an official `.pyt`, unpickled with tensors only: nothing in it can run.
+
+    Raises:
+        EarVAEError: The file is missing, damaged, or holds anything but a flat dict of tensors.
+    """
+    state = load_tensors(path)
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
+        raise EarVAEError(f"{path}: expected a flat dict of tensors, as the official weights are")
+    return dict(state)
+
+
+def load_tensors(path: Path) -> Any:
+    """What a file of `torch.save` holds, if that is tensors and plain values only: nothing in it can run.
+
+    Raises:
+        EarVAEError: The file is missing, damaged, or holds anything else.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise EarVAEError(f"{path}: no such file, the weights are missing") from None
+    except pickle.UnpicklingError as error:
+        # Of torch's text only this: the rest advises to load it all the same.
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        held = f" ({shown(found[1])})" if found else ""
+        raise EarVAEError(
+            f"{path}: refused, the pickle is damaged or holds more than tensors{held}; get a plain state "
+            "dict from where you trust it"
+        ) from error
+    except Exception as error:  # torch has many ways to say that a file is none of its own
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise EarVAEError(f"{path}: not a readable PyTorch file: {reason}") from error
+
+
+def official_config(values: Any, *, sample_rate: int, state: Mapping[str, Tensor]) -> EarVAEConfig:
+    """Our config for an official one; whether there is a transformer is decided by the weights.
+
+    Raises:
+        EarVAEError: A field is missing or asks for something the published networks do not have.
+    """
+    try:
+        encoder, decoder = values["encoder"]["config"], values["decoder"]["config"]
+        unsupported = [
+            name
+            for name, found in {
+                "encoder.use_snake": encoder.get("use_snake", True) is True,
+                "decoder.use_snake": decoder.get("use_snake", True) is True,
+                "decoder.use_nearest_upsample": decoder.get("use_nearest_upsample", False) is False,
+                "decoder.final_tanh": decoder.get("final_tanh", False) is False,
+                "encoder.latent_dim": encoder["latent_dim"] == 2 * values["latent_dim"],
+                "decoder.latent_dim": decoder["latent_dim"] == values["latent_dim"],
+                "encoder.in_channels": encoder["in_channels"] == values["io_channels"],
+                "decoder.out_channels": decoder["out_channels"] == values["io_channels"],
+                **{f"decoder.{n}": decoder[n] == encoder[n] for n in ("channels", "c_mults", "strides")},
+            }.items()
+            if not found
+        ]
+        transformer = values.get("transformer", {}).get("config", {})
+        depth = len({key.split(".")[2] for key in state if key.startswith("transformers.layers.")})
+        config = EarVAEConfig(
+            sample_rate=sample_rate,
+            audio_channels=values["io_channels"],
+            channels=encoder["channels"],
+            channel_multipliers=encoder["c_mults"],
+            strides=encoder["strides"],
+            latent_dim=values["latent_dim"],
+            transformer_depth=depth,
+            transformer_head_dim=transformer.get("dim_heads", EarVAEConfig.transformer_head_dim),
+        )
+        if values["downsampling_ratio"] != config.downsampling_ratio:
+            unsupported.append("downsampling_ratio")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise EarVAEError(f"official config: field missing or of the wrong type: {shown(error)}") from error
+    if unsupported:
+        raise EarVAEError(f"official config: unsupported or inconsistent values of {', '.join(unsupported)}")
+    return config
+
+
+def to_official_config(config: EarVAEConfig) -> dict[str, Any]:
+    """The official config of the same architecture."""
+    shared = {
+        "channels": config.channels,
+        "c_mults": list(config.channel_multipliers),
+        "strides": list(config.strides),
+        "use_snake": True,
+    }
+    encoder = {"in_channels": config.audio_channels, "latent_dim": 2 * config.latent_dim, **shared}
+    decoder = {
+        "out_channels": config.audio_channels,
+        "latent_dim": config.latent_dim,
+        "use_nearest_upsample": False,
+        "final_tanh": False,
+        **shared,
+    }
+    transformer = {
+        "depth": config.transformer_depth,
+        "config": {"rotary_pos_emb": True, "dim_heads": config.transformer_head_dim},
+    }
+    return {
+        **({"transformer": transformer} if config.transformer_depth else {}),
+        "encoder": {"config": encoder},
+        "decoder": {"config": decoder},
+        "latent_dim": config.latent_dim,
+        "downsampling_ratio": config.downsampling_ratio,
+        "io_channels": config.audio_channels,
+    }
+
+
+def from_official(path: Path, state: Mapping[str, Tensor], config: EarVAEConfig) -> dict[str, Tensor]:
+    """Our state dict for an official one: names changed, weight norm folded.
+
+    Args:
+        path: Where `state` came from, for messages.
+        state: The official tensors.
+        config: What they must fit.
+
+    Raises:
+        EarVAEError: Tensors are missing, unexpected or misshapen, or a norm has a bias.
+    """
+    for suffix in ("weight_g", "weight_v"):
+        if not any(name.endswith(suffix) for name in state):
+            raise EarVAEError(f"{path}: no {suffix} tensors: these are not official εar-VAE weights")
+    shapes = expected_shapes(config, path=path)
+    expected = to_official({name: torch.empty(s, device="meta") for name, s in shapes.items()}, config)
+    require_fit(path, state, {name: tensor.shape for name, tensor in expected.items()})
+    ours: dict[str, Tensor] = {}
+    for name, official, kind in _names(config):
+        if kind == "weight_norm":
+            v = state[f"{official}.weight_v"].double()
+            g = state[f"{official}.weight_g"].double()
+            # In double precision: this runs once, and the folded weights then differ from the
+            # normalised ones by the last rounding only.
+            ours[f"{name}.weight"] = (v * (g / v.norm(dim=(1, 2), keepdim=True))).float()
+        else:
+            ours[name] = state[official].float()
+    biases = (n for n in state if n.startswith("transformers.") and n.endswith("norm.beta"))
+    if any(state[name].any() for name in biases):
+        raise EarVAEError(
+            f"{path}: a norm of the transformer has a bias, which the published network has not"
+        )
+    return ours
+
+
+def to_official(state: Mapping[str, Tensor], config: EarVAEConfig) -> dict[str, Tensor]:
+    """The official state dict of our tensors, with weight norm (v the weight itself, g its norm)."""
+    official_state: dict[str, Tensor] = {}
+    for name, official, kind in _names(config):
+        if kind == "weight_norm":
+            weight = state[f"{name}.weight"]
+            norm = weight.norm(dim=(1, 2), keepdim=True)
+            official_state[f"{official}.weight_g"] = norm
+            # An all-zero kernel has no direction: with any other one, g = 0 still gives zeros, not 0/0.
+            official_state[f"{official}.weight_v"] = torch.where(norm == 0, torch.ones_like(weight), weight)
+        else:
+            official_state[official] = state[name]
+            if official.endswith("norm.gamma"):
+                official_state[official.replace("gamma", "beta")] = torch.zeros_like(state[name])
+    if config.transformer_depth:
+        from ear_vae.network.transformer import ROTARY_BASE
+
+        like = official_state["transformers.layers.0.pre_norm.gamma"]
+        exponents = (
+            torch.arange(0, config.transformer_head_dim, 2, device=like.device) / config.transformer_head_dim
+        )
+        official_state[_ROTARY_KEY] = ROTARY_BASE**-exponents
+    return official_state
+
+
+def _names(config: EarVAEConfig) -> Iterator[tuple[str, str, str]]:
+    """(our name, official name, kind) of every tensor; for kind `weight_norm` both are prefixes."""
+
+    def conv(ours: str, official: str, *, bias: bool = True) -> Iterator[tuple[str, str, str]]:
+        yield ours, official, "weight_norm"
+        if bias:
+            yield f"{ours}.bias", f"{official}.bias", "plain"
+
+    def snake(ours: str, official: str) -> Iterator[tuple[str, str, str]]:
+        yield f"{ours}.log_alpha", f"{official}.alpha", "plain"
+        yield f"{ours}.log_beta", f"{official}.beta", "plain"
+
+    def residual(ours: str, official: str) -> Iterator[tuple[str, str, str]]:
+        yield from snake(f"{ours}.snake", f"{official}.layers.0")
+        # The shared Snake is stored twice; the second copy is written, and read, like the first.
+        yield from snake(f"{ours}.snake", f"{official}.layers.2")
+        yield from conv(f"{ours}.conv_dilated", f"{official}.layers.1")
+        yield from conv(f"{ours}.conv_pointwise", f"{official}.layers.3")
+
+    blocks = len(config.strides)
+    for half in ("encoder", "decoder"):
+        yield from conv(f"{half}.conv_in", f"{half}.layers.0")
+        for index in range(blocks):
+            ours, official = f"{half}.blocks.{index}", f"{half}.layers.{index + 1}.layers"
+            first_residual, first_conv = (0, 3) if half == "encoder" else (2, 0)
+            for unit in range(3):
+                yield from residual(f"{ours}.residual_units.{unit}", f"{official}.{first_residual + unit}")
+            yield from snake(f"{ours}.snake", f"{official}.{first_conv}")
+            yield from conv(f"{ours}.conv", f"{official}.{first_conv + 1}")
+        yield from snake(f"{half}.snake_out", f"{half}.layers.{blocks + 1}")
+        yield from conv(f"{half}.conv_out", f"{half}.layers.{blocks + 2}", bias=half == "encoder")
+    for index in range(config.transformer_depth):
+        ours, official = f"transformer.layers.{index}", f"transformers.layers.{index}"
+        for our_part, official_part in (
+            ("attention_norm.weight", "pre_norm.gamma"),
+            ("attention.qkv.weight", "self_attn.to_qkv.weight"),
+            ("attention.out.weight", "self_attn.to_out.weight"),
+            ("feed_forward_norm.weight", "ff_norm.gamma"),
+            ("feed_forward.value_gate.weight", "ff.ff.0.proj.weight"),
+            ("feed_forward.value_gate.bias", "ff.ff.0.proj.bias"),
+            ("feed_forward.out.weight", "ff.ff.2.weight"),
+            ("feed_forward.out.bias", "ff.ff.2.bias"),
+        ):
+            yield f"{ours}.{our_part}", f"{official}.{official_part}", "plain"

@@ -1,0 +1,190 @@
+"""Official repositories: choosing one of their models, and converting it once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from ear_vae.config import EarVAEConfig
+from ear_vae.errors import EarVAEError
+from ear_vae.limits import read_json, sample_rate_of, shown
+from ear_vae.pretrained.folder import CONFIG_FILE, WEIGHTS_FILE, assemble, save_pretrained
+from ear_vae.pretrained.official import from_official, official_config, read_official
+
+VARIANTS_KEY = "variants"
+# Part of every key of the cache: raised when the conversion gives other tensors or another config.
+_CONVERSION_VERSION = 2
+_SUMS_FILE = "sha256.json"
+_ENTRY_TYPES = {"config": str, "weights": str, "sample_rate": int, "downsampling_ratio": int}
+
+
+@dataclass(frozen=True)
+class VariantEntry:
+    """What an official `config.json` says of one model.
+
+    Attributes:
+        name: The variant's name.
+        config: Path of its network config, relative to the repository and inside it.
+        weights: Path of its weights, likewise.
+        sample_rate: Rate of its audio in Hz.
+        downsampling_ratio: Samples per latent frame.
+    """
+
+    name: str
+    config: str
+    weights: str
+    sample_rate: int
+    downsampling_ratio: int
+
+
+def choose_variant(values: Mapping[str, Any], variant: str | None, *, where: str) -> VariantEntry:
+    """The entry of a variant in an official `config.json`; an only one needs no name.
+
+    Args:
+        values: The parsed file.
+        variant: The name asked for.
+        where: The file, for messages.
+
+    Raises:
+        EarVAEError: The variant is not named though there are several, or unknown, or its entry is
+            incomplete, of wrong types, or leads out of the repository.
+    """
+    variants = values[VARIANTS_KEY]
+    if not isinstance(variants, dict) or not variants:
+        raise EarVAEError(
+            f"{where}: {VARIANTS_KEY!r} must be an object with one entry per model, got {shown(variants)}"
+        )
+    choices = ", ".join(shown(name) for name in list(variants)[:20])
+    if variant is None and len(variants) > 1:
+        raise EarVAEError(f"{where}: holds several models; choose one with variant=..., one of {choices}")
+    name = next(iter(variants)) if variant is None else variant
+    if name not in variants:
+        raise EarVAEError(f"{where}: has no variant {shown(name)}; it has {choices}")
+    entry = variants[name]
+    if not isinstance(entry, dict):
+        raise EarVAEError(
+            f"{where}: variant {name!r} must be an object with {list(_ENTRY_TYPES)}, got {shown(entry)}"
+        )
+    for field, expected in _ENTRY_TYPES.items():
+        if field not in entry:
+            raise EarVAEError(f"{where}: variant {name!r} has no {field!r}; it needs {list(_ENTRY_TYPES)}")
+        if not isinstance(entry[field], expected) or isinstance(entry[field], bool):
+            kind = "a path" if expected is str else "an integer"
+            raise EarVAEError(
+                f"{where}: {field!r} of variant {name!r} must be {kind}, got {shown(entry[field])}"
+            )
+    sample_rate_of(entry["sample_rate"], f"{where}: 'sample_rate' of variant {name!r}")
+    for field in ("config", "weights"):
+        _require_inner_path(entry[field], where=f"{where}: {field!r} of variant {name!r}")
+    return VariantEntry(name, **{field: entry[field] for field in _ENTRY_TYPES})
+
+
+def _require_inner_path(path: str, *, where: str) -> None:
+    """Refuses what could lead out of a folder on any system, whatever the folder holds."""
+    windows = PureWindowsPath(path)  # splits at both kinds of slashes and knows drives
+    if not path or "\0" in path or "\\" in path or windows.drive or windows.root or ".." in windows.parts:
+        raise EarVAEError(f"{where} must be a relative path inside the folder, with '/', got {shown(path)}")
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, in hexadecimal.
+
+    Raises:
+        EarVAEError: The file is missing or cannot be read.
+    """
+    digest, buffer = hashlib.sha256(), bytearray(1 << 20)
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while size := file.readinto(buffer):
+                digest.update(memoryview(buffer)[:size])
+    except FileNotFoundError:
+        raise EarVAEError(f"{path}: the file is missing") from None
+    except OSError as error:
+        raise EarVAEError(f"{path}: cannot be read: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def conversions_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
+    """Where conversions are kept: under `cache_dir`, else beside the Hub's own caches."""
+    if cache_dir is None:
+        from huggingface_hub import constants
+
+        cache_dir = constants.HF_HOME
+    return Path(os.path.expanduser(cache_dir)) / "ear-vae" / "conversions"
+
+
+def convert(
+    entry: VariantEntry, config_path: Path, weights_path: Path, *, weights_sha256: str, cache: Path
+) -> tuple[Path, EarVAEConfig]:
+    """A folder in our layout with the model of official files, converted unless it was before.
+
+    The folder's name is a digest of the files' content, so it never goes stale. Each file is put in
+    place atomically and their checksums come last: several processes may convert the same model at
+    once, and a folder that is incomplete or damaged is made again.
+
+    Args:
+        entry: The variant's entry in `config.json`.
+        config_path: The variant's network config.
+        weights_path: The variant's pickled state dict.
+        weights_sha256: sha256 of that file.
+        cache: Where such folders are kept.
+
+    Returns:
+        The folder and its config.
+
+    Raises:
+        EarVAEError: A file is damaged, the parts contradict each other, or the cache is not writable.
+    """
+    key = f"{_CONVERSION_VERSION} {weights_sha256} {file_sha256(config_path)} {entry.sample_rate}"
+    folder = cache / hashlib.sha256(key.encode()).hexdigest()
+    if not _is_intact(folder):
+        _write_conversion(entry, config_path, weights_path, folder)
+    config = EarVAEConfig.from_json(folder / CONFIG_FILE)
+    if config.downsampling_ratio != entry.downsampling_ratio:
+        raise EarVAEError(
+            f"{config_path}: variant {entry.name!r} has a downsampling_ratio of {config.downsampling_ratio}, "
+            f"config.json says {entry.downsampling_ratio}"
+        )
+    return folder, config
+
+
+def _write_conversion(entry: VariantEntry, config_path: Path, weights_path: Path, folder: Path) -> None:
+    from ear_vae._atomic import atomic_path
+    from ear_vae.vae import EarVAE
+
+    values = read_json(config_path)
+    state = read_official(weights_path)
+    try:
+        config = official_config(values, sample_rate=entry.sample_rate, state=state)
+        if values.get("sample_rate", entry.sample_rate) != entry.sample_rate:
+            raise EarVAEError(
+                f"official config: sample_rate is {shown(values['sample_rate'])}, "
+                f"config.json says {entry.sample_rate}"
+            )
+    except EarVAEError as error:
+        raise EarVAEError(f"{config_path}: {error}") from error
+    ours = from_official(weights_path, state, config)
+    vae = assemble(EarVAE, config, ours, name=entry.name, path=weights_path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_pretrained(vae, folder)
+        sums = {name: file_sha256(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
+        with atomic_path(folder / _SUMS_FILE, overwrite=True) as temporary:
+            temporary.write_text(json.dumps(sums), encoding="utf-8")
+    except (OSError, EarVAEError) as error:
+        raise EarVAEError(
+            f"{error}; converted weights are kept there: name a writable place with cache_dir=... or HF_HOME"
+        ) from error
+
+
+def _is_intact(folder: Path) -> bool:
+    try:
+        sums = json.loads((folder / _SUMS_FILE).read_text(encoding="utf-8"))
+        return bool(sums == {name: file_sha256(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)})
+    except (OSError, ValueError, EarVAEError):
+        return False

@@ -1,0 +1,359 @@
+"""Finding models: local folders, bundled checkpoints, Hub repositories; and sending them to the Hub."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ear_vae.config import EarVAEConfig
+from ear_vae.errors import EarVAEError
+from ear_vae.limits import read_json, shown
+from ear_vae.pretrained.folder import CONFIG_FILE, WEIGHTS_FILE, Checkpoint
+from ear_vae.pretrained.official_repository import (
+    VARIANTS_KEY,
+    choose_variant,
+    conversions_folder,
+    convert,
+    file_sha256,
+)
+
+if TYPE_CHECKING:
+    from ear_vae.vae import EarVAE
+
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_COMMIT = _GIT_SHA1 = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+# The two published models, as recorded by a public downstream project; width tells them from others.
+_PUBLISHED_CHANNELS = 128
+_PUBLISHED_SHA256 = {
+    "ear_vae_44k": "0362dc7e96566869747dbe079b0a6d71c090b0a3a5d5077779e7be17c096d9d5",
+    "ear_vae_v2_48k": "cc53f3f043aaae01307ffe1439b3a1c9d9e019652e6c13e089cd18d6037c2d3f",
+}
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a model's files come from.
+
+    Attributes:
+        where: What messages call it.
+        name: What a model in our layout is called.
+        variant_prefix: What stands before a variant's name in the name of an official model.
+        fetch: The file of a relative path.
+    """
+
+    where: str
+    name: str
+    variant_prefix: str
+    fetch: Callable[[str], Path]
+
+
+def resolve(
+    name_or_path: str | os.PathLike[str],
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    token: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    force_download: bool = False,
+) -> Checkpoint:
+    """The local folder, in our layout, of a model: an existing folder, else a bundled one, else the Hub's.
+
+    Args:
+        name_or_path: A folder in our layout or in the official one, the name of a bundled checkpoint,
+            or a Hub repository id `owner/name`.
+        variant: Which model of an official repository.
+        revision: Branch, tag or commit on the Hub.
+        local_files_only: Do not go to the network.
+        token: Access token for the Hub.
+        cache_dir: Where downloads and conversions are kept instead of the Hub's usual folder.
+        force_download: Fetch from the Hub again even if cached.
+
+    Raises:
+        EarVAEError: Nothing is found under the name, the variant is missing or unknown, a file is
+            missing or damaged, the Hub cannot be reached, or the cache cannot be written to.
+    """
+    from ear_vae.pretrained.bundled import bundled_checkpoints
+
+    text = os.path.expanduser(os.fspath(name_or_path))
+    bundled = bundled_checkpoints()
+    if os.path.isdir(text):
+        source = _local_source(Path(text), Path(text).resolve().name, _hub_cache(cache_dir))
+    elif isinstance(name_or_path, str) and name_or_path in bundled:
+        source = _local_source(bundled[name_or_path], name_or_path, _hub_cache(cache_dir))
+    elif isinstance(name_or_path, str) and _REPO_ID.fullmatch(name_or_path) and not os.path.exists(text):
+        source = _hub_source(
+            name_or_path,
+            revision=revision,
+            local_files_only=local_files_only,
+            token=token,
+            cache_dir=cache_dir,
+            force_download=force_download,
+        )
+        return _open(source, variant=variant, cache_dir=cache_dir)
+    else:
+        problem = "is a file, not a model's folder" if os.path.exists(text) else "is no folder that exists"
+        raise EarVAEError(
+            f"{text}: {problem}; expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE} (or in the official "
+            f"layout), a bundled checkpoint ({', '.join(sorted(bundled)) or 'there are none'}), or a Hub "
+            "repository 'owner/name'"
+        )
+    if revision is not None:
+        raise EarVAEError(f"{text}: revision={shown(revision)} is for Hub repositories only; leave it out")
+    return _open(source, variant=variant, cache_dir=cache_dir)
+
+
+def _open(source: _Source, *, variant: str | None, cache_dir: str | os.PathLike[str] | None) -> Checkpoint:
+    """Fetches the files of a model and converts them if they are official ones."""
+    config_path = source.fetch(CONFIG_FILE)
+    values = read_json(config_path)  # of a download it has been tried already
+    if not isinstance(values, dict) or VARIANTS_KEY not in values:
+        if variant is not None:
+            raise EarVAEError(
+                f"{source.where}: holds one model and no variants; leave out variant={variant!r}"
+            )
+        EarVAEConfig.from_json(config_path)  # before a large download
+        return Checkpoint(source.fetch(WEIGHTS_FILE).parent, source.name)
+    entry = choose_variant(values, variant, where=f"{source.where}/{CONFIG_FILE}")
+    variant_config, weights = source.fetch(entry.config), source.fetch(entry.weights)
+    sha256 = file_sha256(weights)
+    folder, config = convert(
+        entry, variant_config, weights, weights_sha256=sha256, cache=conversions_folder(cache_dir)
+    )
+    published = _PUBLISHED_SHA256.get(entry.name, sha256)
+    if config.channels == _PUBLISHED_CHANNELS and sha256 != published:
+        warnings.warn(
+            f"{source.where}: the weights of {entry.name} are not the known published ones: their sha256 is "
+            f"{sha256}, that of the published ones {published}",
+            stacklevel=4,
+        )
+    return Checkpoint(folder, source.variant_prefix + entry.name)
+
+
+def _hub_cache(cache_dir: str | os.PathLike[str] | None) -> Path:
+    """Where the Hub's client keeps what it downloads."""
+    if cache_dir is None:
+        from huggingface_hub import constants
+
+        cache_dir = constants.HF_HUB_CACHE
+    return Path(os.path.expanduser(cache_dir))
+
+
+def _local_source(folder: Path, name: str, hub_cache: Path) -> _Source:
+    def fetch(relative: str) -> Path:
+        path = folder / relative
+        if not _stays_inside(folder, path, hub_cache):
+            raise EarVAEError(f"{path}: leads out of its folder through a link; put the file itself there")
+        if not path.is_file():
+            raise EarVAEError(
+                f"{path}: the file is missing; a model's folder has {CONFIG_FILE} and {WEIGHTS_FILE}, "
+                f"an official one {CONFIG_FILE} and the files it names"
+            )
+        if problem := _damage(path):
+            raise EarVAEError(f"{path}: {problem}; fetch it again with force_download=True")
+        return path
+
+    return _Source(where=str(folder), name=name, variant_prefix="", fetch=fetch)
+
+
+def _stays_inside(folder: Path, path: Path, hub_cache: Path) -> bool:
+    folder = folder.resolve()
+    if path.resolve().is_relative_to(folder):
+        return True
+    # A snapshot in the Hub's cache consists of links to the blobs beside it. Any folder can look like one:
+    # it has to lie where the Hub's client puts them.
+    snapshot = folder.parent.name == "snapshots" and folder.parent.parent.parent == hub_cache.resolve()
+    inside = path.parent.resolve().is_relative_to(folder) and path.is_symlink()
+    return snapshot and inside and _link_target(path).parent == folder.parent.parent / "blobs"
+
+
+def _link_target(path: Path) -> Path:
+    """One step along a link: what it names may be a link in its turn."""
+    return Path(os.path.normpath(path.parent.resolve() / os.readlink(path)))
+
+
+def _hub_source(
+    repo_id: str,
+    *,
+    revision: str | None,
+    local_files_only: bool,
+    token: str | None,
+    cache_dir: str | os.PathLike[str] | None,
+    force_download: bool,
+) -> _Source:
+    if local_files_only and force_download:
+        raise EarVAEError("local_files_only=True and force_download=True contradict each other; choose one")
+    commit: str | None = None
+
+    def download(relative: str, *, force: bool) -> Path:
+        from huggingface_hub import hf_hub_download
+
+        try:
+            return Path(
+                hf_hub_download(
+                    repo_id,
+                    relative,
+                    revision=commit or revision,
+                    cache_dir=None if cache_dir is None else os.path.expanduser(cache_dir),
+                    token=token,
+                    local_files_only=local_files_only,
+                    force_download=force,
+                )
+            )
+        except Exception as error:  # the client lets through whatever its HTTP library of the day raises
+            raise EarVAEError(_hub_problem(error, repo_id, relative, revision, local_files_only)) from error
+
+    def fetch(relative: str) -> Path:
+        nonlocal commit
+        path = download(relative, force=force_download)
+        if problem := _problem(path):
+            # What is broken in the cache would stay there for ever.
+            if local_files_only:
+                raise EarVAEError(
+                    f"{path}: {problem}; fetch it again with force_download=True (without local_files_only)"
+                )
+            try:
+                path = download(relative, force=True)
+            except EarVAEError as error:
+                raise EarVAEError(f"{path}: {problem}; fetching it again: {error}") from error
+            if problem := _problem(path):
+                raise EarVAEError(
+                    f"{path}: {problem}, also when fetched again; try later with force_download=True"
+                )
+        if relative == CONFIG_FILE and _COMMIT.fullmatch(path.parent.name):
+            # The other files are to be of the same commit, even if somebody pushes meanwhile.
+            commit = path.parent.name
+        return path
+
+    return _Source(where=repo_id, name=repo_id, variant_prefix=f"{repo_id}:", fetch=fetch)
+
+
+def _hub_problem(
+    error: Exception, repo_id: str, file: str, revision: str | None, local_files_only: bool
+) -> str:
+    """One sentence on why a download failed, and the cure."""
+    from huggingface_hub import errors
+
+    if type(error) is ValueError and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # what force_download failed of
+    at_revision = f" at revision {revision!r}" if revision else ""
+    if isinstance(error, errors.GatedRepoError):
+        return f"{repo_id}: access is restricted; ask for it on the repository's page and give a token"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
+        return (
+            f"{repo_id}: no such folder, and no such repository on the Hub (or a private one); check the "
+            "spelling, or give the token of an account that may read it"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{repo_id}: the repository has no revision {revision!r}"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        if local_files_only:
+            return (
+                f"{repo_id}: {file}{at_revision} is not in the local cache and local_files_only=True "
+                "forbids to download it; load it once without"
+            )
+        return (
+            f"{repo_id}: {file}{at_revision} is not in the local cache and the Hub cannot be asked for it "
+            f"({_reason(error.__cause__ or error)}); check the connection, or give a local folder"
+        )
+    if isinstance(error, errors.EntryNotFoundError):
+        return f"{repo_id}: the repository has no file {file}{at_revision}; is it an εar-VAE model?"
+    if isinstance(error, errors.HfHubHTTPError):
+        return f"{repo_id}: the Hub refused {file}{at_revision}: {_reason(error)}"
+    return f"{repo_id}: the download of {file}{at_revision} failed: {_reason(error)}; try again"
+
+
+def _reason(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]).rstrip(".") if lines else type(error).__name__
+
+
+def _problem(path: Path) -> str | None:
+    """What is wrong with a downloaded file as such, by its checksum or, of a config, by its being JSON."""
+    if (damage := _damage(path)) is not None:
+        return damage
+    if path.suffix == ".json":
+        try:
+            read_json(path)
+        except EarVAEError as error:
+            return str(error).removeprefix(f"{path}: ")
+    return None
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a file in the Hub's cache, by the checksum in its blob's name; None if nothing.
+
+    The Hub's client compares sizes only, and those only while it downloads.
+    """
+    if not path.is_symlink() or (blob := _link_target(path)).parent.name != "blobs":
+        return None  # a cache without links, as on Windows, does not tell
+    if _SHA256.fullmatch(blob.name):
+        kind, found = "sha256", file_sha256(path)
+    elif _GIT_SHA1.fullmatch(blob.name):
+        content = path.read_bytes()  # the Hub keeps files of some MB at most this way
+        kind, found = "git sha1", hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    else:
+        return None
+    if found == blob.name:
+        return None
+    return f"the download is damaged ({kind} {found}, the Hub says {blob.name})"
+
+
+def push(
+    vae: EarVAE,
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    commit_message: str = "Upload εar-VAE",
+) -> str:
+    """Creates a Hub repository if needed and uploads what `save_pretrained` writes.
+
+    A model card that is already there is kept.
+
+    Args:
+        vae: The model.
+        repo_id: `owner/name`.
+        token: Access token with the right to write.
+        private: Make a new repository private; the account's default by default.
+        commit_message: First line of the commit.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        EarVAEError: The Hub refused or could not be reached.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    from ear_vae.pretrained.folder import CARD_FILE, save_pretrained
+
+    with tempfile.TemporaryDirectory(prefix="ear-vae-") as temporary:
+        save_pretrained(vae, Path(temporary))
+        api = HfApi(token=token)
+        try:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            names = [CONFIG_FILE, WEIGHTS_FILE]
+            if not api.file_exists(repo_id, CARD_FILE):
+                names.append(CARD_FILE)
+            commit = api.create_commit(
+                repo_id,
+                [CommitOperationAdd(name, os.path.join(temporary, name)) for name in names],
+                commit_message=commit_message,
+            )
+        except Exception as error:  # as for downloads
+            raise EarVAEError(
+                f"{repo_id}: the upload failed: {_reason(error)}; a token with the right to write is needed, "
+                "from a login to the Hub or token=..."
+            ) from error
+    return str(commit.commit_url)

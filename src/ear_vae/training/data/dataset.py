@@ -1,0 +1,178 @@
+"""Random segments of audio files, each a function of the seed and its number alone."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ear_vae.audio import read_audio
+from ear_vae.dsp.resampling import resample
+from ear_vae.errors import EarVAEError
+from ear_vae.training.data.sources import AudioFile
+
+_LOG = logging.getLogger(__name__)
+# Samples read around a segment that has to be resampled, so that its edges see their neighbours.
+_RESAMPLING_CONTEXT = 512
+# Draws for a segment that is loud enough, or not mono, before the last one is taken as it is.
+_MOST_DRAWS = 16
+_MOST_FAILURES = 200
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What is done to a segment, both channels alike, so that the phases between them mean the same after.
+
+    Args:
+        gain_db: A gain between 0 dB and minus that many, evenly in dB.
+        swap_channels: Probability of exchanging left and right.
+        invert_polarity: Probability of turning both channels over.
+        speed: Play faster or slower by up to this fraction, in steps of one per cent, as a tape does:
+            pitch and tempo together.
+
+    Raises:
+        EarVAEError: A value is out of range.
+    """
+
+    gain_db: float = 6.0
+    swap_channels: float = 0.5
+    invert_polarity: float = 0.5
+    speed: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.gain_db < math.inf:
+            raise EarVAEError(f"gain_db must be 0 or more, got {self.gain_db}")
+        for name in ("swap_channels", "invert_polarity"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise EarVAEError(f"{name} must be a probability, got {getattr(self, name)}")
+        if not 0 <= self.speed <= 0.5:
+            raise EarVAEError(f"speed must be in [0, 0.5], got {self.speed}")
+
+    def speed_percent(self, random: np.random.Generator) -> int:
+        """How fast to play, 100 for as it is."""
+        steps = round(100 * self.speed)
+        return 100 + int(random.integers(-steps, steps + 1)) if steps else 100
+
+    def __call__(self, segment: Tensor, random: np.random.Generator) -> Tensor:
+        """All but the speed, on a segment [2, T]."""
+        gain_db, swap, flip = random.random(3)
+        gain = 10 ** (-self.gain_db * gain_db / 20) * (-1 if flip < self.invert_polarity else 1)
+        return float(gain) * (segment.flip(0) if swap < self.swap_channels else segment)
+
+
+class SegmentDataset(Dataset[Tensor]):
+    """Random segments of files; item `index` is always the same segment for one seed and one list of files.
+
+    A file is drawn with a probability proportional to its duration times its weight, a position in it
+    uniformly. The segment is read by seeking and resampled if needed; mono files become stereo. Where a file
+    turns out to be unreadable it is reported, once by each process, and another draw takes its place.
+
+    Args:
+        files: What to draw from, none shorter than a segment.
+        sample_rate: Of the segments, in Hz.
+        segment_samples: Length of a segment.
+        seed: Fixes which segment an index stands for.
+        augmentation: What is done to the segments.
+        min_level_db: Segments whose root mean square is below that many dB under full scale are drawn
+            again.
+        mono: `skip` draws segments with two equal channels again.
+        length: What `len` says; any index is good.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[AudioFile],
+        *,
+        sample_rate: int,
+        segment_samples: int,
+        seed: int,
+        augmentation: Augmentation | None = None,
+        min_level_db: float | None = None,
+        mono: Literal["duplicate", "skip"] = "duplicate",
+        length: int = 2**31,
+    ) -> None:
+        self.files = files
+        self.sample_rate = sample_rate
+        self.segment_samples = segment_samples
+        self.seed = seed
+        self.augmentation = augmentation
+        self.min_level = 0.0 if min_level_db is None else 10 ** (min_level_db / 20)
+        self.mono = mono
+        self._length = length
+        # Relative to the largest, so that no sum of weights overflows.
+        largest = max(file.weight for file in files)
+        shares = np.cumsum([file.duration_seconds * (file.weight / largest) for file in files])
+        self._shares = shares / shares[-1]
+        self._reported: set[int] = set()
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Segment [2, segment_samples].
+
+        Raises:
+            EarVAEError: 200 draws on end could not be read.
+        """
+        random = np.random.default_rng((self.seed, index))
+        segment: Tensor | None = None
+        draws, failures = 0, 0
+        while draws < _MOST_DRAWS:
+            number = int(np.searchsorted(self._shares, random.random(), side="right"))
+            position = float(random.random())
+            percent = 100 if self.augmentation is None else self.augmentation.speed_percent(random)
+            try:
+                segment = self._read(self.files[number], position, percent)
+            except EarVAEError as error:
+                # The file stays in the game, whatever else it holds: a process that has not met its bad
+                # place must draw the same segments as one that has.
+                failures += 1
+                self._report(number, error, failures)
+                continue
+            draws += 1
+            if self._is_wanted(segment):
+                break
+        assert segment is not None
+        return segment if self.augmentation is None else self.augmentation(segment, random)
+
+    def _report(self, number: int, error: EarVAEError, failures: int) -> None:
+        if failures == _MOST_FAILURES:
+            raise EarVAEError(
+                f"none of {failures} segments drawn from {len(self.files)} training files could be read; the "
+                f"last one: {error}"
+            ) from error
+        if number not in self._reported:
+            _LOG.warning("not trained on, where it cannot be read: %s", error)
+            self._reported.add(number)
+
+    def _is_wanted(self, segment: Tensor) -> bool:
+        if self.mono == "skip" and torch.equal(segment[0], segment[1]):
+            return False
+        return self.min_level == 0 or float(segment.square().mean().sqrt()) >= self.min_level
+
+    def _read(self, file: AudioFile, position: float, percent: int) -> Tensor:
+        """A segment [2, segment_samples] from a relative position, played at `percent` of the speed."""
+        rate, target_rate = file.sample_rate, self.sample_rate
+        if percent != 100:
+            rate, target_rate = rate * percent, target_rate * 100
+        length = min(file.num_samples, -(-self.segment_samples * rate // target_rate))
+        start = int(position * (file.num_samples - length + 1))
+        if rate == target_rate:
+            audio, _ = read_audio(file.path, start=start, num_samples=length)
+        else:
+            before = min(start, _RESAMPLING_CONTEXT)
+            audio, _ = read_audio(
+                file.path, start=start - before, num_samples=before + length + _RESAMPLING_CONTEXT
+            )
+            audio = resample(audio, rate, target_rate)
+            audio = audio[:, before * target_rate // rate :]
+        audio = audio[:, : self.segment_samples]
+        audio = torch.nn.functional.pad(audio, (0, self.segment_samples - audio.shape[1]))
+        return audio.expand(2, -1) if audio.shape[0] == 1 else audio

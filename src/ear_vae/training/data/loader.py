@@ -1,0 +1,110 @@
+"""Batches of segments whose order is one sequence, over epochs, processes and interruptions."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
+
+from ear_vae.errors import EarVAEError
+from ear_vae.training.data.dataset import SegmentDataset
+
+
+class SegmentSampler(DistributedSampler[int]):
+    """Numbers of segments, without end over the epochs: each goes on where the one before ended.
+
+    Of every batch of all processes, process r takes the numbers r, r + W, r + 2 W and so on, so that the
+    segments of a step do not depend on how many processes share them.
+
+    It is a `DistributedSampler` so that Lightning, which puts its own around any other, leaves it alone.
+
+    Args:
+        dataset: What the numbers are of.
+        per_epoch: Segments of an epoch over all processes; a multiple of their number.
+        rank: Of this process.
+        processes: How many there are.
+    """
+
+    def __init__(self, dataset: SegmentDataset, *, per_epoch: int, rank: int, processes: int) -> None:
+        super().__init__(dataset, num_replicas=processes, rank=rank, shuffle=False)
+        self.per_epoch = per_epoch
+        self.position = 0
+
+    def __len__(self) -> int:
+        return self.per_epoch // self.num_replicas
+
+    def __iter__(self) -> Iterator[int]:
+        """From the position, which who takes the segments moves on, to the end of its epoch."""
+        end = (self.position // self.per_epoch + 1) * self.per_epoch
+        return iter(range(self.position + self.rank, end, self.num_replicas))
+
+
+class SegmentLoader(DataLoader[Tensor]):
+    """Batches [B, 2, T] of segments; what the Trainer saves of it is how many were taken.
+
+    Resuming therefore reads the batches that would have come next, in the middle of an epoch too, and
+    none of those before.
+
+    Args:
+        dataset: What to take from.
+        batch_size: Segments in a batch of one process.
+        segments_per_epoch: Over all processes; what does not fill a step of them all is left out.
+        rank: Of this process.
+        processes: How many there are.
+        settings: Of `torch.utils.data.DataLoader`.
+
+    Raises:
+        EarVAEError: An epoch that holds less than one step.
+    """
+
+    def __init__(
+        self,
+        dataset: SegmentDataset,
+        *,
+        batch_size: int,
+        segments_per_epoch: int,
+        rank: int = 0,
+        processes: int = 1,
+        **settings: Any,
+    ) -> None:
+        self.step_segments = batch_size * processes
+        per_epoch = segments_per_epoch // self.step_segments * self.step_segments
+        if per_epoch == 0:
+            raise EarVAEError(
+                f"segments_per_epoch is {segments_per_epoch}, but one step of {processes} processes takes "
+                f"{self.step_segments}"
+            )
+        self.segments = SegmentSampler(dataset, per_epoch=per_epoch, rank=rank, processes=processes)
+        super().__init__(
+            dataset,
+            batch_size=batch_size,
+            sampler=self.segments,
+            worker_init_fn=_leave_interrupts_to_the_first_process,
+            **settings,
+        )
+
+    def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
+        """What is left of the epoch."""
+        for batch in super().__iter__():
+            # Before the batch is used: a checkpoint is written after that, but before the next is asked for.
+            self.segments.position += self.step_segments
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """How many segments were taken, over all processes."""
+        return {"segments": self.segments.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes on after the segments of a state.
+
+        With another batch size or number of processes than before, from the start of the step it falls in.
+        """
+        self.segments.position = state["segments"] // self.step_segments * self.step_segments
+
+
+def _leave_interrupts_to_the_first_process(worker: int) -> None:
+    # Ctrl-C reaches every process of the terminal; a worker that dies of it takes the last step with it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

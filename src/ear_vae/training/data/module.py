@@ -1,0 +1,195 @@
+"""Audio files as training and validation data."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ear_vae.audio import read_audio, resample
+from ear_vae.errors import EarVAEError
+from ear_vae.training.checkpoint import changes
+from ear_vae.training.data.dataset import Augmentation, SegmentDataset
+from ear_vae.training.data.loader import SegmentLoader
+from ear_vae.training.data.sources import AudioFile, Policy, find_files
+
+_LOG = logging.getLogger(__name__)
+
+
+class AudioDataModule(L.LightningDataModule):
+    """Random training segments and fixed validation excerpts of audio files in any format.
+
+    Which segments a step trains on follows from `seed` and the number of the step alone: not from the
+    number of workers or processes, and not from interruptions.
+
+    Args:
+        folder: Training audio: a folder, which is searched recursively, a manifest (`.csv` or `.jsonl`, see
+            `ear_vae.training.data.sources.find_files`), or a list of these.
+        validation_folder: Validation audio, likewise; without it there is no validation.
+        sample_rate: What everything is resampled to, in Hz; the model's.
+        segment_seconds: Length of a training segment, rounded to whole `segment_multiple`s.
+        segment_multiple: In samples; the model's downsampling ratio.
+        validation_seconds: Length of a validation excerpt, taken from the middle of each file.
+        batch_size: Segments per step and process.
+        segments_per_epoch: After which the Trainer's epoch ends, over all processes.
+        num_workers: Processes that read ahead.
+        augmentation: What is done to training segments; None for nothing.
+        min_level_db: Training segments quieter than this, as root mean square in dB under full scale, are
+            drawn again; None keeps silence.
+        mono: `duplicate` makes two equal channels of mono files; `skip` leaves them out, and draws segments
+            with two equal channels again.
+        min_bandwidth_hz: Leaves out files whose spectrum breaks off below, as that of many mp3s does at
+            16 kHz. Finding out takes a while, once.
+        cache_dir: Where lengths and bandwidths of files are remembered; the user's cache by default.
+        seed: Fixes which segments are drawn.
+
+    Raises:
+        EarVAEError: A value is out of range; on `setup`, nothing usable is found.
+    """
+
+    def __init__(
+        self,
+        # A list first: as text, any text would do.
+        folder: list[str] | str | Path,
+        validation_folder: list[str] | str | Path | None = None,
+        sample_rate: int = 44_100,
+        segment_seconds: float = 1.5,
+        segment_multiple: int = 1024,
+        validation_seconds: float = 8.0,
+        batch_size: int = 8,
+        segments_per_epoch: int = 8_000,
+        num_workers: int = 2,
+        augmentation: Augmentation | None = Augmentation(),
+        min_level_db: float | None = -60.0,
+        mono: Literal["duplicate", "skip"] = "duplicate",
+        min_bandwidth_hz: float | None = None,
+        cache_dir: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if min(batch_size, segments_per_epoch, segment_multiple) < 1 or num_workers < 0:
+            raise EarVAEError(
+                "batch_size, segments_per_epoch and segment_multiple must be at least 1, num_workers 0"
+            )
+        if not 0 < segment_seconds < math.inf or not 0 < validation_seconds < math.inf:
+            raise EarVAEError("segment_seconds and validation_seconds must be finite and more than 0")
+        if sample_rate < 1 or seed < 0:
+            raise EarVAEError(f"sample_rate must be at least 1 and seed 0, got {sample_rate} and {seed}")
+        if min_level_db is not None and not math.isfinite(min_level_db):
+            raise EarVAEError(f"min_level_db must be a level in dB or null, got {min_level_db}")
+        self.sources = _paths(folder)
+        self.validation_sources = [] if validation_folder is None else _paths(validation_folder)
+        self.sample_rate = sample_rate
+        self.segment_samples = (
+            max(1, round(segment_seconds * sample_rate / segment_multiple)) * segment_multiple
+        )
+        self.validation_seconds = validation_seconds
+        self.batch_size = batch_size
+        self.segments_per_epoch = segments_per_epoch
+        self.num_workers = num_workers
+        self.augmentation = augmentation
+        self.min_level_db = min_level_db
+        speed = 0.0 if augmentation is None else augmentation.speed
+        self.policy = Policy(self.segment_samples / sample_rate * (1 + speed), min_bandwidth_hz, mono)
+        self.cache_dir = None if cache_dir is None else Path(cache_dir)
+        self.seed = seed
+        self.train_files: list[AudioFile] = []
+        self.validation_files: list[AudioFile] = []
+
+    def setup(self, stage: str) -> None:
+        """Finds the files; called by the Trainer."""
+        if stage == "fit" and not self.train_files:
+            self.train_files = find_files(self.sources, self.policy, cache_dir=self.cache_dir)
+        if self.validation_sources and not self.validation_files:
+            policy = Policy(self.validation_seconds)
+            self.validation_files = find_files(self.validation_sources, policy, cache_dir=self.cache_dir)
+        if not self.validation_sources and self.trainer is not None:
+            # An empty loader would do the same, but each rank and epoch would warn of it.
+            self.trainer.limit_val_batches = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is trained on, as plain values; goes into checkpoints."""
+        return {
+            "data": [str(source).encode(errors="backslashreplace").decode() for source in self.sources],
+            "files": len(self.train_files),
+            "seconds": round(sum(file.duration_seconds for file in self.train_files)),
+            "weight": round(sum(file.weight for file in self.train_files), 6),
+            "segment samples": self.segment_samples,
+            "batch size": self.batch_size,
+            "segments per epoch": self.segments_per_epoch,
+            "seed": self.seed,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Says how the data differ from those of the checkpoint that is resumed from."""
+        changed = changes(state_dict, self.state_dict())
+        if changed and (self.trainer is None or self.trainer.is_global_zero):
+            _LOG.warning(
+                "resuming on other data than the checkpoint's, so not as if it had never stopped: %s", changed
+            )
+
+    def segments(self, *, samples: int | None = None) -> SegmentDataset:
+        """Training segments as they are in the files, without augmentation.
+
+        Args:
+            samples: Length of a segment; that of the training segments by default.
+        """
+        return self._dataset(samples or self.segment_samples, None)
+
+    def train_dataloader(self) -> SegmentLoader:
+        """Batches [B, 2, segment_samples] of random segments."""
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return SegmentLoader(
+            self._dataset(self.segment_samples, self.augmentation),
+            batch_size=self.batch_size,
+            segments_per_epoch=self.segments_per_epoch,
+            rank=0 if self.trainer is None else self.trainer.global_rank,
+            processes=1 if self.trainer is None else self.trainer.world_size,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=on_gpu,
+        )
+
+    def val_dataloader(self) -> DataLoader[Tensor]:
+        """One excerpt [1, 2, T] of each validation file."""
+        dataset = _MiddleExcerpts(self.validation_files, self.sample_rate, self.validation_seconds)
+        return DataLoader(dataset, batch_size=1)
+
+    def _dataset(self, segment_samples: int, augmentation: Augmentation | None) -> SegmentDataset:
+        return SegmentDataset(
+            self.train_files,
+            sample_rate=self.sample_rate,
+            segment_samples=segment_samples,
+            seed=self.seed,
+            augmentation=augmentation,
+            min_level_db=self.min_level_db,
+            mono=self.policy.mono,
+        )
+
+
+class _MiddleExcerpts(Dataset[Tensor]):
+    def __init__(self, files: Sequence[AudioFile], sample_rate: int, seconds: float) -> None:
+        self.files, self.sample_rate, self.seconds = files, sample_rate, seconds
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Tensor:
+        file = self.files[index]
+        length = int(self.seconds * file.sample_rate)
+        audio, _ = read_audio(file.path, start=(file.num_samples - length) // 2, num_samples=length)
+        audio = resample(audio, file.sample_rate, self.sample_rate)
+        return audio.expand(2, -1) if audio.shape[0] == 1 else audio
+
+
+def _paths(sources: Sequence[str] | str | Path) -> list[Path]:
+    listed = [sources] if isinstance(sources, (str, Path)) else list(sources)
+    if not listed:
+        raise EarVAEError("an empty list of folders; give at least one")
+    return [Path(source) for source in listed]

@@ -1,0 +1,234 @@
+"""Files that hold several streams, and headers that state less than there is, against each of them."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import subprocess
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from ear_vae import EarVAEError
+from ear_vae.audio import AudioFileWarning, audio_info, read_audio, stream_audio
+
+RATE = 44_100
+FIRST, SECOND = 3 * RATE + 17, 2 * RATE + 5
+needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs ffmpeg")
+
+
+@pytest.fixture(params=["with ffmpeg", "without"], autouse=True)
+def with_and_without_ffmpeg(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of this is read by libsndfile, whether there is an ffmpeg or not."""
+    if request.param == "without":
+        monkeypatch.setenv("PATH", "/nowhere")
+    elif shutil.which("ffmpeg") is None:
+        pytest.skip("needs ffmpeg")
+
+
+def noise(num_samples: int, seed: int) -> np.ndarray:
+    """[T, 2]"""
+    return 0.1 * np.random.default_rng(seed).standard_normal((num_samples, 2))
+
+
+def encoded(
+    num_samples: int, seed: int, container: str, subtype: str | None = None, rate: int = RATE
+) -> bytes:
+    stream = io.BytesIO()
+    soundfile.write(stream, noise(num_samples, seed), rate, subtype, format=container)
+    return stream.getvalue()
+
+
+def decoded(data: bytes) -> torch.Tensor:
+    """In one go, without a seek."""
+    samples, _ = soundfile.read(io.BytesIO(data), dtype="float32")
+    return torch.from_numpy(samples.T.copy())
+
+
+@pytest.mark.parametrize(
+    ("container", "subtype"),
+    [
+        ("MP3", None),
+        ("OGG", "VORBIS"),
+        ("OGG", "OPUS"),
+        ("FLAC", "PCM_16"),
+        ("WAV", "PCM_16"),
+        ("RF64", "FLOAT"),
+        ("AIFF", "PCM_24"),
+        ("AU", "FLOAT"),
+    ],
+)
+def test_every_part_is_read(
+    tmp_path: Path, container: str, subtype: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a path and a stream, whole, in blocks, and in parts that lie anywhere."""
+    rate = 48_000 if subtype == "OPUS" else RATE
+    pieces = [encoded(length, length, container, subtype, rate) for length in (FIRST, SECOND, 999)]
+    expected = torch.cat([decoded(piece) for piece in pieces], dim=1)
+    path = tmp_path / "joined"
+    path.write_bytes(b"".join(pieces))
+    assert audio_info(path).num_samples == expected.shape[1]
+    assert torch.equal(read_audio(path)[0], expected)
+    assert torch.equal(read_audio(io.BytesIO(path.read_bytes()))[0], expected)
+    monkeypatch.setattr("ear_vae.audio.reading._BLOCK_FRAMES", 30_001)
+    with stream_audio(path) as (_, blocks):
+        assert torch.equal(torch.cat(list(blocks), dim=1), expected)
+    for start in (
+        0,
+        1000,
+        FIRST - 2000,
+        FIRST - 1,
+        FIRST,
+        FIRST + 1,
+        FIRST + SECOND - 50,
+        expected.shape[1] - 9,
+    ):
+        part, _ = read_audio(path, start=start, num_samples=5_000)
+        assert torch.equal(part, expected[:, start : start + 5_000])
+
+
+@pytest.mark.parametrize("container", ["MP3", "OGG", "FLAC", "WAV"])
+def test_a_cut_last_part_is_truncated(tmp_path: Path, container: str) -> None:
+    pieces = [encoded(length, length, container) for length in (FIRST, SECOND)]
+    path = tmp_path / "joined"
+    path.write_bytes(pieces[0] + pieces[1][: len(pieces[1]) // 2])
+    with pytest.raises(EarVAEError, match="truncated"):
+        read_audio(path)
+
+
+@pytest.mark.filterwarnings("ignore::ear_vae.audio.AudioFileWarning")
+@pytest.mark.parametrize("container", ["MP3", "OGG"])
+def test_a_cut_first_part_is_truncated(tmp_path: Path, container: str) -> None:
+    pieces = [encoded(length, length, container) for length in (FIRST, SECOND)]
+    path = tmp_path / "joined"
+    path.write_bytes(pieces[0][: len(pieces[0]) // 2] + pieces[1])
+    with pytest.raises(EarVAEError, match="truncated"):
+        read_audio(path)
+
+
+@pytest.mark.parametrize("container", ["MP3", "OGG", "FLAC", "WAV"])
+def test_parts_of_different_rates_are_refused(tmp_path: Path, container: str) -> None:
+    path = tmp_path / "joined"
+    path.write_bytes(encoded(FIRST, 1, container) + encoded(SECOND, 2, container, rate=48_000))
+    with pytest.raises(
+        EarVAEError, match="2 channels at 44100 Hz, then 2 channels at 48000 Hz; cut it"
+    ) as caught:
+        read_audio(path)
+    assert str(path) in str(caught.value)
+
+
+def with_tags(data: bytes) -> bytes:
+    return b"ID3\x04\0\0\0\0\0\x0a" + bytes(10) + data + b"TAG" + bytes(125)
+
+
+def test_tags_between_the_parts(tmp_path: Path) -> None:
+    pieces = [encoded(length, length, "MP3") for length in (FIRST, SECOND)]
+    (tmp_path / "a.mp3").write_bytes(b"".join(map(with_tags, pieces)))
+    assert torch.equal(read_audio(tmp_path / "a.mp3")[0], torch.cat([decoded(piece) for piece in pieces], 1))
+
+
+def xing_count(data: bytes) -> tuple[int, int]:
+    """Where an mp3 states its frames, and how many."""
+    at = max(data.find(b"Xing"), data.find(b"Info")) + 8
+    return at, int.from_bytes(data[at : at + 4], "big")
+
+
+@pytest.mark.parametrize("missing", [None, 40, 1])
+def test_an_mp3_whose_header_states_too_few_frames(tmp_path: Path, missing: int | None) -> None:
+    """`None` states none at all. What the header has left out at the end may then be heard."""
+    data = encoded(FIRST, 1, "MP3")
+    at, count = xing_count(data)
+    stated = 0 if missing is None else count - missing
+    path = tmp_path / "a.mp3"
+    path.write_bytes(data[:at] + stated.to_bytes(4, "big") + data[at + 4 :])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found, _ = read_audio(path)
+    whole = decoded(data)
+    assert torch.equal(found[:, : whole.shape[1]], whole)
+    assert whole.shape[1] <= found.shape[1] <= whole.shape[1] + 1152
+    said = [str(warning.message) for warning in caught if warning.category is AudioFileWarning]
+    assert [f"states {stated} frames, {count} are there" in text for text in said] == [True] * (missing != 1)
+
+
+@pytest.mark.parametrize("stated", [0, 1000, FIRST - 1])
+def test_a_flac_whose_header_states_too_few_samples(tmp_path: Path, stated: int) -> None:
+    data = encoded(FIRST, 1, "FLAC")
+    info = int.from_bytes(data[18:26], "big")
+    assert info % 2**36 == FIRST
+    path = tmp_path / "a.flac"
+    path.write_bytes(data[:18] + (info - FIRST + stated).to_bytes(8, "big") + data[26:])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found, _ = read_audio(path)
+        assert audio_info(path).num_samples == FIRST
+        part, _ = read_audio(path, start=100_000, num_samples=300)
+    assert torch.equal(found, decoded(data))
+    assert torch.equal(part, found[:, 100_000:100_300])
+    said = {str(warning.message) for warning in caught}
+    assert len(said) == (stated > 0)
+    assert all(f"states {stated} samples, {FIRST} are there" in text for text in said)
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("rate", [44_100, 32_000, 22_050, 8_000])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_an_mp3_without_its_length_is_what_ffmpeg_makes_of_it(
+    tmp_path: Path, rate: int, channels: int, with_and_without_ffmpeg: None
+) -> None:
+    """Joined as well: no encoder's delay is known, so that nothing is left out."""
+    ffmpeg = shutil.which("ffmpeg", path="/usr/bin:/usr/local/bin:/opt/homebrew/bin")
+    if ffmpeg is None:
+        pytest.skip("needs ffmpeg in a usual place")
+    soundfile.write(tmp_path / "a.wav", noise(2 * rate, 0)[:, :channels], rate)
+    path = tmp_path / "a.mp3"
+    subprocess.run(
+        [
+            ffmpeg,
+            "-v",
+            "error",
+            "-i",
+            tmp_path / "a.wav",
+            "-q:a",
+            "4",
+            "-write_xing",
+            "0",
+            "-id3v2_version",
+            "0",
+            path,
+        ],
+        check=True,
+    )
+    path.write_bytes(2 * path.read_bytes())
+    raw = subprocess.run(
+        [ffmpeg, "-v", "error", "-i", path, "-f", "f32le", "-"], check=True, capture_output=True
+    )
+    expected = torch.from_numpy(np.frombuffer(raw.stdout, np.float32).reshape(-1, channels).T.copy())
+    found, _ = read_audio(path)
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() < 1e-4
+
+
+def test_seeking_in_long_pages_of_ogg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last page holds most of it, and is cut to the length; libsndfile loses its place there."""
+    samples = np.concatenate([noise(30_000, 0), 1e-3 * noise(150_001, 1)])
+    soundfile.write(tmp_path / "a.ogg", samples, RATE)
+    whole = decoded((tmp_path / "a.ogg").read_bytes())
+    monkeypatch.setattr("ear_vae.audio.reading._BLOCK_FRAMES", 30_001)
+    assert torch.equal(read_audio(tmp_path / "a.ogg")[0], whole)
+    for start in range(1, len(samples) - 500, 7_003):
+        part, _ = read_audio(tmp_path / "a.ogg", start=start, num_samples=500)
+        assert torch.equal(part, whole[:, start : start + 500])
+
+
+def test_audio_behind_damage_is_read_and_said(tmp_path: Path) -> None:
+    data = encoded(FIRST, 1, "MP3")
+    cut = data.rfind(b"\xff\xfb", 0, len(data) // 2)
+    (tmp_path / "a.mp3").write_bytes(data[:cut] + bytes(3000) + data[cut:])
+    with pytest.warns(AudioFileWarning, match=r"a\.mp3: 3000 bytes between its frames are not audio"):
+        found, _ = read_audio(tmp_path / "a.mp3")
+    assert torch.equal(found, decoded(data))

@@ -1,0 +1,77 @@
+"""The notebooks run from top to bottom, and say what they claim to say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ear_vae.pretrained.bundled import bundled_checkpoints
+
+nbclient = pytest.importorskip("nbclient")
+nbformat = pytest.importorskip("nbformat")
+pytest.importorskip("matplotlib")
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+
+
+pytestmark = [
+    pytest.mark.skipif("ear-vae-tiny" not in bundled_checkpoints(), reason="needs the bundled checkpoint"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+
+def printed_by(name: str) -> list[str]:
+    """The lines that a notebook prints when it is run from top to bottom."""
+    path = NOTEBOOKS / name
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        assert not cell.get("outputs"), "notebooks are committed without outputs"
+    client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": path.parent}})
+    client.execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return "".join(output.get("text", "") for output in outputs).splitlines()
+
+
+def si_sdr_of(lines: list[str]) -> list[float]:
+    return [float(line.split("SI-SDR")[1].split()[0]) for line in lines]
+
+
+def test_reconstruct() -> None:
+    """More noise on the latents, less of the song in the output."""
+    ratios = si_sdr_of([line for line in printed_by("01_reconstruct.ipynb") if "noise 0" in line])
+    assert len(ratios) == 5
+    assert ratios[0] > 3
+    assert ratios == sorted(ratios, reverse=True)
+
+
+def test_finetune() -> None:
+    """A few careful steps change the model a little, and do not break it."""
+    lines = printed_by("02_finetune.ipynb")
+    assert "10 steps, 0 of them left out" in lines
+    before, after = si_sdr_of([line for line in lines if "SI-SDR" in line])
+    assert before != after
+    assert after == pytest.approx(before, abs=1.0)
+
+
+def test_evaluate() -> None:
+    """Low notes are kept better than high ones; 8 bits and little noise cost little, much noise much."""
+    lines = printed_by("03_evaluate.ipynb")
+    low, high = (float(line.split(":")[1].split()[0]) for line in lines if line.startswith("residual below"))
+    assert low > high + 6
+    (sine,) = (line for line in lines if line.startswith("THD+N"))
+    assert -40 < float(sine.split(":")[1].split()[0]) < 0
+    curve = {
+        line.split("SI-SDR")[0].strip(): line for line in lines if "mel distance" in line and "SI-SDR" in line
+    }
+    clean, half, eight, little, much = (
+        si_sdr_of([curve[name]])[0] for name in ("none", "float16", "int8", "noise 0.01", "noise 1")
+    )
+    assert half == pytest.approx(clean, abs=0.01)
+    assert eight == pytest.approx(clean, abs=0.1)
+    assert little == pytest.approx(clean, abs=0.1)
+    assert much < clean - 3
+
+
+def test_every_notebook_is_tested() -> None:
+    names = {path.name for path in NOTEBOOKS.glob("*.ipynb")}
+    assert names == {"01_reconstruct.ipynb", "02_finetune.ipynb", "03_evaluate.ipynb"}
