@@ -80,7 +80,7 @@ def _settings(device_type: str) -> Hashable:
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     # Newer torch has a setting by operator, and raises on questions for the old one once that has been used.
     tf32 = (
-        (cudnn.conv.fp32_precision, matmul.fp32_precision)
+        (cudnn.conv.fp32_precision, matmul.fp32_precision)  # type: ignore[attr-defined]
         if hasattr(matmul, "fp32_precision")
         else (cudnn.allow_tf32, matmul.allow_tf32)
     )
