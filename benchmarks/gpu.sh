@@ -74,7 +74,7 @@ run() {
       ;;
     infer)
       if [ "$device" = cpu ]; then small+=(--seconds 1 --batch 1 --matrix-sizes 256); else small=(--seconds 10 60 600 --batch 1 16); fi
-      within 10 "$python" "$here/inference.py" --device "$device" --compile "${small[@]}" --json "$out/infer.json"
+      within 10 "$python" "$here/inference.py" --device "$device" --optimize "${small[@]}" --json "$out/infer.json"
       ;;
     train)
       if [ -z "$music" ]; then music=$out/noise && noise "$music"; fi

@@ -1,13 +1,13 @@
 """How fast encode and decode are, against the straight path and against what the machine can do.
 
-    python benchmarks/inference.py [--quick] [--compile] [--seconds 1 10 60 600] [--batch 1 4 16]
+    python benchmarks/inference.py [--quick] [--optimize] [--seconds 1 10 60 600] [--batch 1 4 16]
         [--json OUT.json]
 
 Random weights of the published size. In one run, turn by turn: `straight`, the network as published (weight
 norm on, the plain Snake formula, the whole clip at once, eager; on a GPU with and without TF32), `ear_vae`,
-and `diffusers`, its AutoencoderOobleck of the same width, where that library is installed; `--compile` adds
-`ear_vae_compiled`, after `EarVAE.compile`. Each has a process of its own, so that its peak memory can be
-told. A time is the median of the repeats after two that are not counted: a CUDA graph is recorded in the
+and `diffusers`, its AutoencoderOobleck of the same width, where that library is installed; `--optimize` adds
+`ear_vae_optimized`, after `EarVAE.optimize_for_inference`. Each has a process of its own, so that its peak
+memory can be told. A time is the median of the repeats after two that are not counted: a CUDA graph is recorded in the
 second.
 
 On a GPU all begin and end with tensors there; `ear_vae_from_host` goes from the host's memory and back. One
@@ -45,9 +45,9 @@ from ear_vae.dsp._torchaudio import functional as functional_of_torchaudio
 from ear_vae.network.blocks import Snake
 from ear_vae.training.weight_norm import apply_weight_norm
 
-STRAIGHT, OURS, COMPILED, DIFFUSERS = "straight", "ear_vae", "ear_vae_compiled", "diffusers"
+STRAIGHT, OURS, OPTIMIZED, DIFFUSERS = "straight", "ear_vae", "ear_vae_optimized", "diffusers"
 FROM_HOST = "ear_vae_from_host"
-TILED = (OURS, COMPILED, FROM_HOST)
+TILED = (OURS, OPTIMIZED, FROM_HOST)
 UNCOUNTED = 2
 DIRECTIONS = ("encode", "decode")
 MOST_STRAIGHT_SECONDS = 60
@@ -121,11 +121,11 @@ def build(
         peer, directions = of_diffusers(config)
         return peer.to(device=device, dtype=dtype), directions
     vae = EarVAE(config).eval().requires_grad_(False).to(device=device, dtype=dtype)
-    if implementation == COMPILED:
+    if implementation == OPTIMIZED:
         with warnings.catch_warnings():
             # It would mean that the row shows something else than its name says.
             warnings.filterwarnings("error", "runs without being compiled")
-            vae.compile()
+            vae.optimize_for_inference()
     return vae, straight(vae) if implementation == STRAIGHT else ours(vae)
 
 
@@ -340,10 +340,10 @@ def contenders_of(arguments: argparse.Namespace) -> list[Contender]:
     if arguments.device == "cuda":
         wanted += [(STRAIGHT, "tf32"), (OURS, "tf32"), (OURS, "bfloat16")]
         wanted += [(FROM_HOST, "float32"), (FROM_HOST, "bfloat16")]
-    if arguments.compile:
-        wanted.append((COMPILED, "float32"))
+    if arguments.optimize:
+        wanted.append((OPTIMIZED, "float32"))
         if arguments.device == "cuda":
-            wanted += [(COMPILED, "tf32"), (COMPILED, "bfloat16")]
+            wanted += [(OPTIMIZED, "tf32"), (OPTIMIZED, "bfloat16")]
     try:
         import diffusers  # noqa: F401
 
@@ -356,7 +356,7 @@ def contenders_of(arguments: argparse.Namespace) -> list[Contender]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one clip of 10 s")
-    parser.add_argument("--compile", action="store_true", help="also after EarVAE.compile")
+    parser.add_argument("--optimize", action="store_true", help="also after EarVAE.optimize_for_inference")
     parser.add_argument("--seconds", type=float, nargs="+", default=[1, 10, 60, 600])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

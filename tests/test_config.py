@@ -82,6 +82,7 @@ def test_round_trips_through_json(tmp_path: Path) -> None:
             "transformer_head_dim must be even and divide latent_dim (64), got 48",
         ),
         ({"transformer_head_dim": 1}, "transformer_head_dim must be even"),
+        ({"architecture": 1}, "architecture must be a name, got 1"),
     ],
 )
 def test_bad_values_are_named(changes: dict[str, Any], problem: str) -> None:
@@ -102,15 +103,39 @@ def test_the_head_size_is_free_without_a_transformer() -> None:
     assert EarVAEConfig(latent_dim=10, transformer_depth=0).latent_dim == 10
 
 
-def test_unknown_and_missing_fields_are_named() -> None:
+def test_unknown_fields_are_named_with_the_version_that_does_not_have_them() -> None:
     values = EarVAEConfig().to_dict()
-    with pytest.raises(EarVAEError, match=r"config: unknown \['dilation'\]; the fields are"):
+    expected = (
+        r"config: unknown \['dilation'\]; the fields of format version 1 are \['sample_rate', .*'strides'"
+    )
+    with pytest.raises(EarVAEError, match=expected):
         EarVAEConfig.from_dict({**values, "dilation": 3})
-    values["hop_length"] = values.pop("strides")
-    with pytest.raises(
-        EarVAEError, match=r"unknown \['hop_length'\] and missing \['strides'\]; the fields are"
-    ):
-        EarVAEConfig.from_dict(values)
+
+
+def test_absent_fields_have_their_defaults() -> None:
+    values = EarVAEConfig(channels=8, transformer_depth=1).to_dict()
+    for name in ("architecture", "transformer_head_dim", "strides"):
+        del values[name]
+    assert EarVAEConfig.from_dict(values) == EarVAEConfig(channels=8, transformer_depth=1)
+
+
+def test_a_file_states_its_version_and_its_architecture(tmp_path: Path) -> None:
+    config, path = EarVAEConfig(channels=6), tmp_path / "config.json"
+    path.write_text(config.to_json())
+    values = json.loads(path.read_text())
+    assert values.pop("format_version") == 1
+    assert values.pop("architecture") == "ear_vae"
+    assert EarVAEConfig.from_json(path) == config
+    path.write_text(json.dumps(values))  # written by hand
+    assert EarVAEConfig.from_json(path) == config
+
+
+@pytest.mark.parametrize("version", [2, 0, "1", None, True, 1.0, [1]])
+def test_a_file_of_another_version_is_refused(version: object, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**EarVAEConfig().to_dict(), "format_version": version, "new": 1}))
+    with pytest.raises(EarVAEError, match=r"config\.json: config: format version .*reads 1; update ear-vae"):
+        EarVAEConfig.from_json(path)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ear_vae import EarVAE, EarVAEConfig, EarVAEError
+from ear_vae.inference.runner import Runner
 from ear_vae.network import snake as snake_module
 from ear_vae.network.blocks import Snake
 
@@ -159,7 +160,7 @@ def test_compiled_it_gives_the_same_and_only_where_no_gradient_is_recorded(
         return snake_module._formula_of_rows(*arguments)
 
     monkeypatch.setattr(snake_module, "_compiled", lambda: stand_in)
-    vae.compile()
+    vae.optimize_for_inference()
     calls.clear()
     with torch.no_grad():
         found = vae.encode(audio).mean, vae.decode(latents)
@@ -179,8 +180,24 @@ def test_where_nothing_can_be_compiled_it_runs_all_the_same(monkeypatch: pytest.
     vae, latents = EarVAE(EarVAEConfig(channels=4)).eval().requires_grad_(False), torch.randn(64, 5)
     expected = vae.decode(latents)
     with pytest.warns(UserWarning, match="without being compiled: C\\+\\+ compiler not found$"):
-        vae.compile()
+        vae.optimize_for_inference()
     torch.testing.assert_close(vae.decode(latents), expected, rtol=0, atol=0)
+
+
+def test_compile_is_that_of_every_module() -> None:
+    """torch.compile of a pass, with its options; not what `optimize_for_inference` does."""
+    torch.manual_seed(0)
+    vae, audio = EarVAE(EarVAEConfig(channels=4)).eval().requires_grad_(False), torch.randn(1, 2, 3000)
+    expected, compiled = vae(audio).audio, []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., object]:
+        compiled.append(graph)
+        return graph.forward
+
+    vae.compile(backend=backend, dynamic=False)
+    torch.testing.assert_close(vae(audio).audio, expected)
+    assert any(node.op == "call_function" for graph in compiled for node in graph.graph.nodes)
+    assert not any(module.compiled for module in vae.modules() if isinstance(module, Snake))
 
 
 def test_facts_of_the_published_variants() -> None:
@@ -458,5 +475,5 @@ def test_the_transformer_is_float32_under_autocast() -> None:
     latents = torch.randn(1, 64, 30)
     expected = vae.transformer(latents)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = vae._transformed(latents)
+        found = Runner(vae).transform(latents)
     assert torch.equal(found, expected)

@@ -9,6 +9,9 @@ from ear_vae.errors import EarVAEError
 from ear_vae.limits import shown
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+"""Dtypes that the network runs in."""
+STORED_DTYPES = (*SUPPORTED_DTYPES, torch.float16)
+"""Dtypes that files of weights and of latents may hold."""
 _BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in SUPPORTED_DTYPES}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -11,6 +12,8 @@ from typing import Any
 from ear_vae.errors import EarVAEError
 from ear_vae.limits import HIGHEST_DOWNSAMPLING_RATIO, integer, read_json, sample_rate_of, shown
 
+FORMAT_VERSION = 1
+"""Version of `config.json`: a later one has fields that this package does not know."""
 # A config from a stranger must not build a million layers.
 _MOST_BLOCKS = 16
 _HIGHEST = {
@@ -41,6 +44,7 @@ class EarVAEConfig:
         latent_dim: Channels of the latents, at most 4096.
         transformer_depth: Layers of the transformer on the latents, at most 256; 0 for none.
         transformer_head_dim: Channels of one attention head; divides `latent_dim` and is even.
+        architecture: Family of networks, one of `ear_vae.network.ARCHITECTURES`.
 
     Raises:
         EarVAEError: A field has the wrong type or a value out of range.
@@ -54,10 +58,15 @@ class EarVAEConfig:
     latent_dim: int = 64
     transformer_depth: int = 2
     transformer_head_dim: int = 32
+    architecture: str = "ear_vae"
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            if field.name == "architecture":
+                if not isinstance(value, str):
+                    raise EarVAEError(f"config: architecture must be a name, got {shown(value)}")
+                continue
             if field.name in ("channel_multipliers", "strides"):
                 listed = [integer(v) for v in value] if isinstance(value, (list, tuple)) else []
                 if not listed or None in listed:
@@ -124,23 +133,27 @@ class EarVAEConfig:
         return tuple(zip([self.channels, *widths[:-1]], widths, strict=True))
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-ready values; `from_dict` takes them back."""
+        """Returns the fields as JSON-ready values; `from_dict` takes them back."""
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+
+    def to_json(self) -> str:
+        """Returns the text of a `config.json`: the fields and the version of the format."""
+        return json.dumps({"format_version": FORMAT_VERSION, **self.to_dict()}, indent=2) + "\n"
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EarVAEConfig:
-        """Builds a config from exactly the fields of `to_dict`.
+        """Builds a config from fields as `to_dict` returns them; absent ones have their defaults.
 
         Raises:
-            EarVAEError: A field is unknown, missing, of the wrong type or out of range.
+            EarVAEError: A field is unknown, of the wrong type or out of range.
         """
         if not isinstance(values, Mapping):
             raise EarVAEError(f"config: expected a JSON object, got {type(values).__name__}")
         names = [field.name for field in fields(cls)]
-        unknown, missing = sorted(map(str, set(values) - set(names))), [n for n in names if n not in values]
-        if unknown or missing:
-            problems = [f"unknown {shown(unknown)}"] * bool(unknown) + [f"missing {missing}"] * bool(missing)
-            raise EarVAEError(f"config: {' and '.join(problems)}; the fields are {names}")
+        if unknown := sorted(map(str, set(values) - set(names))):
+            raise EarVAEError(
+                f"config: unknown {shown(unknown)}; the fields of format version {FORMAT_VERSION} are {names}"
+            )
         return cls(**values)
 
     @classmethod
@@ -148,10 +161,19 @@ class EarVAEConfig:
         """Reads a `config.json` as written by `EarVAE.save_pretrained`.
 
         Raises:
-            EarVAEError: The file cannot be read, is not JSON, or holds an invalid config.
+            EarVAEError: The file cannot be read, is not JSON, is of a later version, or holds an invalid
+                config.
         """
         values = read_json(path)
         try:
+            if isinstance(values, Mapping) and "format_version" in values:
+                version = values["format_version"]
+                if type(version) is not int or version != FORMAT_VERSION:
+                    raise EarVAEError(
+                        f"config: format version {shown(version)}, this ear-vae reads {FORMAT_VERSION}; "
+                        "update ear-vae"
+                    )
+                values = {name: value for name, value in values.items() if name != "format_version"}
             return cls.from_dict(values)
         except EarVAEError as error:
             raise EarVAEError(f"{path}: {error}") from None

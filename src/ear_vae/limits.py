@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import operator
 import reprlib
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,10 +58,22 @@ def shown(value: Any) -> str:
     return _short.repr(value)
 
 
-def name_in_a_line(name: str) -> str:
-    """A name without line breaks and other control characters, cut to 100 characters."""
-    plain = " ".join("".join(c if c.isprintable() else " " for c in name).split())
-    return plain if len(plain) <= _LONGEST_NAME else plain[: _LONGEST_NAME - 1] + "…"
+def escaped(text: str) -> str:
+    """Returns the text with control characters, and bytes that are no UTF-8, as escapes such as `\\x1b`."""
+    return "".join(map(_escaped_character, text))
+
+
+def shortened(text: str, longest: int) -> str:
+    """Returns the text without its middle where it is longer than that many characters."""
+    if len(text) <= longest:
+        return text
+    head = (longest - 1) // 2
+    return f"{text[:head]}…{text[len(text) - (longest - 1 - head) :]}"
+
+
+def name_in_a_line(name: str, longest: int = _LONGEST_NAME) -> str:
+    """Returns a name from anywhere, fit for a line of text: escaped, and shortened."""
+    return shortened(escaped(name), longest)
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -93,6 +106,14 @@ def read_json(path: Path) -> Any:
         return parse_json(content.decode("utf-8"))
     except (OSError, ValueError) as error:
         raise EarVAEError(f"{path}: cannot read the config: {error}") from error
+
+
+def _escaped_character(character: str) -> str:
+    if character.isprintable() or unicodedata.category(character) == "Zs":
+        return character
+    if "\udc80" <= character <= "\udcff":  # a byte of a file name that is not UTF-8
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode("ascii")
 
 
 class _Short(reprlib.Repr):

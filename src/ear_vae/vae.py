@@ -3,42 +3,24 @@
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
-from functools import partial
-from itertools import chain
-from pathlib import Path
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
-from ear_vae._dtype import available_device, require_runnable, supported_dtype, upcast
+from ear_vae._dtype import available_device, supported_dtype
 from ear_vae.config import EarVAEConfig
+from ear_vae.dsp.resampling import resample, resample_stream
 from ear_vae.errors import EarVAEError
-from ear_vae.inference.asynchronous_copy import begin_delivery, to_device
-from ear_vae.inference.cuda_graphs import MOST_FRAMES, forget, replayed
-from ear_vae.inference.tiling import (
-    Stage,
-    decoder_stages,
-    encoder_stages,
-    run_stages,
-    stream_stages,
-    tile_length,
-)
+from ear_vae.inference.runner import Runner, optimize
 from ear_vae.limits import sample_rate_of
-from ear_vae.network import Decoder, Encoder, LatentTransformer
-from ear_vae.network.blocks import Snake
-from ear_vae.network.snake import compile_snake
+from ear_vae.network import Autoencoder
 from ear_vae.posterior import Posterior
-
-_Network = TypeVar("_Network", Encoder, Decoder)
-_StagesOf = Callable[[_Network, EarVAEConfig, torch.device], list[Stage]]
+from ear_vae.pretrained.folder import fingerprint, read_folder, write_folder
+from ear_vae.pretrained.push import push
+from ear_vae.pretrained.resolve import resolve
 
 
 class Reconstruction(NamedTuple):
@@ -48,7 +30,7 @@ class Reconstruction(NamedTuple):
     posterior: Posterior
 
 
-class EarVAE(nn.Module):
+class EarVAE(Autoencoder):
     """A variational autoencoder for stereo music.
 
     A new instance has random weights; `EarVAE.from_pretrained` loads trained ones. Audio of any
@@ -71,14 +53,10 @@ class EarVAE(nn.Module):
     """
 
     def __init__(self, config: EarVAEConfig | None = None, *, name: str = "unnamed") -> None:
-        super().__init__()
-        self.config = config or EarVAEConfig()
+        super().__init__(config or EarVAEConfig())
         self.name = name
-        self.encoder = Encoder(self.config)
-        self.transformer = LatentTransformer(self.config) if self.config.transformer_depth else None
-        self.decoder = Decoder(self.config)
         self.gradient_checkpointing = False
-        self._replays = False
+        self._cuda_graphs = False
 
     @property
     def sample_rate(self) -> int:
@@ -106,16 +84,6 @@ class EarVAE(nn.Module):
         return self.config.audio_channels
 
     @property
-    def device(self) -> torch.device:
-        """Where the weights lie."""
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the weights, in which the convolutions run."""
-        return next(self.parameters()).dtype
-
-    @property
     def weights_sha256(self) -> str:
         """Fingerprint of the weights, by which files of weights and of latents know their model.
 
@@ -124,8 +92,6 @@ class EarVAE(nn.Module):
         computed anew each time, so that no change of the weights can be missed: 0.4 to 0.5 s of
         processor time at the published size. Keep it in a variable where many files are compared.
         """
-        from ear_vae.pretrained.folder import fingerprint
-
         return fingerprint(self.state_dict())
 
     def encode(self, audio: Tensor | np.ndarray, sample_rate: int | None = None) -> Posterior:
@@ -146,8 +112,8 @@ class EarVAE(nn.Module):
         """
         rate = None if sample_rate is None else sample_rate_of(sample_rate)
         batched, squeeze = self._as_batch(audio)
-        batched = self._resampled(batched, rate, self.sample_rate)
-        posterior = Posterior.from_parameters(self._encode_batch(batched))
+        batched = _resampled(batched, rate, self.sample_rate)
+        posterior = Posterior.from_parameters(self._runner().encode(batched))
         return Posterior(posterior.mean[0], posterior.std[0]) if squeeze else posterior
 
     def decode(self, latents: Tensor | np.ndarray, num_samples: int | None = None) -> Tensor:
@@ -167,7 +133,7 @@ class EarVAE(nn.Module):
         longest = z.shape[-1] * self.downsampling_ratio
         if num_samples is not None and not 0 < num_samples <= longest:
             raise EarVAEError(f"num_samples is {num_samples}; these latents decode to 1 to {longest} samples")
-        audio = self._decode_batch(z)
+        audio = self._runner().decode(z)
         return (audio[0] if squeeze else audio)[..., :num_samples]
 
     def encode_stream(
@@ -195,7 +161,7 @@ class EarVAE(nn.Module):
         Raises:
             EarVAEError: As for `encode`; or `tile_frames` below 1.
         """
-        length = self._tile_frames(tile_frames)
+        runner = self._runner(tile_frames)
         rate = None if sample_rate is None else sample_rate_of(sample_rate)
         squeeze = False
 
@@ -206,16 +172,8 @@ class EarVAE(nn.Module):
                     batched, squeeze = self._as_batch(block)
                     yield batched
 
-        def padded(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
-            count = 0
-            for piece in pieces:
-                count += piece.shape[-1]
-                yield piece
-            if (missing := -count % self.downsampling_ratio) and count:
-                yield piece.new_zeros(*piece.shape[:-1], missing)
-
-        resampled = batches() if rate is None else self._resampled_stream(batches(), rate)
-        for parameters in self._stream(self.encoder, padded(resampled), encoder_stages, length):
+        resampled = batches() if rate is None else resample_stream(batches(), rate, self.sample_rate)
+        for parameters in runner.encode_stream(resampled):
             posterior = Posterior.from_parameters(parameters)
             yield Posterior(posterior.mean[0], posterior.std[0]) if squeeze else posterior
 
@@ -238,7 +196,7 @@ class EarVAE(nn.Module):
         Raises:
             EarVAEError: As for `decode`; or `tile_frames` below 1.
         """
-        length = self._tile_frames(tile_frames)
+        runner = self._runner(tile_frames)
         squeeze = False
 
         def batches() -> Iterator[Tensor]:
@@ -248,11 +206,7 @@ class EarVAE(nn.Module):
                     batched, squeeze = self._as_latents(block)
                     yield batched
 
-        latents: Iterable[Tensor] = batches()
-        if self.transformer is not None and (pieces := list(latents)):
-            latents = [self._transformed(torch.cat(pieces, dim=-1))]
-            del pieces
-        for audio in self._stream(self.decoder, latents, decoder_stages, length):
+        for audio in runner.decode_stream(batches()):
             yield audio[0] if squeeze else audio
 
     def reconstruct(self, audio: Tensor | np.ndarray, sample_rate: int | None = None) -> Tensor:
@@ -275,15 +229,15 @@ class EarVAE(nn.Module):
             batched.shape[-1],
             torch.as_tensor(audio).shape[-2] < self.audio_channels,
         )
-        batched = self._resampled(batched, rate, self.sample_rate)
+        batched = _resampled(batched, rate, self.sample_rate)
         model_samples = batched.shape[-1]
-        parameters = self._encode_batch(batched)
+        parameters = self._runner().encode(batched)
         del batched  # An hour of audio is a gigabyte; do not hold it while decoding.
-        rebuilt = self._decode_batch(Posterior.from_parameters(parameters).mean)[..., :model_samples]
+        rebuilt = self._runner().decode(Posterior.from_parameters(parameters).mean)[..., :model_samples]
         if mono_in_stereo:
             rebuilt = rebuilt.mean(dim=1, keepdim=True)
         if rate is not None:
-            rebuilt = self._resampled(rebuilt, self.sample_rate, rate)[..., :num_samples]
+            rebuilt = _resampled(rebuilt, self.sample_rate, rate)[..., :num_samples]
         return rebuilt[0] if squeeze else rebuilt
 
     def forward(
@@ -345,9 +299,6 @@ class EarVAE(nn.Module):
                 damaged or does not fit its config, the weights do not have the fingerprint that their file
                 states, the download failed, or there is no such device or dtype.
         """
-        from ear_vae.pretrained.folder import load_pretrained
-        from ear_vae.pretrained.resolve import resolve
-
         device, dtype = available_device(device), supported_dtype(dtype)
         checkpoint = resolve(
             name_or_path,
@@ -358,9 +309,13 @@ class EarVAE(nn.Module):
             cache_dir=cache_dir,
             force_download=force_download,
         )
-        vae = load_pretrained(cls, checkpoint)
         # Weights made in inference mode could never be trained.
         with torch.inference_mode(False), torch.no_grad():
+            config, state = read_folder(checkpoint.folder)
+            with torch.device("meta"):
+                vae = cls(config, name=checkpoint.name)
+            vae.load_state_dict(state, assign=True)
+            vae.eval().requires_grad_(False)
             return vae.to(device=device, dtype=dtype) if dtype else vae.to(device=device)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
@@ -369,9 +324,7 @@ class EarVAE(nn.Module):
         Raises:
             EarVAEError: The folder cannot be written to.
         """
-        from ear_vae.pretrained.folder import save_pretrained
-
-        save_pretrained(self, Path(directory))
+        write_folder(directory, self.config, self.state_dict(), name=self.name)
 
     def push_to_hub(
         self,
@@ -389,11 +342,17 @@ class EarVAE(nn.Module):
         Raises:
             EarVAEError: The Hub refused or could not be reached.
         """
-        from ear_vae.pretrained.resolve import push
+        return push(
+            self.config,
+            self.state_dict(),
+            repo_id,
+            name=self.name,
+            token=token,
+            private=private,
+            commit_message=commit_message,
+        )
 
-        return push(self, repo_id, token=token, private=private, commit_message=commit_message)
-
-    def compile(self) -> None:
+    def optimize_for_inference(self) -> None:
         """Prepares for many passes that record no gradient, on the device where the model is now.
 
         On a CPU the activation is compiled to one pass over memory instead of four, which takes some seconds
@@ -403,22 +362,12 @@ class EarVAE(nn.Module):
 
         On CUDA, also if the model is moved there later, the activation is one pass already, and short inputs
         (up to some 9 s) of a shape that comes again are recorded as CUDA graphs and replayed; threads take
-        turns. Calling it again drops what has been recorded.
+        turns. Calling it again drops the graphs that have been recorded.
+
+        It has nothing to do with `compile`, which is `torch.nn.Module.compile` and compiles `forward`.
         """
-        self._replays = True
-        for network in (self.encoder, self.decoder):
-            forget(network)
-        if self.device.type == "cuda":
-            return
-        try:
-            compile_snake(self.device, self.dtype)
-        except (RuntimeError, OSError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            warnings.warn(f"runs without being compiled: {reason}", stacklevel=2)
-            return
-        for module in self.modules():
-            if isinstance(module, Snake):
-                module.compiled = True
+        self._cuda_graphs = True
+        optimize(self)
 
     def _as_batch(self, audio: Tensor | np.ndarray) -> tuple[Tensor, bool]:
         """Audio as [B, C, T] with the model's channels, and whether a batch axis was added."""
@@ -456,132 +405,19 @@ class EarVAE(nn.Module):
             raise EarVAEError(f"latents have shape {_shape(z)}: there is nothing to decode")
         return (z, False) if z.ndim == 3 else (z.unsqueeze(0), True)
 
-    @staticmethod
-    def _resampled(audio: Tensor, original_rate: int | None, target_rate: int) -> Tensor:
-        if original_rate is None or original_rate == target_rate:
-            return audio
-        from ear_vae.audio import resample
-
-        return resample(audio, original_rate, target_rate)
-
-    def _resampled_stream(self, blocks: Iterable[Tensor], original_rate: int) -> Iterator[Tensor]:
-        from ear_vae.dsp.resampling import resample_stream
-
-        return resample_stream(blocks, original_rate, self.sample_rate)
-
-    def _encode_batch(self, audio: Tensor) -> Tensor:
-        """[B, C, T] at the model's rate to the posterior's parameters [B, 2 D, N]."""
-        ratio = self.downsampling_ratio
-        num_frames = -(-audio.shape[-1] // ratio)
-        whole = functional.pad(audio, (0, num_frames * ratio - audio.shape[-1]))
-        return self._run(self.encoder, whole, encoder_stages)
-
-    def _decode_batch(self, latents: Tensor) -> Tensor:
-        """[B, D, N] to audio [B, C, N * downsampling_ratio]."""
-        if self.transformer is not None:
-            latents = self._transformed(latents)
-        return self._run(self.decoder, latents, decoder_stages)
-
-    def _transformed(self, latents: Tensor) -> Tensor:
-        """Latents [B, D, N] after the transformer, in float32 at least.
-
-        It computes in float32 whatever the weights' dtype: it is a thousandth of the work, and what it gets
-        wrong goes into every sample.
-        """
-        assert self.transformer is not None
-        self._require_runnable(self.transformer)
-        weights = {name: upcast(weight) for name, weight in self.transformer.named_parameters()}
-        x = latents.to(device=self.device, dtype=torch.promote_types(self.dtype, torch.float32))
-        # Autocast would compute it in less.
-        with torch.autocast(self.device.type, enabled=False):
-            transformed: Tensor = functional_call(self.transformer, weights, (x,))
-        return transformed.to(latents.device)
-
-    def _require_runnable(self, network: nn.Module) -> None:
-        require_runnable({parameter.dtype for parameter in network.parameters()}, self.device)
-
-    def _run(self, network: _Network, x: Tensor, stages_of: _StagesOf[_Network]) -> Tensor:
-        self._require_runnable(network)
-        if torch.is_grad_enabled() and (
-            x.requires_grad or any(p.requires_grad for p in network.parameters())
-        ):
-            # A recorded graph holds every activation anyway: tiles would only add their contexts to it.
-            return upcast(self._recorded(network, self._here(x))).to(x.device)
-        return run_stages(
-            self._stages(network, stages_of),
-            x,
-            tile_frames=self._tile_frames(),
-            prepare=self._prepared,
-            deliver=lambda tile: self._delivered(tile, x.device),
-        )
-
-    def _stages(self, network: _Network, stages_of: _StagesOf[_Network]) -> list[Stage]:
-        stages = stages_of(network, self.config, self.device)
-        if self._replays and self.device.type == "cuda":
-            # On a GPU the only stage is the network itself.
-            return [replace(stage, network=partial(_replayed, network, stage.inputs)) for stage in stages]
-        return stages
-
-    def _recorded(self, network: Encoder | Decoder, x: Tensor) -> Tensor:
-        if not self.gradient_checkpointing:
-            result: Tensor = network(x)
-            return result
-        for stage in network.stages():
-            x = checkpoint(stage, x, use_reentrant=False, preserve_rng_state=False)
-        return x
-
-    def _stream(
-        self,
-        network: _Network,
-        blocks: Iterable[Tensor],
-        stages_of: _StagesOf[_Network],
-        tile_frames: int,
-    ) -> Iterator[Tensor]:
-        """As `_run`, piece by piece; results lie on the device of the input, and no gradients are kept."""
-        self._require_runnable(network)
-        source = iter(blocks)
-        if (first := next(source, None)) is None:
-            return
-        tiles = stream_stages(
-            self._stages(network, stages_of),
-            chain((first,), source),
+    def _runner(self, tile_frames: int | None = None) -> Runner:
+        if tile_frames is not None and tile_frames < 1:
+            raise EarVAEError(f"tile_frames is {tile_frames}; expected 1 or more")
+        return Runner(
+            self,
+            gradient_checkpointing=self.gradient_checkpointing,
+            cuda_graphs=self._cuda_graphs,
             tile_frames=tile_frames,
-            prepare=self._prepared,
-            deliver=lambda tile: self._delivered(tile, first.device),
         )
-        while True:
-            # Not around the whole: between two tiles the caller's code runs.
-            with torch.no_grad():
-                tile = next(tiles, None)
-            if tile is None:
-                return
-            yield tile
-
-    def _tile_frames(self, wanted: int | None = None) -> int:
-        if wanted is not None and wanted < 1:
-            raise EarVAEError(f"tile_frames is {wanted}; expected 1 or more")
-        return wanted or tile_length(self.config.channels, self.downsampling_ratio, self.device, self.dtype)
-
-    def _prepared(self, tile: Tensor) -> Tensor:
-        """[B, C, T] as the networks take it in inference, see `ear_vae.network.blocks`."""
-        # Channels last by hand, which torch.vmap takes too.
-        return self._here(tile).movedim(1, -1).contiguous().movedim(-1, 1).unsqueeze(-2)
-
-    def _delivered(self, tile: Tensor, device: torch.device) -> Callable[[], Tensor]:
-        """The way back, as [B, C, T] in float32 at least."""
-        return begin_delivery(upcast(tile.squeeze(-2)), device)
-
-    def _here(self, x: Tensor) -> Tensor:
-        """On the model's device, in its dtype."""
-        return to_device(x, self.device, self.dtype)
 
 
-def _replayed(network: Encoder | Decoder, inputs_per_frame: int, x: Tensor) -> Tensor:
-    """A pass without gradients, recorded where that is worth it."""
-    if x.shape[0] * x.shape[-1] > MOST_FRAMES * inputs_per_frame:
-        result: Tensor = network(x)
-        return result
-    return replayed(network, x)
+def _resampled(audio: Tensor, original_rate: int | None, target_rate: int) -> Tensor:
+    return audio if original_rate in (None, target_rate) else resample(audio, original_rate, target_rate)
 
 
 def _require_floating(what: str, x: Tensor, cure: str) -> None:

@@ -106,7 +106,7 @@ def test_parts_of_an_mp3_with_tiny_frames(
     subprocess.run(["ffmpeg", "-v", "error", "-i", source, "-q:a", "2", path], check=True)
     # From its start and in one go, no decoder has to seek.
     whole = torch.from_numpy(soundfile.read(path, dtype="float32")[0].T.copy())
-    monkeypatch.setattr("ear_vae.audio.reading._BLOCK_FRAMES", block)
+    monkeypatch.setattr("ear_vae.audio.reading.BLOCK_FRAMES", block)
     assert torch.equal(read_audio(path)[0], whole)
     for start in range(1, whole.shape[1] - 500, 17_003):
         part, _ = read_audio(path, start=start, num_samples=500)

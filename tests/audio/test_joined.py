@@ -74,7 +74,7 @@ def test_every_part_is_read(
     assert audio_info(path).num_samples == expected.shape[1]
     assert torch.equal(read_audio(path)[0], expected)
     assert torch.equal(read_audio(io.BytesIO(path.read_bytes()))[0], expected)
-    monkeypatch.setattr("ear_vae.audio.reading._BLOCK_FRAMES", 30_001)
+    monkeypatch.setattr("ear_vae.audio.reading.BLOCK_FRAMES", 30_001)
     with stream_audio(path) as (_, blocks):
         assert torch.equal(torch.cat(list(blocks), dim=1), expected)
     for start in (
@@ -218,7 +218,7 @@ def test_seeking_in_long_pages_of_ogg(tmp_path: Path, monkeypatch: pytest.Monkey
     samples = np.concatenate([noise(30_000, 0), 1e-3 * noise(150_001, 1)])
     soundfile.write(tmp_path / "a.ogg", samples, RATE)
     whole = decoded((tmp_path / "a.ogg").read_bytes())
-    monkeypatch.setattr("ear_vae.audio.reading._BLOCK_FRAMES", 30_001)
+    monkeypatch.setattr("ear_vae.audio.reading.BLOCK_FRAMES", 30_001)
     assert torch.equal(read_audio(tmp_path / "a.ogg")[0], whole)
     for start in range(1, len(samples) - 500, 7_003):
         part, _ = read_audio(tmp_path / "a.ogg", start=start, num_samples=500)

@@ -23,7 +23,8 @@ from ear_vae import EarVAE, EarVAEConfig
 from ear_vae.inference import asynchronous_copy as transfers
 from ear_vae.inference import cuda_graphs as graphs
 from ear_vae.inference import tiling
-from ear_vae.inference.asynchronous_copy import begin_delivery, to_device
+from ear_vae.inference.asynchronous_copy import copy_to_device, start_copy
+from ear_vae.inference.runner import Runner
 from ear_vae.network.blocks import Snake
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -56,17 +57,17 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> type[Recording]:
 def test_a_shape_is_recorded_when_it_comes_again(recordings: type[Recording]) -> None:
     network, x = nn.Conv1d(2, 3, 1).requires_grad_(False), torch.randn(1, 2, 10)
     expected = network(x)
-    assert torch.equal(graphs.replayed(network, x), expected)
+    assert torch.equal(graphs.run_graph(network, x), expected)
     assert recordings.made == 0
     for _ in range(3):
-        assert torch.equal(graphs.replayed(network, x), 2 * expected)
+        assert torch.equal(graphs.run_graph(network, x), 2 * expected)
     assert recordings.made == 1
     # Another shape, other weights, and after all has been forgotten.
-    graphs.replayed(network, x[..., :9])
+    graphs.run_graph(network, x[..., :9])
     network.weight.data = network.weight.data.clone()
-    assert torch.equal(graphs.replayed(network, x), expected)
-    graphs.forget(network)
-    assert torch.equal(graphs.replayed(network, x), expected)
+    assert torch.equal(graphs.run_graph(network, x), expected)
+    graphs.clear_graphs(network)
+    assert torch.equal(graphs.run_graph(network, x), expected)
     assert recordings.made == 1
 
 
@@ -74,9 +75,9 @@ def test_the_shapes_that_are_remembered_are_few(recordings: type[Recording]) -> 
     network = nn.Conv1d(2, 3, 1).requires_grad_(False)
     inputs = [torch.randn(1, 2, 10 + n) for n in range(graphs._MOST_SHAPES + 1)]
     for x in (*inputs, inputs[-1]):
-        graphs.replayed(network, x)
+        graphs.run_graph(network, x)
     assert recordings.made == 1
-    assert torch.equal(graphs.replayed(network, inputs[0]), network(inputs[0]))
+    assert torch.equal(graphs.run_graph(network, inputs[0]), network(inputs[0]))
     assert len(graphs._networks[network].shapes) == graphs._MOST_SHAPES
 
 
@@ -84,8 +85,8 @@ def test_recordings_of_a_network_share_memory(recordings: type[Recording]) -> No
     network, other = (nn.Conv1d(2, 3, 1).requires_grad_(False) for _ in range(2))
     for part in (network, other):
         for x in (torch.randn(1, 2, 4), torch.randn(1, 2, 5)):
-            graphs.replayed(part, x)
-            graphs.replayed(part, x)
+            graphs.run_graph(part, x)
+            graphs.run_graph(part, x)
     for part in (network, other):
         first, second = graphs._networks[part].graphs()
         assert (first.beside, second.beside) == (None, first)
@@ -94,7 +95,7 @@ def test_recordings_of_a_network_share_memory(recordings: type[Recording]) -> No
 def test_recordings_go_with_their_network(recordings: type[Recording]) -> None:
     network = nn.Conv1d(2, 3, 1).requires_grad_(False)
     before = len(graphs._networks)
-    graphs.replayed(network, torch.randn(1, 2, 4))
+    graphs.run_graph(network, torch.randn(1, 2, 4))
     copy.deepcopy(network)
     assert len(graphs._networks) == before + 1
     del network
@@ -110,16 +111,16 @@ def test_other_settings_are_another_recording(recordings: type[Recording], switc
     network, x = nn.Conv1d(2, 3, 1).requires_grad_(False), torch.randn(1, 2, 10)
     autocast = {"device_type": "cpu", "enabled": switched == "autocast's dtype", "dtype": torch.float16}
     with torch.autocast(**autocast):
-        graphs.replayed(network, x)
-        graphs.replayed(network, x)
+        graphs.run_graph(network, x)
+        graphs.run_graph(network, x)
     assert recordings.made == 1
     try:
         if switched == "TF32":
             switch_tf32()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=switched != "TF32"):
-            graphs.replayed(network, x)
+            graphs.run_graph(network, x)
             assert recordings.made == 1
-            graphs.replayed(network, x)
+            graphs.run_graph(network, x)
     finally:
         if switched == "TF32":
             switch_tf32()
@@ -129,15 +130,15 @@ def test_other_settings_are_another_recording(recordings: type[Recording], switc
 def test_what_cannot_be_recorded_is_computed_as_usual(recordings: type[Recording]) -> None:
     network, x = nn.Conv1d(2, 3, 1).requires_grad_(False), torch.randn(1, 2, 10)
     recordings.fails = True
-    graphs.replayed(network, x)
+    graphs.run_graph(network, x)
     with pytest.warns(UserWarning, match=r"\[1, 2, 10\] cannot be recorded .*: operation not permitted"):
-        assert torch.equal(graphs.replayed(network, x), network(x))
+        assert torch.equal(graphs.run_graph(network, x), network(x))
     # Neither tried again nor complained about.
-    assert torch.equal(graphs.replayed(network, x), network(x))
+    assert torch.equal(graphs.run_graph(network, x), network(x))
     assert recordings.made == 1
-    graphs.replayed(network, x[..., :9])
+    graphs.run_graph(network, x[..., :9])
     recordings.fails = False
-    assert torch.equal(graphs.replayed(network, x[..., :9]), 2 * network(x[..., :9]))
+    assert torch.equal(graphs.run_graph(network, x[..., :9]), 2 * network(x[..., :9]))
 
 
 def test_threads_take_turns(recordings: type[Recording], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,10 +155,10 @@ def test_threads_take_turns(recordings: type[Recording], monkeypatch: pytest.Mon
 
     monkeypatch.setattr(recordings, "replay", replay)
     for _ in range(2):
-        graphs.replayed(network, inputs[0])
+        graphs.run_graph(network, inputs[0])
     both.reset()
     with ThreadPoolExecutor(2) as threads:
-        found = list(threads.map(lambda x: graphs.replayed(network, x), inputs))
+        found = list(threads.map(lambda x: graphs.run_graph(network, x), inputs))
     for one, x in zip(found, inputs, strict=True):
         assert torch.equal(one, 2 * network(x))
 
@@ -166,29 +167,32 @@ def test_a_model_prepared_before_it_is_moved_records_short_inputs(
     vae: EarVAE, recordings: type[Recording], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prepared on the CPU; then as on a GPU, whose tensors are on the CPU here."""
-    monkeypatch.setattr("ear_vae.vae.compile_snake", lambda *_: None)
-    vae.compile()
+    monkeypatch.setattr("ear_vae.inference.runner.compile_snake", lambda *_: None)
+    vae.optimize_for_inference()
     for module in vae.modules():
         if isinstance(module, Snake):
             module.compiled = False
     there = types.SimpleNamespace(type="cuda")
+
+    def runner(model: EarVAE, **options: Any) -> Runner:
+        return Runner(model, **{**options, "graph_frames": 6, "tile_frames": 2048})
+
     monkeypatch.setattr(EarVAE, "device", there)
-    monkeypatch.setattr("ear_vae.vae.tile_length", lambda *_: 2048)
-    monkeypatch.setattr(EarVAE, "_here", lambda self, x: x)
-    monkeypatch.setattr(EarVAE, "_transformed", lambda self, x: x)
-    monkeypatch.setattr("ear_vae.vae.MOST_FRAMES", 6)
+    monkeypatch.setattr("ear_vae.inference.runner.copy_to_device", lambda x, *_: x)
+    monkeypatch.setattr("ear_vae.vae.Runner", runner)
+    vae.transformer = None
     monkeypatch.setattr(vae.decoder, "forward", lambda x: x[:, :2].repeat_interleave(1024, dim=-1))
     for frames, batch, made in ((7, 1, 0), (2, 4, 0), (2, 3, 1), (2, 1, 2)):
         latents = torch.randn(batch, 64, frames)
         for _ in range(2):
-            vae._run(vae.decoder, latents, tiling.decoder_stages)
+            vae.decode(latents)
         assert recordings.made == made
 
 
 def test_transfers_on_one_device() -> None:
     x = torch.randn(3, dtype=torch.float64)
-    assert torch.equal(to_device(x, torch.device("cpu"), torch.float32), x.float())
-    assert begin_delivery(x, torch.device("cpu"))() is x
+    assert torch.equal(copy_to_device(x, torch.device("cpu"), torch.float32), x.float())
+    assert start_copy(x, torch.device("cpu"))() is x
 
 
 def pin_memory(x: torch.Tensor) -> torch.Tensor:
@@ -233,7 +237,7 @@ def test_a_tile_is_pinned_in_one_piece_of_its_own_size(
             upload(self, given[0]) if options.get("non_blocking") else original(self, *given, **options)
         ),
     )
-    found = to_device(x, torch.device("cuda"), torch.float64)
+    found = copy_to_device(x, torch.device("cuda"), torch.float64)
     assert torch.equal(found, x.double())
     (pinned,) = sent
     assert pinned.is_contiguous()
@@ -265,8 +269,8 @@ class TestOnAGpu:
         audio = 0.3 * torch.randn(3, 2, 200 * 1024)
         on_gpu = copy.deepcopy(vae).to("cuda")
         if compiled:
-            on_gpu.compile()
-        monkeypatch.setattr("ear_vae.vae.tile_length", lambda *_: 64)
+            on_gpu.optimize_for_inference()
+        monkeypatch.setattr("ear_vae.inference.runner.tile_length", lambda *_: 64)
         latents = vae.encode(audio).mean
         rebuilt = vae.decode(latents)
         # The first pass is plain, the second recorded, the third replayed.
@@ -279,7 +283,7 @@ class TestOnAGpu:
             torch.testing.assert_close(sound, rebuilt, rtol=0, atol=1e-4)
 
     def test_replays_follow_weights_that_change(self, vae: EarVAE) -> None:
-        vae.to("cuda").compile()
+        vae.to("cuda").optimize_for_inference()
         latents = torch.randn(64, 30, device="cuda")
         before = [vae.decode(latents) for _ in range(3)][-1]
         vae.decoder.conv_out.weight.data.mul_(2)
@@ -290,7 +294,7 @@ class TestOnAGpu:
         vae.to("cuda")
         inputs = [torch.randn(64, frames, device="cuda") for frames in (50, 40, 30, 20)]
         expected = [vae.decode(latents) for latents in inputs]
-        vae.compile()
+        vae.optimize_for_inference()
         for latents in inputs[:1] * 2:
             vae.decode(latents)
         one = torch.cuda.memory_reserved()
@@ -303,7 +307,7 @@ class TestOnAGpu:
     def test_it_need_not_be_the_current_gpu(self, vae: EarVAE) -> None:
         latents = torch.randn(64, 30)
         expected = vae.decode(latents)
-        vae.to("cuda:1").compile()
+        vae.to("cuda:1").optimize_for_inference()
         for _ in range(3):
             torch.testing.assert_close(vae.decode(latents), expected, rtol=0, atol=1e-4)
 
@@ -343,7 +347,7 @@ class TestOnAGpu:
         assert torch.cuda.host_memory_stats()["allocated_bytes.peak"] < 2**28
 
     def test_autocast_after_preparing(self, vae: EarVAE) -> None:
-        vae.compile()
+        vae.optimize_for_inference()
         vae.to("cuda")
         latents = torch.randn(64, 30, device="cuda")
         plain = [vae.decode(latents) for _ in range(3)][-1]
@@ -355,7 +359,7 @@ class TestOnAGpu:
 
     def test_recording_beside_a_thread_that_pins_memory(self, vae: EarVAE) -> None:
         """As a data loader does. None of it may fail, and none be computed as usual for it."""
-        vae.to("cuda").compile()
+        vae.to("cuda").optimize_for_inference()
         done = threading.Event()
 
         def pin() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ear_vae import EarVAE, EarVAEConfig
 from ear_vae.inference import tiling
+from ear_vae.inference.runner import Runner
 from ear_vae.inference.tiling import (
+    StageTiles,
     decoder_reach,
     decoder_stages,
     encoder_reach,
@@ -28,6 +31,11 @@ HOP_1024 = EarVAEConfig(channels=4)
 HOP_960 = EarVAEConfig(channels=4, sample_rate=48_000, strides=(2, 2, 4, 6, 10), transformer_depth=0)
 BOTH = pytest.mark.parametrize("config", [HOP_1024, HOP_960], ids=["hop1024", "hop960"])
 TOLERANCE = 1e-5
+
+
+def given(**options: Any) -> Callable[..., Runner]:
+    """Makes runners with these options, whatever else is asked for."""
+    return lambda model, **others: Runner(model, **{**others, **options})
 
 
 def random_model(config: EarVAEConfig) -> EarVAE:
@@ -110,16 +118,14 @@ def test_a_context_one_frame_too_short_is_seen() -> None:
 @pytest.mark.parametrize("samples", [1, 1023, 1024, 1025, 3584, 441_000, 2_646_000])
 def test_public_methods_tile_by_themselves(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same audio with small tiles and in one pass, through the public methods."""
-    monkeypatch.setattr(tiling, "_ACTIVATION_BYTES", 1)
+    small, whole = StageTiles(1, 2000), StageTiles(1, 10**9)
     vae = random_model(HOP_1024)
     audio = torch.randn(2, samples) * 0.3
     frames = -(-samples // 1024)
-    monkeypatch.setattr("ear_vae.vae.tile_length", lambda *_: 100)
-    monkeypatch.setattr(tiling, "_FEWEST_UNITS", 2000)
+    monkeypatch.setattr("ear_vae.vae.Runner", given(tile_frames=100, stage_tiles=small))
     tiled = vae.encode(audio).mean
     rebuilt = vae.decode(tiled, num_samples=samples)
-    monkeypatch.setattr(tiling, "_FEWEST_UNITS", 10**9)
-    monkeypatch.setattr("ear_vae.vae.tile_length", lambda *_: 10**9)
+    monkeypatch.setattr("ear_vae.vae.Runner", given(tile_frames=10**9, stage_tiles=whole))
     assert tiled.shape == (64, frames)
     assert rebuilt.shape == (2, samples)
     assert_equal_to_peak(tiled, vae.encode(audio).mean)
@@ -150,19 +156,17 @@ def test_stages_equal_the_whole(
     layout: str,
     tile_frames: int,
     units: int,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In the tiles of either device, all of them computed on the CPU."""
-    monkeypatch.setattr(tiling, "_FEWEST_UNITS", units)
-    monkeypatch.setattr(tiling, "_ACTIVATION_BYTES", 1)
+    stage_tiles = StageTiles(activation_bytes=1, fewest_units=units)
     vae, ratio, frames = random_model(config), config.downsampling_ratio, 21
     options = {"tile_frames": tile_frames}
     if layout == "channels last":
         options["prepare"] = lambda x: x.unsqueeze(-2).contiguous(memory_format=torch.channels_last)
-        options["deliver"] = lambda x: lambda: x.squeeze(-2)
+        options["retrieve"] = lambda x: lambda: x.squeeze(-2)
     audio, latents = torch.randn(2, 2, frames * ratio) * 0.3, torch.randn(2, 64, frames)
-    encoding = encoder_stages(vae.encoder, config, torch.device(device))
-    decoding = decoder_stages(vae.decoder, config, torch.device(device))
+    encoding = encoder_stages(vae.encoder, config, torch.device(device), stage_tiles)
+    decoding = decoder_stages(vae.decoder, config, torch.device(device), stage_tiles)
     assert_equal_to_peak(run_stages(encoding, audio, **options), vae.encoder(audio))
     assert_equal_to_peak(run_stages(decoding, latents, **options), vae.decoder(latents))
 
@@ -171,7 +175,7 @@ def test_tiles_are_of_one_length_and_the_next_is_begun_before_one_is_waited_for(
     vae, events = random_model(HOP_1024), []
     stages = encoder_stages(vae.encoder, vae.config, torch.device("cuda"))
 
-    def deliver(tile: torch.Tensor) -> Callable[[], torch.Tensor]:
+    def retrieve(tile: torch.Tensor) -> Callable[[], torch.Tensor]:
         number = sum(kind == "begun" for kind, *_ in events)
         events.append(("begun", number))
 
@@ -183,7 +187,7 @@ def test_tiles_are_of_one_length_and_the_next_is_begun_before_one_is_waited_for(
 
     audio, heard = torch.randn(1, 2, 25 * 1024), []
     with observe_tiles(heard.append):
-        found = run_stages(stages, audio, tile_frames=8, deliver=deliver)
+        found = run_stages(stages, audio, tile_frames=8, retrieve=retrieve)
     begun, lengths = [("begun", n) for n in range(4)], [7, 7, 7, 4]
     waited = [("waited for", n, length) for n, length in enumerate(lengths)]
     assert events == [begun[0], begun[1], waited[0], begun[2], waited[1], begun[3], waited[2], waited[3]]
@@ -191,7 +195,7 @@ def test_tiles_are_of_one_length_and_the_next_is_begun_before_one_is_waited_for(
     assert_equal_to_peak(found, vae.encoder(audio))
 
 
-def test_a_stage_computes_little_beyond_its_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_computes_little_beyond_its_tile() -> None:
     """What the stages of one tile take in: their own context, not that of the whole network."""
     vae, seen = random_model(HOP_1024), []
     stages = decoder_stages(vae.decoder, vae.config, torch.device("cpu"))
@@ -207,12 +211,11 @@ def test_a_stage_computes_little_beyond_its_tile(monkeypatch: pytest.MonkeyPatch
         assert needed < found <= needed + 2 * 60
 
 
-def test_tiles_of_a_stage_have_few_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_of_a_stage_have_few_lengths() -> None:
     """A first, a middle one, and what is left at the ends, whatever the length of the whole."""
-    monkeypatch.setattr(tiling, "_FEWEST_UNITS", 40)
-    monkeypatch.setattr(tiling, "_ACTIVATION_BYTES", 1)
     vae, seen = random_model(HOP_1024), []
-    stages = decoder_stages(vae.decoder, vae.config, torch.device("cpu"))
+    tiles = StageTiles(activation_bytes=1, fewest_units=40)
+    stages = decoder_stages(vae.decoder, vae.config, torch.device("cpu"), tiles)
     stages[1].network.register_forward_hook(lambda module, given, result: seen.append(given[0].shape[-1]))
     for frames in (80, 95, 111):
         run_stages(stages, torch.randn(1, 64, frames), tile_frames=30)
@@ -277,7 +280,7 @@ def test_what_a_tile_of_a_gpu_takes(name: str, activations: float, monkeypatch: 
         network(x)
     widest = 2048 * 1024 * 128 * 4
     assert living.peak / widest == pytest.approx(activations, abs=0.1)
-    assert living.peak / widest < tiling._ACTIVATIONS_ALIVE
+    assert living.peak / widest < tiling.ACTIVATIONS_ALIVE
 
 
 @pytest.mark.parametrize("gigabytes", [0.5, 3, 7.3, 22, 78])

@@ -433,7 +433,7 @@ def test_compiling_is_asked_for_and_not_required(
     source, model = str(write(tmp_path / "a.wav")), ["--model", str(small_model)]
     assert main(["reconstruct", source, str(tmp_path / "one.wav"), *model]) == 0
     assert "compiled" not in capsys.readouterr().err
-    assert main(["reconstruct", source, str(tmp_path / "two.wav"), *model, "--compile"]) == 0
+    assert main(["reconstruct", source, str(tmp_path / "two.wav"), *model, "--optimize"]) == 0
     assert "runs without being compiled: no compiler" in capsys.readouterr().err
     one, two = (soundfile.read(tmp_path / name)[0] for name in ("one.wav", "two.wav"))
     assert np.array_equal(one, two)

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from ear_vae import EarVAE
 from ear_vae.audio import read_audio
 from ear_vae.dsp.distortion import si_sdr_db
+from ear_vae.inference.runner import Runner
 from ear_vae.pretrained.bundled import bundled_checkpoints
 
 PIECE = Path(__file__).parents[2] / "examples" / "piece.ogg"
@@ -91,5 +92,5 @@ def test_the_transformer_computes_in_float32_whatever_the_weights(vae: EarVAE) -
     half = EarVAE.from_pretrained("ear-vae-tiny", dtype=torch.bfloat16)
     latents = torch.randn(1, 64, 50, generator=torch.Generator().manual_seed(0))
     expected = half.float().transformer(latents)
-    found = EarVAE.from_pretrained("ear-vae-tiny", dtype=torch.bfloat16)._transformed(latents)
+    found = Runner(EarVAE.from_pretrained("ear-vae-tiny", dtype=torch.bfloat16)).transform(latents)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)

@@ -21,7 +21,7 @@ from huggingface_hub import constants, file_download
 
 from ear_vae import EarVAE, EarVAEConfig, EarVAEError
 from ear_vae.pretrained import resolve as hub_module
-from ear_vae.pretrained.convert import convert_to_official
+from ear_vae.pretrained.conversion import convert_to_official
 from ear_vae.pretrained.resolve import resolve
 
 TINY = EarVAEConfig(
@@ -506,7 +506,7 @@ def test_a_local_folder_goes_before_a_bundled_name_and_that_before_the_hub(
     bundled, local = random_model(20), random_model(21)
     bundled.save_pretrained(tmp_path / "package" / "it")
     monkeypatch.setattr(
-        "ear_vae.pretrained.bundled.bundled_checkpoints", lambda: {OURS: tmp_path / "package" / "it"}
+        "ear_vae.pretrained.resolve.bundled_checkpoints", lambda: {OURS: tmp_path / "package" / "it"}
     )
     monkeypatch.chdir(tmp_path)
     loaded = EarVAE.from_pretrained(OURS)
@@ -519,7 +519,7 @@ def test_a_local_folder_goes_before_a_bundled_name_and_that_before_the_hub(
 
 @pytest.mark.parametrize("name", ["no-such-model", "./no/such", "a/b/c", "", "someone/name with spaces"])
 def test_other_names_list_what_would_do(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ear_vae.pretrained.bundled.bundled_checkpoints", lambda: {"small": tmp_path})
+    monkeypatch.setattr("ear_vae.pretrained.resolve.bundled_checkpoints", lambda: {"small": tmp_path})
     with pytest.raises(EarVAEError, match=r"model\.safetensors .*bundled checkpoint \(small\).*'owner/name'"):
         resolve(name)
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from ear_vae import EarVAE
-from ear_vae.pretrained.convert import convert_to_folder, convert_to_official
+from ear_vae.pretrained.conversion import convert_to_folder, convert_to_official
 
 PARITY = Path(__file__).parents[3] / "shared" / "parity"
 VARIANTS = ("ear_vae_44k", "ear_vae_v2_48k")

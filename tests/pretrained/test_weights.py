@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ear_vae import EarVAE, EarVAEConfig, EarVAEError
-from ear_vae.pretrained.convert import convert_to_folder, convert_to_official
-from ear_vae.pretrained.folder import save_pretrained
+from ear_vae.pretrained import convert
+from ear_vae.pretrained.conversion import convert_to_folder, convert_to_official
+from ear_vae.pretrained.folder import write_folder
 from ear_vae.pretrained.official import from_official, to_official
 
 TINY = EarVAEConfig(
@@ -64,14 +68,54 @@ def test_save_and_load_are_bit_equal(vae: EarVAE, folder: Path) -> None:
 
 
 def test_the_same_object_saved_again_gives_the_same_bytes(vae: EarVAE, tmp_path: Path) -> None:
-    for name in "abcd":
-        vae.save_pretrained(tmp_path / name / "tiny")
+    for number in range(10):
+        vae.save_pretrained(tmp_path / str(number))
     for file in ("model.safetensors", "config.json", "README.md"):
-        assert len({(tmp_path / name / "tiny" / file).read_bytes() for name in "abcd"}) == 1
-    with safe_open(tmp_path / "a/tiny/model.safetensors", framework="pt") as file:
-        assert [json.loads(value) for value in file.metadata().values()] == [
-            {"format": "ear-vae", "format_version": 1, "weights_sha256": vae.weights_sha256}
-        ]
+        written = [path.read_bytes() for path in tmp_path.glob(f"*/{file}")]
+        assert len(written) == 10
+        assert len({hashlib.sha256(content).hexdigest() for content in written}) == 1
+    with safe_open(tmp_path / "0/model.safetensors", framework="pt") as file:
+        assert file.metadata() == {
+            "ear_vae": json.dumps(
+                {"format": "ear-vae", "format_version": 1, "weights_sha256": vae.weights_sha256}
+            )
+        }
+
+
+def test_nothing_in_pretrained_needs_the_model_class() -> None:
+    code = (
+        "import importlib, pkgutil, sys, ear_vae.pretrained as room\n"
+        "for module in pkgutil.iter_modules(room.__path__, 'ear_vae.pretrained.'):\n"
+        "    importlib.import_module(module.name)\n"
+        "print('ear_vae.vae' in sys.modules, 'huggingface_hub' in sys.modules, 'torch' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert found.stdout.split() == ["False", "False", "True"]
+
+
+def test_a_config_of_an_unknown_architecture(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({**TINY.to_dict(), "architecture": "ear_vae_9"}))
+    with pytest.raises(
+        EarVAEError, match=r"config\.json: .*'ear_vae_9' is unknown; this ear-vae has ear_vae:"
+    ):
+        EarVAE.from_pretrained(folder)
+
+
+def test_convert_chooses_the_layout(folder: Path, tmp_path: Path, cache: Path) -> None:
+    expected = EarVAE.from_pretrained(folder).weights_sha256
+    convert(folder, tmp_path / "a.pyt", dtype=torch.float32)
+    assert any(name.endswith("weight_g") for name in torch.load(tmp_path / "a.pyt", weights_only=True))
+    convert(folder, tmp_path / "half", dtype=torch.float16)
+    assert load_file(tmp_path / "half/model.safetensors")[KEY].dtype == torch.float16
+    convert(folder, tmp_path / "official", to="official")
+    convert(tmp_path / "official", tmp_path / "back", cache_dir=cache)
+    back = EarVAE.from_pretrained(tmp_path / "back")
+    torch.testing.assert_close(back.state_dict(), EarVAE.from_pretrained(folder).state_dict())
+    with pytest.raises(EarVAEError, match="official weights are float32"):
+        convert(folder, tmp_path / "b.pyt", dtype=torch.float16)
+    with pytest.raises(EarVAEError, match="would replace the model that is to be converted"):
+        convert(folder, folder, overwrite=True)
+    assert EarVAE.from_pretrained(folder).weights_sha256 == expected
 
 
 def test_weights_that_are_not_those_the_file_states_are_refused(folder: Path) -> None:
@@ -128,7 +172,7 @@ def test_saving_where_nothing_can_be_written(vae: EarVAE, tmp_path: Path) -> Non
 
 
 def test_half_precision_on_disk(vae: EarVAE, tmp_path: Path) -> None:
-    save_pretrained(vae, tmp_path / "half", dtype=torch.bfloat16)
+    write_folder(tmp_path / "half", vae.config, vae.state_dict(), name="half", dtype=torch.bfloat16)
     loaded = EarVAE.from_pretrained(tmp_path / "half")
     assert loaded.dtype == torch.float32
     for name, tensor in vae.state_dict().items():
@@ -412,7 +456,7 @@ def test_existing_destinations_need_overwrite(folder: Path, tmp_path: Path) -> N
     torch.manual_seed(5)
     other = EarVAE(TINY, name="other").eval()
     other.save_pretrained(tmp_path / "other")
-    for convert, name in (
+    for write, name in (
         (convert_to_folder, "out"),
         (convert_to_official, "off"),
         (convert_to_official, "w.pyt"),
@@ -420,12 +464,12 @@ def test_existing_destinations_need_overwrite(folder: Path, tmp_path: Path) -> N
         destination = tmp_path / "new" / name
         if name == "w.pyt":
             destination = tmp_path / name
-        convert(folder, destination)
+        write(folder, destination)
         before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
         with pytest.raises(EarVAEError, match=rf"{name}: exists already; remove it, or overwrite it"):
-            convert(tmp_path / "other", destination)
+            write(tmp_path / "other", destination)
         assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
-        convert(tmp_path / "other", destination, overwrite=True)
+        write(tmp_path / "other", destination, overwrite=True)
     written = EarVAE.from_pretrained(tmp_path / "new" / "out")
     assert written.weights_sha256 == other.weights_sha256
     assert set(torch.load(tmp_path / "w.pyt", weights_only=True)) == set(
@@ -443,23 +487,23 @@ def test_a_conversion_that_fails_leaves_nothing(
     monkeypatch.setattr("ear_vae.pretrained.folder.save_file", full)
     monkeypatch.setattr("torch.save", full)
     (tmp_path / "out").mkdir()
-    for convert, name in (
+    for write, name in (
         (convert_to_folder, "a"),
         (convert_to_official, "b"),
         (convert_to_official, "c.pyt"),
     ):
         with pytest.raises(EarVAEError, match="No space left on device"):
-            convert(folder, tmp_path / "out" / name)
+            write(folder, tmp_path / "out" / name)
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_destinations_of_the_wrong_kind(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for convert in (convert_to_folder, convert_to_official):
+    for write in (convert_to_folder, convert_to_official):
         with pytest.raises(EarVAEError, match=r"file: is a file, expected the path of a folder"):
-            convert(folder, tmp_path / "file", overwrite=True)
+            write(folder, tmp_path / "file", overwrite=True)
         with pytest.raises(EarVAEError, match=r"below: cannot be written"):
-            convert(folder, tmp_path / "file" / "below")
+            write(folder, tmp_path / "file" / "below")
     (tmp_path / "x.pyt").mkdir()
     with pytest.raises(EarVAEError, match=r"x\.pyt: is a folder"):
         convert_to_official(folder, tmp_path / "x.pyt", overwrite=True)

@@ -28,7 +28,8 @@ from ear_vae.errors import EarVAEError
 from ear_vae.limits import integer
 
 LOWEST_RATE, HIGHEST_RATE = 8_000, 192_000
-_BLOCK_FRAMES = 2**20
+BLOCK_FRAMES = 2**20
+"""Samples per channel that are read or written at once."""
 # 6 kbit/s at 44.1 kHz: no codec for music goes below.
 _MOST_SAMPLES_PER_BYTE = 64
 # Whole mp3 files may lack a frame or two of what they state.
@@ -169,7 +170,7 @@ def _in_one(opened: OpenedAudio, info: AudioInfo, name: str, start: int, wanted:
     """The samples as one tensor [C, T]."""
     blocks = _checked_blocks(opened, info, name, start, wanted)
     try:
-        if wanted > max(_BLOCK_FRAMES, _MOST_SAMPLES_PER_BYTE * opened.size):
+        if wanted > max(BLOCK_FRAMES, _MOST_SAMPLES_PER_BYTE * opened.size):
             # No file of this size holds so much: what is there is found out by reading it.
             return torch.cat(list(blocks), dim=1)
         audio = torch.empty(info.channels, wanted)
@@ -230,7 +231,7 @@ def _read_blocks(part: AudioPart, name: str, start: int, wanted: int) -> Iterato
                 run_up = start + position - max(0, min(start + position - longest_run_up, last_seek))
                 if run_up or position == 0:
                     file.seek(start + position - run_up)
-                size = min(_BLOCK_FRAMES, wanted - position)
+                size = min(BLOCK_FRAMES, wanted - position)
                 block = file.read(run_up + size, dtype="float32", always_2d=True)[run_up:]
             except (soundfile.LibsndfileError, RuntimeError) as error:
                 raise EarVAEError(

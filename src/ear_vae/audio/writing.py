@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ear_vae._atomic import atomic_path, name_of, system_path, temporary_folder, write_all
 from ear_vae.audio.formats import WRITTEN_FORMATS
-from ear_vae.audio.reading import stream_audio
+from ear_vae.audio.reading import BLOCK_FRAMES, stream_audio
 from ear_vae.errors import EarVAEError
 from ear_vae.limits import integer
 
@@ -26,7 +26,6 @@ PeakPolicy = Literal["keep", "scale", "clip"]
 _UNBOUNDED_SUBTYPES = {"FLOAT", "DOUBLE"}
 # A plain RIFF file counts its bytes in 32 bits.
 _RIFF_BYTES = 2**32 - 2**16
-_BLOCK_FRAMES = 2**20
 
 
 class PeakWarning(UserWarning):
@@ -68,7 +67,7 @@ def write_audio(
             f"{name}: audio to write must be [C, T] with 1 or 2 channels, got {list(audio.shape)}"
         )
     encoding = _encoding(destination, format, subtype, sample_rate, audio.shape[0], audio.shape[1], peak)
-    blocks = audio.split(_BLOCK_FRAMES, dim=1)
+    blocks = audio.split(BLOCK_FRAMES, dim=1)
     highest = max(_peak(block, name) for block in blocks)
     _write(destination, blocks, encoding, gain=encoding.gain(highest), overwrite=overwrite)
 

@@ -8,9 +8,9 @@ from ear_vae.cli.files import at_work, each_file, find_latents
 from ear_vae.cli.jobs import Job
 from ear_vae.cli.models import fingerprints
 from ear_vae.cli.streams import decode_to_file, source_of
-from ear_vae.cli.terminal import name
 from ear_vae.errors import EarVAEError
 from ear_vae.latents import load_latents
+from ear_vae.limits import name_in_a_line
 from ear_vae.vae import EarVAE
 
 
@@ -20,7 +20,7 @@ def run(options: argparse.Namespace) -> int:
 
     def work(vae: EarVAE, job: Job) -> float:
         latents = load_latents(source_of(job))
-        maker = name(latents.model_name)
+        maker = name_in_a_line(latents.model_name)
         facts = (latents.sample_rate, latents.downsampling_ratio, latents.mean.shape[0])
         if facts != (vae.sample_rate, vae.downsampling_ratio, vae.latent_dim):
             raise EarVAEError(

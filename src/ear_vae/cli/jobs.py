@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 from ear_vae._atomic import same_file
 from ear_vae.audio.folders import Found
-from ear_vae.cli.terminal import name as shown_name
 from ear_vae.cli.terminal import say, say_traceback
 from ear_vae.errors import EarVAEError, in_one_line
 from ear_vae.inference.tiling import observe_tiles
+from ear_vae.limits import name_in_a_line
 
 STREAM = "-"
 _LONGEST_IN_BAR = 40
@@ -208,7 +208,7 @@ def progress(name: str, audio_seconds: float, latent_rate: float, *, shown: bool
     with (
         tqdm(
             total=round(audio_seconds, 1),
-            desc=shown_name(os.path.basename(name), _LONGEST_IN_BAR),
+            desc=name_in_a_line(os.path.basename(name), _LONGEST_IN_BAR),
             disable=not shown,
             leave=False,
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s, {rate_noinv_fmt}",

@@ -26,8 +26,8 @@ def load_model(options: argparse.Namespace) -> EarVAE:
         vae.to(device, getattr(torch, options.dtype))
     except RuntimeError as error:  # a full or broken device
         raise EarVAEError(f"cannot put {vae.name} on {device}: {in_one_line(error)}") from error
-    if options.compile:
-        vae.compile()
+    if options.optimize:
+        vae.optimize_for_inference()
     return vae
 
 

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from ear_vae import __version__
 from ear_vae.audio.formats import WRITTEN_FORMATS
-from ear_vae.cli.terminal import escaped
+from ear_vae.limits import escaped
 
 _LARGEST_SEED = 2**63 - 1
 
@@ -211,7 +211,9 @@ def _shared_options() -> tuple[_Parser, ...]:
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="to compute in (%(default)s)"
     )
     model.add_argument(
-        "--compile", action="store_true", help="compile first: some seconds, then faster on a CPU"
+        "--optimize",
+        action="store_true",
+        help="optimize the model for speed first: some seconds once, then faster on a CPU",
     )
 
     audio.add_argument(

@@ -7,30 +7,13 @@ import json
 import os
 import sys
 import traceback
-import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from ear_vae.limits import escaped, shortened
+
 _LONGEST_LINE = 2_000
-
-
-def escaped(text: str) -> str:
-    """The text with its control characters, and bytes that are no UTF-8, as escapes such as `\\x1b`."""
-    return "".join(map(_shown, text))
-
-
-def shortened(text: str, longest: int) -> str:
-    """The text without its middle where it is longer than that many characters."""
-    if len(text) <= longest:
-        return text
-    head = (longest - 1) // 2
-    return f"{text[:head]}…{text[len(text) - (longest - 1 - head) :]}"
-
-
-def name(text: str, longest: int = 80) -> str:
-    """A name that came with a file, fit to be shown in a line."""
-    return shortened(escaped(text), longest)
 
 
 def say(text: str) -> None:
@@ -94,14 +77,6 @@ def discard_unwritten_output() -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
-
-
-def _shown(character: str) -> str:
-    if character.isprintable() or unicodedata.category(character) == "Zs":
-        return character
-    if "\udc80" <= character <= "\udcff":  # a byte of a file name that is not UTF-8
-        return f"\\x{ord(character) - 0xDC00:02x}"
-    return character.encode("unicode_escape").decode("ascii")
 
 
 def _fill_descriptors() -> None:

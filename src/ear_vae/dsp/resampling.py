@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ear_vae.dsp._torchaudio import functional
+from ear_vae.dsp.stream_buffer import StreamBuffer
 from ear_vae.errors import EarVAEError
-from ear_vae.inference.stream_buffer import Backlog
 from ear_vae.limits import integer
 
 # A Kaiser window of 64 zero crossings with its transition band just below the lower Nyquist frequency:
@@ -156,11 +156,11 @@ class _Resampler:
 
     def stream(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
         """The same, piece by piece."""
-        held = Backlog()
+        held = StreamBuffer()
         source = iter(blocks)
         if not held.fill(source, self._block + 2 * self._context + 1):
             if held.stop:
-                yield self.whole(held.take(0, held.stop))
+                yield self.whole(held.read(0, held.stop))
             return
         start, more = 0, True
         while more or start < held.stop:
@@ -169,9 +169,9 @@ class _Resampler:
             last = min(held.stop, start + self._block + self._context)
             wanted = min(self._length(held.stop) - self._length(start), self._length(self._block))
             if wanted > 0:
-                yield self._piece(held.take(first, last), start - first)[..., :wanted]
+                yield self._piece(held.read(first, last), start - first)[..., :wanted]
             start += self._block
-            held.drop(max(0, start - self._context))
+            held.discard(max(0, start - self._context))
 
     def _piece(self, audio: Tensor, skipped: int) -> Tensor:
         return self._convert(audio, self._old, self._new)[..., skipped // self._old * self._new :]

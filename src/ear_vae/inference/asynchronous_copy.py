@@ -1,4 +1,4 @@
-"""Tensors on their way between the host and a GPU, while both go on working.
+"""Copies between the host and a GPU while both go on computing.
 
 A copy runs beside the computing where the host's end of it is pinned memory and it has a stream of its own.
 Each direction has one: on a shared stream the next tile would wait behind the result of this one.
@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 
-def to_device(x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """`x` there, in that dtype. Neither the host nor what the GPU computes waits for a copy to CUDA."""
+def copy_to_device(x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Copies `x` to a device and a dtype; to CUDA, neither the host nor the GPU's computing waits for it."""
     if device.type == "cuda" and x.device.type == "cpu":
         return _upload(_pinned_copy(x), device).to(dtype)
     return x.to(device=device, dtype=dtype)
 
 
-def begin_delivery(x: Tensor, device: torch.device) -> Callable[[], Tensor]:
-    """Begins a copy of `x` to a device, and gives a function that waits for it.
+def start_copy(x: Tensor, device: torch.device) -> Callable[[], Tensor]:
+    """Starts a copy of `x` to a device, and returns a function that waits for it.
 
     From CUDA to the host the copy runs beside what is computed next.
     """

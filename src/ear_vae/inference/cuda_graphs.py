@@ -1,4 +1,4 @@
-"""CUDA graphs: passes over shapes that come again, replayed without launching kernel by kernel.
+"""CUDA graphs: passes over shapes that come again, run without launching kernel by kernel.
 
 A second of audio is less than a millisecond of arithmetic on a large GPU, and some hundred kernels; launching
 them takes longer than running them. Beyond some ten seconds it is the other way round, and a recording costs
@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-MOST_FRAMES = 400
+MOST_GRAPH_FRAMES = 400
 """Latent frames of all items of a batch together beyond which a pass is not worth recording."""
 
 # Each holds its input and output.
@@ -40,8 +40,8 @@ _networks: WeakKeyDictionary[nn.Module, _Recordings] = WeakKeyDictionary()
 _lock = threading.Lock()
 
 
-def replayed(network: nn.Module, x: Tensor) -> Tensor:
-    """`network(x)` without gradients: as usual for a shape that is new, then recorded, then replayed.
+def run_graph(network: nn.Module, x: Tensor) -> Tensor:
+    """Runs `network(x)` without gradients: as usual for a new shape, recorded the second time, then replayed.
 
     A recording reads the weights where they lie: changed in place they are followed, and moved elsewhere they
     make a new one, as do other settings of autocast, TF32 and determinism. A shape that cannot be recorded
@@ -68,8 +68,8 @@ def replayed(network: nn.Module, x: Tensor) -> Tensor:
     return result
 
 
-def forget(network: nn.Module) -> None:
-    """Drops what has been recorded of a network."""
+def clear_graphs(network: nn.Module) -> None:
+    """Drops the graphs that have been recorded of a network."""
     with _lock:
         _networks.pop(network, None)
 

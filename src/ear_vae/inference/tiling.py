@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from ear_vae.config import EarVAEConfig
-from ear_vae.inference.stream_buffer import Backlog
+from ear_vae.dsp.stream_buffer import StreamBuffer
 from ear_vae.network import Decoder, Encoder
 
 # Of a tile along the file, by device: what its widest activation would take in one piece. A CPU has all
@@ -39,13 +39,9 @@ _TILE_BYTES = {"cpu": 2**27, "cuda": 2**30}
 _OTHER_TILE_BYTES = 2**28
 # How many activations as large as the widest are alive at once in a pass through a whole network, at most:
 # 5.0 in the encoder, 5.8 in the decoder, and some room for what convolutions work in.
-_ACTIVATIONS_ALIVE = 7
+ACTIVATIONS_ALIVE = 7
 # Of the memory that is free on a GPU, for a tile; the rest is for others and for what is not counted.
 _SHARE_OF_FREE = 0.7
-# Of a tile within a stage on a CPU: its widest activation, to stay in the cache.
-_ACTIVATION_BYTES = 2**22
-# With fewer, reading the weights takes longer than using them.
-_FEWEST_UNITS = 512
 # Of the float32 that a CPU computes in.
 _BYTES_PER_VALUE = 4
 
@@ -106,7 +102,7 @@ def tile_length(
     frames = max(1, budget // (width * channels * downsampling_ratio))
     if device.type != "cuda":
         return frames
-    per_frame = _ACTIVATIONS_ALIVE * width * channels * downsampling_ratio
+    per_frame = ACTIVATIONS_ALIVE * width * channels * downsampling_ratio
     fitting = int(_SHARE_OF_FREE * free_bytes(device)) // per_frame
     return frames if fitting >= frames else 2 ** max(0, fitting.bit_length() - 1)
 
@@ -138,24 +134,54 @@ class Stage:
     tile_units: int
 
 
-def encoder_stages(encoder: Encoder, config: EarVAEConfig, device: torch.device) -> list[Stage]:
+@dataclass(frozen=True)
+class StageTiles:
+    """How large the tiles within a stage are, on a CPU.
+
+    Attributes:
+        activation_bytes: Size of the widest activation of a tile, which should stay in the cache.
+        fewest_units: Units of a tile at least: with fewer, reading the weights takes longer than using them.
+    """
+
+    activation_bytes: int = 2**22
+    fewest_units: int = 512
+
+    def units(self, values_per_unit: int) -> int:
+        """Units of a tile in a stage whose widest activation has that many values per unit."""
+        return max(self.fewest_units, self.activation_bytes // (_BYTES_PER_VALUE * values_per_unit))
+
+
+DEFAULT_STAGE_TILES = StageTiles()
+
+
+def encoder_stages(
+    encoder: Encoder,
+    config: EarVAEConfig,
+    device: torch.device,
+    stage_tiles: StageTiles = DEFAULT_STAGE_TILES,
+) -> list[Stage]:
     """The stages of an encoder, the rate falling by a stride in each; off the CPU a single one."""
     if device.type != "cpu":
         return [_encoder_stage(encoder, config.downsampling_ratio, sys.maxsize)]
     return [
-        _encoder_stage(network, stride, _tile_units(width * stride))
+        _encoder_stage(network, stride, stage_tiles.units(width * stride))
         for network, stride, (width, _) in zip(
             encoder.stages(), config.strides, config.block_widths, strict=True
         )
     ]
 
 
-def decoder_stages(decoder: Decoder, config: EarVAEConfig, device: torch.device) -> list[Stage]:
+def decoder_stages(
+    decoder: Decoder,
+    config: EarVAEConfig,
+    device: torch.device,
+    stage_tiles: StageTiles = DEFAULT_STAGE_TILES,
+) -> list[Stage]:
     """The stages of a decoder, the rate rising by a stride in each; off the CPU a single one."""
     if device.type != "cpu":
         return [_decoder_stage(decoder, config.downsampling_ratio, sys.maxsize)]
     return [
-        _decoder_stage(network, stride, _tile_units(width * stride))
+        _decoder_stage(network, stride, stage_tiles.units(width * stride))
         for network, stride, (width, _) in zip(
             decoder.stages(), reversed(config.strides), reversed(config.block_widths), strict=True
         )
@@ -171,11 +197,7 @@ def _decoder_stage(network: nn.Module, ratio: int, tile_units: int) -> Stage:
     return Stage(network, 1, ratio, decoder_reach(network, ratio), tile_units)
 
 
-def _tile_units(values_per_unit: int) -> int:
-    return max(_FEWEST_UNITS, _ACTIVATION_BYTES // (_BYTES_PER_VALUE * values_per_unit))
-
-
-def _at_once(tile: Tensor) -> Callable[[], Tensor]:
+def _immediately(tile: Tensor) -> Callable[[], Tensor]:
     return lambda: tile
 
 
@@ -185,7 +207,7 @@ def run_stages(
     *,
     tile_frames: int,
     prepare: Callable[[Tensor], Tensor] = lambda tile: tile,
-    deliver: Callable[[Tensor], Callable[[], Tensor]] = _at_once,
+    retrieve: Callable[[Tensor], Callable[[], Tensor]] = _immediately,
 ) -> Tensor:
     """All stages of a network, in tiles of at most `tile_frames` latent frames and in those of each stage.
 
@@ -194,29 +216,29 @@ def run_stages(
         x: Input of the first stage, [B, C, T], of a whole number of latent frames.
         tile_frames: Most frames of one tile along the sequence; short items of a batch share one.
         prepare: What is done to the input of a tile, such as moving it to a device.
-        deliver: Begins what is done to the output of a tile, such as moving it from a device, and gives a
-            function that waits for it: [B, C, T] again. The next tile is begun before that is called.
+        retrieve: Starts what is done to the output of a tile, such as copying it from a device, and returns
+            a function that waits for the result, [B, C, T]. The next tile is started before that is called.
 
     Returns:
         Output of the last stage, [B, C, T].
     """
-    chain = _Chain(stages, prepare, deliver)
+    chain = _Chain(stages, prepare, retrieve)
     num_frames = x.shape[-1] // chain.inputs_per_frame
 
-    def begin(place: _Place) -> Callable[[], Tensor]:
-        spans = chain.spans(place.start, place.stop, num_frames)
-        return chain.begin(x[place.rows, :, slice(*spans[0])], spans)
+    def start(span: TileSpan) -> Callable[[], Tensor]:
+        spans = chain.spans(span.start, span.stop, num_frames)
+        return chain.start(x[span.rows, :, slice(*spans[0])], spans)
 
-    def tiles() -> Iterator[tuple[_Place, Tensor]]:
-        begun: tuple[_Place, Callable[[], Tensor]] | None = None
+    def tiles() -> Iterator[tuple[TileSpan, Tensor]]:
+        started: tuple[TileSpan, Callable[[], Tensor]] | None = None
         # Even ones: a last tile of a few frames would cost reading all weights.
-        for place in _places(x.shape[0], num_frames, tile_frames, even=True):
-            following = place, begin(place)
-            if begun is not None:
-                yield begun[0], begun[1]()
-            begun = following
-        assert begun is not None, "an empty input is refused before it comes here"
-        yield begun[0], begun[1]()
+        for span in _tile_spans(x.shape[0], num_frames, tile_frames, even=True):
+            following = span, start(span)
+            if started is not None:
+                yield started[0], started[1]()
+            started = following
+        assert started is not None, "an empty input is refused before it comes here"
+        yield started[0], started[1]()
 
     return _assembled(tiles(), x.shape[0], num_frames, chain.outputs_per_frame)
 
@@ -227,7 +249,7 @@ def stream_stages(
     *,
     tile_frames: int,
     prepare: Callable[[Tensor], Tensor] = lambda tile: tile,
-    deliver: Callable[[Tensor], Callable[[], Tensor]] = _at_once,
+    retrieve: Callable[[Tensor], Callable[[], Tensor]] = _immediately,
 ) -> Iterator[Tensor]:
     """`run_stages` on input that comes in pieces, tile by tile as soon as the input of one is there.
 
@@ -236,13 +258,13 @@ def stream_stages(
         blocks: Pieces of the input, [B, C, T_i], together of a whole number of latent frames.
         tile_frames: Frames of one tile.
         prepare: As for `run_stages`.
-        deliver: As for `run_stages`, but waited for at once.
+        retrieve: As for `run_stages`, but waited for at once.
 
     Yields:
         Pieces of the output, [B, C, T_j], each of `tile_frames` frames but for the last.
     """
-    chain = _Chain(stages, prepare, deliver)
-    held = Backlog()
+    chain = _Chain(stages, prepare, retrieve)
+    held = StreamBuffer()
     source = iter(blocks)
     start, num_frames = 0, sys.maxsize
     while start < num_frames:
@@ -252,9 +274,9 @@ def stream_stages(
             if start >= num_frames:
                 return
             spans = chain.spans(start, min(start + tile_frames, num_frames), num_frames)
-        yield chain.begin(held.take(*spans[0]), spans)()
+        yield chain.start(held.read(*spans[0]), spans)()
         start += tile_frames
-        held.drop(chain.spans(start, start + 1, sys.maxsize)[0][0])
+        held.discard(chain.spans(start, start + 1, sys.maxsize)[0][0])
 
 
 class _Chain:
@@ -264,9 +286,9 @@ class _Chain:
         self,
         stages: Sequence[Stage],
         prepare: Callable[[Tensor], Tensor],
-        deliver: Callable[[Tensor], Callable[[], Tensor]],
+        retrieve: Callable[[Tensor], Callable[[], Tensor]],
     ) -> None:
-        self._stages, self._prepare, self._deliver = stages, prepare, deliver
+        self._stages, self._prepare, self._retrieve = stages, prepare, retrieve
         # Units of each stage to a latent frame: the product of the steps between the two.
         self._units = [
             math.prod(stage.outputs for stage in stages[:index])
@@ -287,8 +309,8 @@ class _Chain:
             spans.insert(0, (first, last))
         return spans
 
-    def begin(self, x: Tensor, spans: Sequence[tuple[int, int]]) -> Callable[[], Tensor]:
-        """Begins the last span of the output, from the first of the input, and gives a function to wait."""
+    def start(self, x: Tensor, spans: Sequence[tuple[int, int]]) -> Callable[[], Tensor]:
+        """Starts computing the last span from the input at the first; returns what waits for the result."""
         (first, _), *others = spans
         tile = self._prepare(x)
         for stage, (wanted, end) in zip(self._stages, others, strict=True):
@@ -303,13 +325,13 @@ class _Chain:
             first = first // stage.inputs * stage.outputs
             tile = tile[..., wanted - first : end - first]
             first = wanted
-        arrival = self._deliver(tile)
+        arrival = self._retrieve(tile)
 
         def wait() -> Tensor:
-            delivered = arrival()
+            retrieved = arrival()
             if (callback := _observer.get()) is not None:
-                callback(delivered.shape[-1] // self.outputs_per_frame)
-            return delivered
+                callback(retrieved.shape[-1] // self.outputs_per_frame)
+            return retrieved
 
         return wait
 
@@ -339,18 +361,18 @@ def run_tiled(
     num_frames = x.shape[-1] // inputs_per_frame
     before, after = context_frames
 
-    def compute(place: _Place) -> Tensor:
-        first, last = max(0, place.start - before), min(num_frames, place.stop + after)
-        tile = network(x[place.rows, ..., first * inputs_per_frame : last * inputs_per_frame])
-        return tile[..., (place.start - first) * outputs_per_frame : (place.stop - first) * outputs_per_frame]
+    def compute(span: TileSpan) -> Tensor:
+        first, last = max(0, span.start - before), min(num_frames, span.stop + after)
+        tile = network(x[span.rows, ..., first * inputs_per_frame : last * inputs_per_frame])
+        return tile[..., (span.start - first) * outputs_per_frame : (span.stop - first) * outputs_per_frame]
 
     # As few different lengths as can be, whatever the whole is: oneDNN keeps code for each, by the megabyte.
-    places = _places(x.shape[0], num_frames, tile_frames, even=False)
-    tiles = ((place, compute(place)) for place in places)
+    spans = _tile_spans(x.shape[0], num_frames, tile_frames, even=False)
+    tiles = ((span, compute(span)) for span in spans)
     return _assembled(tiles, x.shape[0], num_frames, outputs_per_frame)
 
 
-class _Place(NamedTuple):
+class TileSpan(NamedTuple):
     """Of a tile: rows of the batch, and frames from `start` to before `stop`."""
 
     rows: slice
@@ -358,7 +380,7 @@ class _Place(NamedTuple):
     stop: int
 
 
-def _places(batch: int, num_frames: int, tile_frames: int, *, even: bool) -> Iterator[_Place]:
+def _tile_spans(batch: int, num_frames: int, tile_frames: int, *, even: bool) -> Iterator[TileSpan]:
     """Tiles of at most `tile_frames` frames, short items side by side.
 
     All but the last are of one length: `tile_frames` itself, or with `even` the least that is enough.
@@ -367,11 +389,11 @@ def _places(batch: int, num_frames: int, tile_frames: int, *, even: bool) -> Ite
     length = -(-num_frames // -(-num_frames // tile_frames)) if even else tile_frames
     for row in range(0, batch, items):
         for start in range(0, num_frames, length):
-            yield _Place(slice(row, row + items), start, min(start + length, num_frames))
+            yield TileSpan(slice(row, row + items), start, min(start + length, num_frames))
 
 
 def _assembled(
-    tiles: Iterable[tuple[_Place, Tensor]], batch: int, num_frames: int, outputs_per_frame: int
+    tiles: Iterable[tuple[TileSpan, Tensor]], batch: int, num_frames: int, outputs_per_frame: int
 ) -> Tensor:
     """Tiles side by side in one tensor."""
     output: Tensor | None = None

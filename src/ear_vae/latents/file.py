@@ -14,6 +14,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ear_vae._atomic import atomic_path, name_of, write_all
+from ear_vae._dtype import STORED_DTYPES
 from ear_vae.errors import EarVAEError
 from ear_vae.limits import (
     HIGHEST_DOWNSAMPLING_RATIO,
@@ -25,7 +26,6 @@ from ear_vae.limits import (
     shown,
     unpack_facts,
 )
-from ear_vae.pretrained.folder import STORED_DTYPES
 
 FORMAT = "ear-vae-latents"
 FORMAT_VERSION = 1

@@ -1,1 +1,9 @@
-"""From a name to config and weights, and back: folders, the Hub, official layouts, bundled checkpoints."""
+"""From a name to config and weights, and back: folders, the Hub, official layouts, bundled checkpoints.
+
+It deals in configs, state dicts and folders; `EarVAE.from_pretrained` makes models of them.
+"""
+
+from ear_vae.pretrained.bundled import bundled_checkpoints
+from ear_vae.pretrained.conversion import convert
+
+__all__ = ["bundled_checkpoints", "convert"]

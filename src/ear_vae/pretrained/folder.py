@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import html
-import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ear_vae._atomic import atomic_path
+from ear_vae._dtype import STORED_DTYPES
 from ear_vae.config import EarVAEConfig
 from ear_vae.errors import EarVAEError
 from ear_vae.limits import name_in_a_line, pack_facts, shown, unpack_facts
-
-if TYPE_CHECKING:
-    from ear_vae.vae import EarVAE
+from ear_vae.network import Autoencoder
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
 _FORMAT, _FORMAT_VERSION = "ear-vae", 1
-STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -51,95 +50,81 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def load_pretrained(cls: type[EarVAE], checkpoint: Checkpoint) -> EarVAE:
-    """Builds the model of a folder in our layout, in evaluation mode, frozen, in float32.
+def read_folder(folder: Path) -> tuple[EarVAEConfig, dict[str, Tensor]]:
+    """Reads the config and the state dict, in float32, of a folder in our layout.
 
     Raises:
         EarVAEError: A file is missing or damaged, the tensors do not fit the config, or are not those that
             the file was written with.
     """
-    config = EarVAEConfig.from_json(checkpoint.folder / CONFIG_FILE)
-    path = checkpoint.folder / WEIGHTS_FILE
+    config = EarVAEConfig.from_json(folder / CONFIG_FILE)
+    path = folder / WEIGHTS_FILE
     # Tensors of inference mode could not be trained later.
     with torch.inference_mode(False), torch.no_grad():
-        state, facts = read_safetensors(path)
-        vae = assemble(cls, config, state, name=checkpoint.name, path=path)
+        stored, facts = read_safetensors(path)
+        require_fit(path, stored, expected_shapes(config, path=path))
+        state = {name: tensor.float().contiguous() for name, tensor in stored.items()}
     # A file of another program may state none.
     stated = facts.get("weights_sha256")
-    if stated is not None and stated != (found := vae.weights_sha256):
+    if stated is not None and stated != (found := fingerprint(state)):
         raise EarVAEError(
             f"{path}: its weights have the fingerprint {found}, the file states {shown(stated)}: it is "
             "damaged, or was changed after it was written; get it again (from the Hub with "
             "force_download=True), or write changed weights with EarVAE.save_pretrained"
         )
-    return vae
+    return config, state
 
 
-def assemble(
-    cls: type[EarVAE], config: EarVAEConfig, state: Mapping[str, Tensor], *, name: str, path: Path
-) -> EarVAE:
-    """The model of a config and our state dict, in evaluation mode, frozen, in float32.
-
-    Args:
-        cls: The class to build.
-        config: The architecture.
-        state: Our state dict.
-        name: What the model will be called.
-        path: Where `state` came from, for messages.
-
-    Raises:
-        EarVAEError: The tensors do not fit the config.
-    """
-    vae = _without_weights(cls, config, name=name, path=path)
-    require_fit(path, state, {key: tensor.shape for key, tensor in vae.state_dict().items()})
-    vae.load_state_dict({key: tensor.float().contiguous() for key, tensor in state.items()}, assign=True)
-    return vae.eval().requires_grad_(False)
-
-
-def save_pretrained(vae: EarVAE, directory: Path, *, dtype: torch.dtype | None = None) -> None:
+def write_folder(
+    directory: str | os.PathLike[str],
+    config: EarVAEConfig,
+    state: Mapping[str, Tensor],
+    *,
+    name: str,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Writes a folder in our layout; existing files of the same names are replaced one by one.
 
     Args:
-        vae: The model.
         directory: The folder, made if needed.
-        dtype: Dtype to store, the model's own by default. The file states the fingerprint of the stored
+        config: The architecture.
+        state: The state dict, which fits the config.
+        name: Name of the model in its card.
+        dtype: Dtype to store, by default that of each tensor. The file states the fingerprint of the stored
             values.
 
     Raises:
         EarVAEError: The folder cannot be written to.
     """
-    from ear_vae._atomic import atomic_path
-
-    state = {
-        name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
-        for name, tensor in vae.state_dict().items()
+    directory = Path(directory)
+    stored = {
+        key: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for key, tensor in state.items()
     }
     facts = {
         "format": _FORMAT,
         "format_version": _FORMAT_VERSION,
-        "weights_sha256": fingerprint(state),
+        "weights_sha256": fingerprint(stored),
     }
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with atomic_path(directory / WEIGHTS_FILE, overwrite=True) as temporary:
-            save_file(state, temporary, metadata=pack_facts(facts))
+            save_file(stored, temporary, metadata=pack_facts(facts))
         with atomic_path(directory / CONFIG_FILE, overwrite=True) as temporary:
-            temporary.write_text(json.dumps(vae.config.to_dict(), indent=2) + "\n", encoding="utf-8")
+            temporary.write_text(config.to_json(), encoding="utf-8")
         if not (directory / CARD_FILE).exists():
             with atomic_path(directory / CARD_FILE, overwrite=False) as temporary:
-                temporary.write_text(model_card(vae), encoding="utf-8")
+                temporary.write_text(model_card(config, name), encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise EarVAEError(f"{directory}: cannot write the model: {error}") from error
 
 
-def model_card(vae: EarVAE) -> str:
-    """A minimal card for the Hub: what the folder holds and how to load it."""
-    config = vae.config
+def model_card(config: EarVAEConfig, name: str) -> str:
+    """Returns a minimal card for the Hub: what the folder holds and how to load it."""
     # The name may come from anywhere, and a card is Markdown with HTML in it.
-    name = re.sub(r"([\\`*_{}\[\]()#+.!|~-])", r"\\\1", html.escape(name_in_a_line(vae.name), quote=False))
+    heading = re.sub(r"([\\`*_{}\[\]()#+.!|~-])", r"\\\1", html.escape(name_in_a_line(name), quote=False))
     return (
         "---\nlibrary_name: ear-vae\ntags:\n- audio\n- music\n- vae\n---\n\n"
-        f"# {name}\n\nεar-VAE weights for the `ear-vae` package: {config.sample_rate} Hz, "
+        f"# {heading}\n\nεar-VAE weights for the `ear-vae` package: {config.sample_rate} Hz, "
         f"{config.audio_channels} channels, {config.latent_dim} latent channels at "
         f"{config.latent_rate:.2f} Hz.\n\n```python\nfrom ear_vae import EarVAE\n\n"
         'vae = EarVAE.from_pretrained("path/to/this/folder")\n```\n'
@@ -147,7 +132,7 @@ def model_card(vae: EarVAE) -> str:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All tensors of a safetensors file, and what `save_pretrained` says of them.
+    """All tensors of a safetensors file, and what `write_folder` states of them.
 
     Raises:
         EarVAEError: The file is missing, truncated, not a safetensors file, of a dtype that torch does not
@@ -198,20 +183,20 @@ def require_fit(path: Path, state: Mapping[str, Tensor], shapes: Mapping[str, to
 
 
 def expected_shapes(config: EarVAEConfig, *, path: Path) -> dict[str, torch.Size]:
-    """Name and shape of every tensor of our state dict.
+    """Returns name and shape of every tensor of our state dict.
+
+    Args:
+        config: The architecture.
+        path: Where it came from, for messages.
 
     Raises:
-        EarVAEError: The config, which came with `path`, asks for tensors beyond any memory.
+        EarVAEError: The config names an unknown architecture, or asks for tensors beyond any memory.
     """
-    from ear_vae.vae import EarVAE
-
-    vae = _without_weights(EarVAE, config, name="", path=path)
-    return {name: tensor.shape for name, tensor in vae.state_dict().items()}
-
-
-def _without_weights(cls: type[EarVAE], config: EarVAEConfig, *, name: str, path: Path) -> EarVAE:
     try:
         with torch.device("meta"):
-            return cls(config, name=name)
+            network = Autoencoder(config)
+    except EarVAEError as error:
+        raise EarVAEError(f"{path}: {error}") from None
     except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond 64 bits
         raise EarVAEError(f"{path}: its config asks for impossibly large tensors: {config}") from error
+    return {name: tensor.shape for name, tensor in network.state_dict().items()}

@@ -14,6 +14,7 @@ from torch import Tensor
 from ear_vae.config import EarVAEConfig
 from ear_vae.errors import EarVAEError
 from ear_vae.limits import shown
+from ear_vae.network.transformer import ROTARY_BASE
 from ear_vae.pretrained.folder import expected_shapes, require_fit
 
 _ROTARY_KEY = "transformers.rotary_pos_emb.inv_freq"
@@ -180,8 +181,6 @@ def to_official(state: Mapping[str, Tensor], config: EarVAEConfig) -> dict[str, 
             if official.endswith("norm.gamma"):
                 official_state[official.replace("gamma", "beta")] = torch.zeros_like(state[name])
     if config.transformer_depth:
-        from ear_vae.network.transformer import ROTARY_BASE
-
         like = official_state["transformers.layers.0.pre_norm.gamma"]
         exponents = (
             torch.arange(0, config.transformer_head_dim, 2, device=like.device) / config.transformer_head_dim

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from ear_vae._atomic import atomic_path
 from ear_vae.config import EarVAEConfig
 from ear_vae.errors import EarVAEError
 from ear_vae.limits import read_json, sample_rate_of, shown
-from ear_vae.pretrained.folder import CONFIG_FILE, WEIGHTS_FILE, assemble, save_pretrained
+from ear_vae.pretrained.folder import CONFIG_FILE, WEIGHTS_FILE, expected_shapes, require_fit, write_folder
 from ear_vae.pretrained.official import from_official, official_config, read_official
 
 VARIANTS_KEY = "variants"
@@ -112,13 +113,14 @@ def file_sha256(path: Path) -> str:
 def conversions_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
     """Where conversions are kept: under `cache_dir`, else beside the Hub's own caches."""
     if cache_dir is None:
+        # Takes a second to import; local folders need none of it.
         from huggingface_hub import constants
 
         cache_dir = constants.HF_HOME
     return Path(os.path.expanduser(cache_dir)) / "ear-vae" / "conversions"
 
 
-def convert(
+def convert_variant(
     entry: VariantEntry, config_path: Path, weights_path: Path, *, weights_sha256: str, cache: Path
 ) -> tuple[Path, EarVAEConfig]:
     """A folder in our layout with the model of official files, converted unless it was before.
@@ -154,9 +156,6 @@ def convert(
 
 
 def _write_conversion(entry: VariantEntry, config_path: Path, weights_path: Path, folder: Path) -> None:
-    from ear_vae._atomic import atomic_path
-    from ear_vae.vae import EarVAE
-
     values = read_json(config_path)
     state = read_official(weights_path)
     try:
@@ -169,10 +168,10 @@ def _write_conversion(entry: VariantEntry, config_path: Path, weights_path: Path
     except EarVAEError as error:
         raise EarVAEError(f"{config_path}: {error}") from error
     ours = from_official(weights_path, state, config)
-    vae = assemble(EarVAE, config, ours, name=entry.name, path=weights_path)
+    require_fit(weights_path, ours, expected_shapes(config, path=weights_path))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_pretrained(vae, folder)
+        write_folder(folder, config, ours, name=entry.name)
         sums = {name: file_sha256(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
         with atomic_path(folder / _SUMS_FILE, overwrite=True) as temporary:
             temporary.write_text(json.dumps(sums), encoding="utf-8")

@@ -1,31 +1,27 @@
-"""Finding models: local folders, bundled checkpoints, Hub repositories; and sending them to the Hub."""
+"""From a name to a local folder with a model: existing folders, bundled checkpoints, the Hub."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ear_vae.config import EarVAEConfig
 from ear_vae.errors import EarVAEError
 from ear_vae.limits import read_json, shown
-from ear_vae.pretrained.folder import CONFIG_FILE, WEIGHTS_FILE, Checkpoint
+from ear_vae.pretrained.bundled import bundled_checkpoints
+from ear_vae.pretrained.folder import CONFIG_FILE, WEIGHTS_FILE, Checkpoint, expected_shapes
 from ear_vae.pretrained.official_repository import (
     VARIANTS_KEY,
     choose_variant,
     conversions_folder,
-    convert,
+    convert_variant,
     file_sha256,
 )
-
-if TYPE_CHECKING:
-    from ear_vae.vae import EarVAE
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _COMMIT = _GIT_SHA1 = re.compile(r"[0-9a-f]{40}")
@@ -82,8 +78,6 @@ def resolve(
         EarVAEError: Nothing is found under the name, the variant is missing or unknown, a file is
             missing or damaged, the Hub cannot be reached, or the cache cannot be written to.
     """
-    from ear_vae.pretrained.bundled import bundled_checkpoints
-
     text = os.path.expanduser(os.fspath(name_or_path))
     bundled = bundled_checkpoints()
     if os.path.isdir(text):
@@ -121,12 +115,13 @@ def _open(source: _Source, *, variant: str | None, cache_dir: str | os.PathLike[
             raise EarVAEError(
                 f"{source.where}: holds one model and no variants; leave out variant={variant!r}"
             )
-        EarVAEConfig.from_json(config_path)  # before a large download
+        # Before a large download.
+        expected_shapes(EarVAEConfig.from_json(config_path), path=config_path)
         return Checkpoint(source.fetch(WEIGHTS_FILE).parent, source.name)
     entry = choose_variant(values, variant, where=f"{source.where}/{CONFIG_FILE}")
     variant_config, weights = source.fetch(entry.config), source.fetch(entry.weights)
     sha256 = file_sha256(weights)
-    folder, config = convert(
+    folder, config = convert_variant(
         entry, variant_config, weights, weights_sha256=sha256, cache=conversions_folder(cache_dir)
     )
     published = _PUBLISHED_SHA256.get(entry.name, sha256)
@@ -142,6 +137,7 @@ def _open(source: _Source, *, variant: str | None, cache_dir: str | os.PathLike[
 def _hub_cache(cache_dir: str | os.PathLike[str] | None) -> Path:
     """Where the Hub's client keeps what it downloads."""
     if cache_dir is None:
+        # Here and below: takes a second to import, and `EarVAE` is to be there without.
         from huggingface_hub import constants
 
         cache_dir = constants.HF_HUB_CACHE
@@ -264,16 +260,17 @@ def _hub_problem(
             )
         return (
             f"{repo_id}: {file}{at_revision} is not in the local cache and the Hub cannot be asked for it "
-            f"({_reason(error.__cause__ or error)}); check the connection, or give a local folder"
+            f"({reason_in_a_line(error.__cause__ or error)}); check the connection, or give a local folder"
         )
     if isinstance(error, errors.EntryNotFoundError):
         return f"{repo_id}: the repository has no file {file}{at_revision}; is it an εar-VAE model?"
     if isinstance(error, errors.HfHubHTTPError):
-        return f"{repo_id}: the Hub refused {file}{at_revision}: {_reason(error)}"
-    return f"{repo_id}: the download of {file}{at_revision} failed: {_reason(error)}; try again"
+        return f"{repo_id}: the Hub refused {file}{at_revision}: {reason_in_a_line(error)}"
+    return f"{repo_id}: the download of {file}{at_revision} failed: {reason_in_a_line(error)}; try again"
 
 
-def _reason(error: BaseException) -> str:
+def reason_in_a_line(error: BaseException) -> str:
+    """Returns the first two lines of what the Hub's client says of a failure, as one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2]).rstrip(".") if lines else type(error).__name__
 
@@ -307,53 +304,3 @@ def _damage(path: Path) -> str | None:
     if found == blob.name:
         return None
     return f"the download is damaged ({kind} {found}, the Hub says {blob.name})"
-
-
-def push(
-    vae: EarVAE,
-    repo_id: str,
-    *,
-    token: str | None = None,
-    private: bool | None = None,
-    commit_message: str = "Upload εar-VAE",
-) -> str:
-    """Creates a Hub repository if needed and uploads what `save_pretrained` writes.
-
-    A model card that is already there is kept.
-
-    Args:
-        vae: The model.
-        repo_id: `owner/name`.
-        token: Access token with the right to write.
-        private: Make a new repository private; the account's default by default.
-        commit_message: First line of the commit.
-
-    Returns:
-        The address of the commit.
-
-    Raises:
-        EarVAEError: The Hub refused or could not be reached.
-    """
-    from huggingface_hub import CommitOperationAdd, HfApi
-
-    from ear_vae.pretrained.folder import CARD_FILE, save_pretrained
-
-    with tempfile.TemporaryDirectory(prefix="ear-vae-") as temporary:
-        save_pretrained(vae, Path(temporary))
-        api = HfApi(token=token)
-        try:
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            names = [CONFIG_FILE, WEIGHTS_FILE]
-            if not api.file_exists(repo_id, CARD_FILE):
-                names.append(CARD_FILE)
-            commit = api.create_commit(
-                repo_id,
-                [CommitOperationAdd(name, os.path.join(temporary, name)) for name in names],
-                commit_message=commit_message,
-            )
-        except Exception as error:  # as for downloads
-            raise EarVAEError(
-                f"{repo_id}: the upload failed: {_reason(error)}; a token with the right to write is needed, "
-                "from a login to the Hub or token=..."
-            ) from error
-    return str(commit.commit_url)

@@ -158,4 +158,4 @@ def _card(vae: EarVAE, content: Mapping[str, Any], which: str) -> str:
         **{f"`{name}`": f"{value:.4g}" for name, value in facts["validation"].items()},
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return f"{model_card(vae)}\n## Training\n\n| | |\n|---|---|\n{table}\n"
+    return f"{model_card(vae.config, vae.name)}\n## Training\n\n| | |\n|---|---|\n{table}\n"

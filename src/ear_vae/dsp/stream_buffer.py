@@ -1,4 +1,4 @@
-"""What a stream has brought and is still needed."""
+"""A buffer for a sequence that comes in blocks and is needed in overlapping pieces."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 
-class Backlog:
-    """The part of a sequence that has come in and is still needed.
+class StreamBuffer:
+    """The part of a stream that has come in and is still needed.
 
     Attributes:
         start: Position of the first sample held.
-        stop: Position after the last.
+        stop: Position after the last sample held.
     """
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class Backlog:
         self._blocks: list[Tensor] = []
 
     def fill(self, source: Iterator[Tensor], stop: int) -> bool:
-        """Takes blocks [..., T] until `stop` is reached; False where the source ends before."""
+        """Takes blocks [..., T] until `stop` is reached; returns False where the source ends before."""
         while self.stop < stop:
             block = next(source, None)
             if block is None:
@@ -30,17 +30,17 @@ class Backlog:
             self.stop += block.shape[-1]
         return True
 
-    def take(self, start: int, stop: int) -> Tensor:
-        """What lies between two positions; it stays held."""
+    def read(self, start: int, stop: int) -> Tensor:
+        """Returns what lies between two positions, [..., stop - start]; it stays in the buffer."""
         if len(self._blocks) > 1:
             self._blocks = [torch.cat(self._blocks, dim=-1)]
         return self._blocks[0][..., start - self.start : stop - self.start]
 
-    def drop(self, start: int) -> None:
-        """Lets go of what lies before a position."""
+    def discard(self, start: int) -> None:
+        """Removes what lies before a position."""
         while self._blocks and self.start + self._blocks[0].shape[-1] <= start:
             self.start += self._blocks.pop(0).shape[-1]
         if self._blocks and self.start < start:
-            # A copy, or the view would hold all of the block.
+            # A copy, or the view would keep all of the block in memory.
             self._blocks[0] = self._blocks[0][..., start - self.start :].clone()
             self.start = start

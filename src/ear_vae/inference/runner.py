@@ -1,0 +1,245 @@
+"""How a model is run: which stages and tiles, in which dtype, on which device, recorded or streamed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from ear_vae._dtype import require_runnable, upcast
+from ear_vae.inference.asynchronous_copy import copy_to_device, start_copy
+from ear_vae.inference.cuda_graphs import MOST_GRAPH_FRAMES, clear_graphs, run_graph
+from ear_vae.inference.tiling import (
+    DEFAULT_STAGE_TILES,
+    Stage,
+    StageTiles,
+    decoder_stages,
+    encoder_stages,
+    run_stages,
+    stream_stages,
+    tile_length,
+)
+from ear_vae.network import Autoencoder, Decoder, Encoder
+from ear_vae.network.blocks import Snake
+from ear_vae.network.snake import compile_snake
+
+_Network = TypeVar("_Network", Encoder, Decoder)
+_StagesOf = Callable[[_Network], list[Stage]]
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Runs the parts of a model on batches of any length, in memory that does not grow with it.
+
+    Where a gradient is recorded, the whole length goes through at once. Results are float32 (float64 of a
+    float64 model) and lie on the device of the input.
+
+    Attributes:
+        model: The model, whose weights decide on device and dtype.
+        gradient_checkpointing: Where a gradient is recorded, keep activations only between stages.
+        cuda_graphs: On CUDA, record short inputs whose shape comes again.
+        tile_frames: Latent frames of a tile along the sequence; by default as many as are fast.
+        stage_tiles: How large the tiles within a stage are, on a CPU.
+        graph_frames: Latent frames of a batch together beyond which no graph is recorded.
+    """
+
+    model: Autoencoder
+    gradient_checkpointing: bool = False
+    cuda_graphs: bool = False
+    tile_frames: int | None = None
+    stage_tiles: StageTiles = DEFAULT_STAGE_TILES
+    graph_frames: int = MOST_GRAPH_FRAMES
+
+    def encode(self, audio: Tensor) -> Tensor:
+        """Computes the posterior's parameters [B, 2 D, N] of audio [B, C, T], zero-padded to whole frames.
+
+        Raises:
+            EarVAEError: The weights are in a dtype that is not supported.
+        """
+        missing = -audio.shape[-1] % self.model.config.downsampling_ratio
+        return self._run(self.model.encoder, functional.pad(audio, (0, missing)), self._encoder_stages)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Computes audio [B, C, N * downsampling_ratio] of latents [B, D, N].
+
+        Raises:
+            EarVAEError: The weights are in a dtype that is not supported.
+        """
+        if self.model.transformer is not None:
+            latents = self.transform(latents)
+        return self._run(self.model.decoder, latents, self._decoder_stages)
+
+    def encode_stream(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """As `encode`, for audio in blocks [B, C, T_i], without gradients.
+
+        Yields:
+            The posterior's parameters, [B, 2 D, n].
+
+        Raises:
+            EarVAEError: The weights are in a dtype that is not supported.
+        """
+        padded = _padded(blocks, self.model.config.downsampling_ratio)
+        return self._stream(self.model.encoder, padded, self._encoder_stages)
+
+    def decode_stream(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """As `decode`, for latents in blocks [B, D, N_i], without gradients; a transformer holds them all.
+
+        Yields:
+            Audio, [B, C, t].
+
+        Raises:
+            EarVAEError: The weights are in a dtype that is not supported.
+        """
+        if self.model.transformer is not None and (pieces := list(blocks)):
+            blocks = [self.transform(torch.cat(pieces, dim=-1))]
+            del pieces
+        yield from self._stream(self.model.decoder, blocks, self._decoder_stages)
+
+    def transform(self, latents: Tensor) -> Tensor:
+        """Computes what the model's transformer makes of latents [B, D, N], in float32 at least.
+
+        It computes in float32 whatever the weights' dtype: it is a thousandth of the work, and what it gets
+        wrong goes into every sample.
+
+        Raises:
+            EarVAEError: The weights are in a dtype that is not supported.
+        """
+        transformer, device = self.model.transformer, self.model.device
+        assert transformer is not None
+        self._require_runnable(transformer)
+        weights = {name: upcast(weight) for name, weight in transformer.named_parameters()}
+        x = latents.to(device=device, dtype=torch.promote_types(self.model.dtype, torch.float32))
+        # Autocast would compute it in less.
+        with torch.autocast(device.type, enabled=False):
+            transformed: Tensor = functional_call(transformer, weights, (x,))
+        return transformed.to(latents.device)
+
+    def _encoder_stages(self, encoder: Encoder) -> list[Stage]:
+        return encoder_stages(encoder, self.model.config, self.model.device, self.stage_tiles)
+
+    def _decoder_stages(self, decoder: Decoder) -> list[Stage]:
+        return decoder_stages(decoder, self.model.config, self.model.device, self.stage_tiles)
+
+    def _require_runnable(self, network: nn.Module) -> None:
+        require_runnable({parameter.dtype for parameter in network.parameters()}, self.model.device)
+
+    def _run(self, network: _Network, x: Tensor, stages_of: _StagesOf[_Network]) -> Tensor:
+        self._require_runnable(network)
+        if torch.is_grad_enabled() and (
+            x.requires_grad or any(p.requires_grad for p in network.parameters())
+        ):
+            # The autograd graph holds every activation anyway: tiles would only add their contexts to it.
+            return upcast(self._run_with_gradients(network, self._to_model(x))).to(x.device)
+        return run_stages(
+            self._with_graphs(network, stages_of(network)),
+            x,
+            tile_frames=self._tile_length(),
+            prepare=self._prepare,
+            retrieve=lambda tile: _retrieve(tile, x.device),
+        )
+
+    def _stream(
+        self, network: _Network, blocks: Iterable[Tensor], stages_of: _StagesOf[_Network]
+    ) -> Iterator[Tensor]:
+        """As `_run`, piece by piece; results lie on the device of the input, and no gradients are kept."""
+        self._require_runnable(network)
+        source = iter(blocks)
+        if (first := next(source, None)) is None:
+            return
+        tiles = stream_stages(
+            self._with_graphs(network, stages_of(network)),
+            chain((first,), source),
+            tile_frames=self._tile_length(),
+            prepare=self._prepare,
+            retrieve=lambda tile: _retrieve(tile, first.device),
+        )
+        while True:
+            # Not around the whole: between two tiles the caller's code runs.
+            with torch.no_grad():
+                tile = next(tiles, None)
+            if tile is None:
+                return
+            yield tile
+
+    def _with_graphs(self, network: Encoder | Decoder, stages: list[Stage]) -> list[Stage]:
+        if not self.cuda_graphs or self.model.device.type != "cuda":
+            return stages
+        # On a GPU the only stage is the network itself.
+        return [
+            replace(stage, network=partial(_run_short, network, self.graph_frames * stage.inputs))
+            for stage in stages
+        ]
+
+    def _run_with_gradients(self, network: Encoder | Decoder, x: Tensor) -> Tensor:
+        if not self.gradient_checkpointing:
+            result: Tensor = network(x)
+            return result
+        for stage in network.stages():
+            x = checkpoint(stage, x, use_reentrant=False, preserve_rng_state=False)
+        return x
+
+    def _tile_length(self) -> int:
+        model, config = self.model, self.model.config
+        return self.tile_frames or tile_length(
+            config.channels, config.downsampling_ratio, model.device, model.dtype
+        )
+
+    def _prepare(self, tile: Tensor) -> Tensor:
+        """[B, C, T] as the networks take it in inference, see `ear_vae.network.blocks`."""
+        # Channels last by hand, which torch.vmap takes too.
+        return self._to_model(tile).movedim(1, -1).contiguous().movedim(-1, 1).unsqueeze(-2)
+
+    def _to_model(self, x: Tensor) -> Tensor:
+        return copy_to_device(x, self.model.device, self.model.dtype)
+
+
+def optimize(model: Autoencoder) -> None:
+    """Compiles the activation of a model on a CPU, and drops the CUDA graphs that have been recorded of it.
+
+    Where torch cannot compile, there is a warning and nothing changes.
+    """
+    for network in (model.encoder, model.decoder):
+        clear_graphs(network)
+    if model.device.type == "cuda":
+        return
+    try:
+        compile_snake(model.device, model.dtype)
+    except (RuntimeError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        warnings.warn(f"runs without being compiled: {reason}", stacklevel=3)
+        return
+    for module in model.modules():
+        if isinstance(module, Snake):
+            module.compiled = True
+
+
+def _retrieve(tile: Tensor, device: torch.device) -> Callable[[], Tensor]:
+    """Starts the way back from the networks, to [B, C, T] in float32 at least."""
+    return start_copy(upcast(tile.squeeze(-2)), device)
+
+
+def _padded(blocks: Iterable[Tensor], multiple: int) -> Iterator[Tensor]:
+    """The blocks, and zeros after them where their length together is no multiple."""
+    count = 0
+    for block in blocks:
+        count += block.shape[-1]
+        yield block
+    if (missing := -count % multiple) and count:
+        yield block.new_zeros(*block.shape[:-1], missing)
+
+
+def _run_short(network: Encoder | Decoder, most_inputs: int, x: Tensor) -> Tensor:
+    """A pass without gradients, as a graph where the input is short enough for that to pay."""
+    if x.shape[0] * x.shape[-1] > most_inputs:
+        result: Tensor = network(x)
+        return result
+    return run_graph(network, x)

@@ -1,0 +1,74 @@
+"""The parts of an autoencoder side by side, and the families of networks they can come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ear_vae.config import EarVAEConfig
+from ear_vae.errors import EarVAEError
+from ear_vae.limits import shown
+from ear_vae.network.decoder import Decoder
+from ear_vae.network.encoder import Encoder
+from ear_vae.network.transformer import LatentTransformer
+
+
+class Family(NamedTuple):
+    """What builds each part of a network from its config.
+
+    Attributes:
+        encoder: Builds the encoder.
+        transformer: Builds what stands before the decoder, where `transformer_depth` is not 0.
+        decoder: Builds the decoder.
+    """
+
+    encoder: Callable[[EarVAEConfig], Encoder]
+    transformer: Callable[[EarVAEConfig], LatentTransformer]
+    decoder: Callable[[EarVAEConfig], Decoder]
+
+
+ARCHITECTURES = {"ear_vae": Family(Encoder, LatentTransformer, Decoder)}
+"""The families of networks by `EarVAEConfig.architecture`; the only place that knows which there are."""
+
+
+class Autoencoder(nn.Module):
+    """Encoder, transformer and decoder with fresh weights; how they are run is `ear_vae.inference`'s.
+
+    Args:
+        config: The architecture.
+
+    Attributes:
+        config: The architecture.
+        encoder: Audio [B, C, N * downsampling_ratio] to the posterior's parameters [B, 2 D, N].
+        transformer: Latents [B, D, N] to latents of the same shape; None where `transformer_depth` is 0.
+        decoder: Latents [B, D, N] to audio [B, C, N * downsampling_ratio].
+
+    Raises:
+        EarVAEError: The config names an architecture that there is not.
+    """
+
+    def __init__(self, config: EarVAEConfig) -> None:
+        super().__init__()
+        if config.architecture not in ARCHITECTURES:
+            raise EarVAEError(
+                f"config: architecture {shown(config.architecture)} is unknown; this ear-vae has "
+                f"{', '.join(ARCHITECTURES)}: update ear-vae, or correct the name"
+            )
+        family = ARCHITECTURES[config.architecture]
+        self.config = config
+        self.encoder = family.encoder(config)
+        self.transformer = family.transformer(config) if config.transformer_depth else None
+        self.decoder = family.decoder(config)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights, in which the convolutions run."""
+        return next(self.parameters()).dtype

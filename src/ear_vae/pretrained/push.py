@@ -1,0 +1,67 @@
+"""Uploading a model to the Hub."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from ear_vae.config import EarVAEConfig
+from ear_vae.errors import EarVAEError
+from ear_vae.pretrained.folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, write_folder
+from ear_vae.pretrained.resolve import reason_in_a_line
+
+
+def push(
+    config: EarVAEConfig,
+    state: Mapping[str, Tensor],
+    repo_id: str,
+    *,
+    name: str,
+    token: str | None = None,
+    private: bool | None = None,
+    commit_message: str = "Upload εar-VAE",
+) -> str:
+    """Creates a Hub repository if needed and uploads what `write_folder` writes.
+
+    A model card that is already there is kept.
+
+    Args:
+        config: The architecture.
+        state: The state dict, which fits the config.
+        repo_id: `owner/name`.
+        name: Name of the model in its card.
+        token: Access token with the right to write.
+        private: Make a new repository private; by default what the account's settings say.
+        commit_message: First line of the commit.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        EarVAEError: The Hub refused or could not be reached.
+    """
+    # Takes a second to import, and `EarVAE` is to be there without.
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    with tempfile.TemporaryDirectory(prefix="ear-vae-") as temporary:
+        write_folder(temporary, config, state, name=name)
+        api = HfApi(token=token)
+        try:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            files = [CONFIG_FILE, WEIGHTS_FILE]
+            if not api.file_exists(repo_id, CARD_FILE):
+                files.append(CARD_FILE)
+            commit = api.create_commit(
+                repo_id,
+                [CommitOperationAdd(file, Path(temporary, file)) for file in files],
+                commit_message=commit_message,
+            )
+        except Exception as error:  # the client lets through whatever its HTTP library of the day raises
+            raise EarVAEError(
+                f"{repo_id}: the upload failed: {reason_in_a_line(error)}; a token with the right to write "
+                "is needed, from a login to the Hub or token=..."
+            ) from error
+    return str(commit.commit_url)
