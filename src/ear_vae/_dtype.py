@@ -53,8 +53,8 @@ def require_runnable(dtypes: set[torch.dtype], device: torch.device) -> None:
     """Refuses what the network would overflow in, however it came to be in it.
 
     Args:
-        dtypes: Of all weights that are about to run.
-        device: Where they lie.
+        dtypes: Dtypes of all weights that are about to run.
+        device: Device that the weights lie on.
 
     Raises:
         EarVAEError: Weights are in float16 or another dtype that is not supported, or in several, or

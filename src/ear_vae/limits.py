@@ -59,7 +59,7 @@ def shown(value: Any) -> str:
 
 
 def escaped(text: str) -> str:
-    """Returns the text with control characters, and bytes that are no UTF-8, as escapes such as `\\x1b`."""
+    r"""Returns the text with control characters, and bytes that are no UTF-8, as escapes such as `\x1b`."""
     return "".join(map(_escaped_character, text))
 
 

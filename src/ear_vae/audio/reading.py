@@ -42,7 +42,7 @@ _RUN_UPS = {"MP3": 50 * 1152, "OGG": 8192}
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """What a file's header says.
+    """Facts from the header of an audio file.
 
     Attributes:
         sample_rate: In Hz.
@@ -122,7 +122,7 @@ def stream_audio(source: AudioSource) -> Iterator[tuple[AudioInfo, Iterator[Tens
         source: As for `read_audio`.
 
     Yields:
-        What the header says, and an iterator over blocks [C, T_i] in float32 that together are what
+        The facts of the header, and an iterator over blocks [C, T_i] in float32 that together are what
         `read_audio` returns. It raises what `read_audio` would raise of the samples.
 
     Raises:

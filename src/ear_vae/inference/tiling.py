@@ -92,10 +92,10 @@ def tile_length(
     last byte would hardly ever come again.
 
     Args:
-        channels: Of the widest activation.
-        downsampling_ratio: Its positions per latent frame.
-        device: Where the network runs.
-        dtype: Of its activations.
+        channels: Channels of the widest activation.
+        downsampling_ratio: Positions of that activation per latent frame.
+        device: Device that the network runs on.
+        dtype: Dtype of the activations.
     """
     budget = _TILE_BYTES.get(device.type, _OTHER_TILE_BYTES)
     width = _BYTES_PER_VALUE if device.type == "cpu" else dtype.itemsize
@@ -212,7 +212,7 @@ def run_stages(
     """All stages of a network, in tiles of at most `tile_frames` latent frames and in those of each stage.
 
     Args:
-        stages: Of an encoder or a decoder.
+        stages: Stages of an encoder or a decoder.
         x: Input of the first stage, [B, C, T], of a whole number of latent frames.
         tile_frames: Most frames of one tile along the sequence; short items of a batch share one.
         prepare: What is done to the input of a tile, such as moving it to a device.
@@ -254,7 +254,7 @@ def stream_stages(
     """`run_stages` on input that comes in pieces, tile by tile as soon as the input of one is there.
 
     Args:
-        stages: Of an encoder or a decoder.
+        stages: Stages of an encoder or a decoder.
         blocks: Pieces of the input, [B, C, T_i], together of a whole number of latent frames.
         tile_frames: Frames of one tile.
         prepare: As for `run_stages`.
@@ -373,7 +373,7 @@ def run_tiled(
 
 
 class TileSpan(NamedTuple):
-    """Of a tile: rows of the batch, and frames from `start` to before `stop`."""
+    """The part of a batch that a tile covers: its rows, and its frames from `start` to before `stop`."""
 
     rows: slice
     start: int

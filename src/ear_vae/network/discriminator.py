@@ -25,11 +25,11 @@ class DiscriminatorConfig:
     input and no striding over frequency.
 
     Args:
-        window_sizes: Of the STFTs, in samples; each has a discriminator of its own.
-        channels: Of every hidden layer.
-        dilations: In frames, one hidden layer each.
-        frequency_stride: Of these layers, in bins.
-        negative_slope: Of the leaky ReLUs.
+        window_sizes: Window sizes of the STFTs, in samples; each has a discriminator of its own.
+        channels: Channels of every hidden layer.
+        dilations: Dilations over frames, one hidden layer each.
+        frequency_stride: Stride of these layers over frequency, in bins.
+        negative_slope: Negative slope of the leaky ReLUs.
 
     Raises:
         EarVAEError: A value is out of range.
@@ -54,7 +54,7 @@ class Judgement(NamedTuple):
     """What one resolution says of audio.
 
     Attributes:
-        logits: Near 1 where it takes the audio for real, near 0 where for rebuilt, [B, 1, frames, F'].
+        logits: Near 1 for audio that it classifies as real, near 0 for rebuilt, [B, 1, frames, F'].
         features: Activations of its hidden layers, each [B, channels, frames, F'].
     """
 
