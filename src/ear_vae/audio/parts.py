@@ -107,20 +107,25 @@ class Excerpt(io.RawIOBase):
         self._position = 0
 
     def readable(self) -> bool:
+        """Returns True."""
         return True
 
     def seekable(self) -> bool:
+        """Returns True."""
         return True
 
     def tell(self) -> int:
+        """Returns the position, in bytes."""
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Moves to a position, as `io.IOBase.seek`."""
         origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._begins[-1]}[whence]
         self._position = max(0, origin + offset)
         return self._position
 
     def readinto(self, buffer: Any) -> int:
+        """Fills a buffer, and returns how many bytes were there."""
         view = memoryview(buffer).cast("B")
         filled = 0
         while filled < len(view) and self._position < self._begins[-1]:
