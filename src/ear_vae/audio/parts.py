@@ -213,7 +213,7 @@ def _between(starts: list[int], end: int) -> Iterator[tuple[int, int]]:
 
 
 def ogg_layout(data: Bytes) -> Layout:
-    """Links of a chain begin with pages that say so (RFC 3533, section 4).
+    """Links of a chain begin with pages flagged as first (RFC 3533, section 4).
 
     Whether the file is whole shows in its last page: a cut one hardly ever ends with a complete page. The
     end-of-stream mark is no help, as many encoders do not write it.

@@ -198,7 +198,7 @@ def _write(
     name, highest = encoding.name, 0.0
 
     @contextmanager
-    def full_disk_is_said() -> Iterator[None]:
+    def full_disk_as_error() -> Iterator[None]:
         try:
             yield
         except (soundfile.LibsndfileError, OSError, AssertionError) as error:
@@ -227,9 +227,9 @@ def _write(
                 highest = max(highest, _peak(block, name))
                 scaled = block.detach().float().cpu() * gain
                 samples = (scaled.clamp(-1, 1) if encoding.limits else scaled).T.contiguous().numpy()
-                with full_disk_is_said():
+                with full_disk_as_error():
                     file.write(samples)
-            with full_disk_is_said():
+            with full_disk_as_error():
                 file.close()
 
     if isinstance(destination, (str, os.PathLike)):

@@ -126,7 +126,7 @@ class _Graph:
                 self._graph,
                 pool=pool,
                 stream=self._stream,
-                # What other threads do, such as pinning memory for a loader, is none of its business.
+                # Other threads may go on with what they do, such as pinning memory for a loader.
                 capture_error_mode="thread_local",
             )
             # A recording that fails leaves its stream as the current one.

@@ -52,7 +52,7 @@ def load_tensors(path: Path) -> Any:
             f"{path}: refused, the pickle is damaged or holds more than tensors{held}; get a plain state "
             "dict from where you trust it"
         ) from error
-    except Exception as error:  # torch has many ways to say that a file is none of its own
+    except Exception as error:  # torch raises many kinds for files that are not its own
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise EarVAEError(f"{path}: not a readable PyTorch file: {reason}") from error
 
