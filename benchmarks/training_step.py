@@ -107,8 +107,8 @@ class PartsOfAStep:
         self._replace(module, "_adversarial_terms", self._adversarial_terms)
         self._time(module, "_reconstruct_draw", GENERATOR)
         self._time(module, "_balanced", BALANCER)
-        if module.average is not None:
-            self._time(module.average, "update", AVERAGE)
+        if module.ema is not None:
+            self._time(module.ema, "update", AVERAGE)
         if module.discriminator is not None:
             self._replace(module.discriminator, "forward", self._judge)
 

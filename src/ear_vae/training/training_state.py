@@ -24,7 +24,7 @@ def save_training_state(checkpoint: Mapping[str, Any], path: Path) -> None:
     """Writes the training state in the content of a checkpoint; an existing file is replaced.
 
     Raises:
-        EarVAEError: The file cannot be written, or an optimizer has not taken a step yet.
+        EarVAEError: The file cannot be written, an optimizer is not AdamW or has not taken a step yet.
     """
     metadata = {"format": _FORMAT, "step": str(checkpoint["global_step"])}
     with atomic_path(path, overwrite=True) as temporary:
@@ -90,6 +90,10 @@ def restore_moments(
 
 def _tensors(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     state: dict[str, Tensor] = checkpoint["state_dict"]
+    if others := set(checkpoint["ear_vae"]["optimizers"]) - {"AdamW"}:
+        raise EarVAEError(
+            f"a training state holds the moments of AdamW only, not of {', '.join(sorted(others))}"
+        )
     kept = {key: v.contiguous() for key, v in state.items() if key.partition(".")[0] in _PARTS}
     trained = checkpoint["ear_vae"]["trained"]
     for (part, parameters), optimizer in zip(trained.items(), checkpoint["optimizer_states"], strict=True):
