@@ -17,7 +17,7 @@ from ear_vae.errors import EarVAEError
 from ear_vae.training.module import EarVAEModule
 from ear_vae.training.pictures import spectrogram_picture
 
-_LOSS_DECAY = 0.98
+_LOSS_DECAY = 0.9
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -57,7 +57,7 @@ class Checkpoints(ModelCheckpoint):
         save_top_k: Number of best checkpoints to keep.
 
     Raises:
-        EarVAEError: An interval or `save_top_k` below 1; during training, a checkpoint that cannot be written.
+        EarVAEError: An interval or `save_top_k` below 1; a checkpoint that cannot be written.
     """
 
     def __init__(
@@ -164,7 +164,8 @@ class StepProgressBar(TQDMProgressBar):
     """A progress bar over the steps of the whole training, with a smoothed loss."""
 
     def __init__(self) -> None:
-        super().__init__()
+        # Each time the loss is read, which waits for the device.
+        super().__init__(refresh_rate=5)
         self._smoothed: float | None = None
         self._step = -1
 

@@ -160,7 +160,7 @@ class EarVAEModule(L.LightningModule):
             raise EarVAEError(f"accumulate_grad_batches must be at least 1, got {accumulate_grad_batches}")
         if accumulate_grad_batches > 1 and objective.balanced:
             raise EarVAEError(
-                "objective.balanced takes the gradients of a whole batch, so accumulate_grad_batches must be 1"
+                "objective.balanced takes the gradients of a whole batch: accumulate_grad_batches must be 1"
             )
         if adversarial_after < 0 or max_skipped_steps < 1 or seed < 0:
             raise EarVAEError("adversarial_after and seed must be 0 or more and max_skipped_steps at least 1")
@@ -248,8 +248,8 @@ class EarVAEModule(L.LightningModule):
     ) -> EarVAEModule:
         """Builds the module that wrote a checkpoint, with its weights.
 
-        To go on training exactly, give the checkpoint to `Trainer.fit(ckpt_path=...)`: optimizers and counters
-        are restored there. An optimizer or schedule given by class is not in the file; give it again.
+        To go on training exactly, give the checkpoint to `Trainer.fit(ckpt_path=...)`, which restores
+        optimizers and counters. An optimizer or schedule given by class is not in the file; give it again.
 
         Args:
             checkpoint_path: A `.ckpt` file that `ear-vae fit` or a Trainer wrote.
@@ -258,8 +258,8 @@ class EarVAEModule(L.LightningModule):
             settings: Arguments of the constructor to use instead of those in the checkpoint.
 
         Raises:
-            EarVAEError: The checkpoint is unreadable, damaged, names classes to import, is of another program,
-                or does not fit the settings.
+            EarVAEError: The checkpoint is unreadable, damaged, names classes to import, is of another
+                program, or does not fit the settings.
         """
         if weights_only is False:
             raise EarVAEError("weights_only must not be false: a checkpoint is never unpickled")
@@ -318,7 +318,7 @@ class EarVAEModule(L.LightningModule):
         if self.discriminator is None:
             self._vae_gradient(batch, self._reconstruct_draw(batch, place))
         else:
-            # Several batches: that of the VAE waits for the discriminator's step, which waits for all of them.
+            # The VAE's gradient waits for the discriminator's step, and that for the last of the batches.
             with torch.set_grad_enabled(self.accumulate_grad_batches == 1):
                 drawn = self._reconstruct_draw(batch, place)
             judged_estimate = self.discriminator(drawn.audio.detach())
@@ -552,7 +552,7 @@ class EarVAEModule(L.LightningModule):
         if len(batches) >= self.accumulate_grad_batches or len(batches[0]) != self.trainer.world_size:
             raise EarVAEError(
                 f"{where}: was written in the middle of a step, after {len(batches)} of its batches on "
-                f"{len(batches[0])} processes; resume with the accumulate_grad_batches and number of processes "
+                f"{len(batches[0])} processes; resume with the accumulate_grad_batches and processes "
                 "it was made with, or from a checkpoint that ends a step"
             )
         parameters = dict(self.named_parameters())

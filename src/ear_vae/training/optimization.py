@@ -33,8 +33,9 @@ class OptimizerConfig:
         algorithm: Optimizer to use instead of AdamW, with its own settings: in a config file the `class_path`
             and `init_args` of any optimizer of torch, in Python a function from parameters to an optimizer,
             such as `functools.partial(torch.optim.SGD, lr=0.1)`.
-        schedule: Schedule to follow the warm-up instead of the cosine decay: in a config file the `class_path`
-            and `init_args` of any scheduler of torch, in Python a function from an optimizer to a scheduler.
+        schedule: Schedule to follow the warm-up instead of the cosine decay: in a config file the
+            `class_path` and `init_args` of any scheduler of torch, in Python a function from an optimizer to
+            a scheduler.
 
     Raises:
         EarVAEError: A value is out of range, or the optimizer or schedule needs more than the gradient and
@@ -145,7 +146,7 @@ def trained(network: nn.Module) -> list[nn.Parameter]:
 
 
 def skips_by_itself(optimizer: Optimizer) -> bool:
-    """Whether the optimizer's kernels leave out a step by a flag on the device (`found_inf`), as fused ones do."""
+    """Whether the optimizer leaves out a step by a flag on the device (`found_inf`), as fused ones do."""
     return all(group.get("fused") for group in optimizer.param_groups)
 
 
