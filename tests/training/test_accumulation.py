@@ -1,4 +1,4 @@
-"""Gradients of several batches make one step, whatever optimizer takes it, and few steps wait for the device."""
+"""Gradients of several batches make one step, whatever optimizer takes it, with one wait for the device."""
 
 from __future__ import annotations
 
