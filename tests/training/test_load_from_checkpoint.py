@@ -19,7 +19,7 @@ TINY = EarVAEConfig(channels=4, channel_multipliers=(1, 2, 2, 2, 2))
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
     pytest.mark.filterwarnings("ignore:The number of training batches"),
-    pytest.mark.filterwarnings("ignore:Using `DataLoader` with"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
 ]
 
 

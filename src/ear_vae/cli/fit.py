@@ -76,11 +76,12 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         EarVAEError: No such config or folder, a folder that holds another run, or anything that the module or
             the data refuses.
-        SystemExit: Usage errors, as argparse raises them.
+        SystemExit: With 2 on wrong usage, with 0 after `--help` and `--print_config`.
     """
     if any(argument in ("-h", "--help") for argument in arguments):
         sys.stdout.write(_HELP.format(configs=_in_lines(shipped_configs())))
-        return 0
+        sys.stdout.flush()  # help that did not get through is no success
+        raise SystemExit(0)
     everything = ["--help" if argument == "--help-all" else argument for argument in arguments]
     resolved = _with_shipped_configs([argument for argument in everything if argument != "--force"])
     if not {"--help", "--print_config"} & set(resolved):
