@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -44,7 +45,9 @@ def load_training_state(module: nn.Module, path: Path) -> dict[str, dict[str, di
     Raises:
         EarVAEError: The file is unreadable, no training state, or of another architecture.
     """
-    tensors, metadata = read_safetensors(path)
+    tensors, _ = read_safetensors(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
     if metadata.get("format") != _FORMAT:
         raise EarVAEError(f"{path}: is not a training state of ear-vae")
     own = {name: tensor for name, tensor in module.state_dict().items() if name.partition(".")[0] in _PARTS}
