@@ -98,7 +98,7 @@ def train(settings: Mapping[str, Any]) -> tuple[EarVAE, AudioDataModule]:
         objective=ObjectiveConfig(**settings["objective"]),
         optimizer=OptimizerConfig(**settings["optimizer"]),
         initialization=settings["initialization"],
-        average_decay=0,
+        ema_decay=0,
         seed=settings["seed"],
     )
     data = AudioDataModule(

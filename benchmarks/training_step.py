@@ -28,7 +28,8 @@ from lightning.pytorch.profilers import Profiler
 from torch import Tensor
 
 from ear_vae._atomic import atomic_path
-from ear_vae.cli.fit import FitCLI, shipped_configs
+from ear_vae.cli.fit import shipped_configs
+from ear_vae.cli.lightning_cli import FitCLI
 from ear_vae.losses import ReconstructionObjective
 from ear_vae.losses.objective import ADVERSARIAL_TERMS
 from ear_vae.training import AudioDataModule, EarVAEModule
@@ -101,14 +102,17 @@ class PartsOfAStep:
         self.ledger = ledger
         self.balanced = module.balancer is not None
         self.adversarial = False
-        self._replace(module, "_descend", self._descend)
+        self._replace(module, "_backward", self._backward_of)
+        self._time(module, "_clip", OPTIMIZERS)
+        self._time(module, "_descend_unless_broken", OPTIMIZERS)
+        self._time(module, "_step", OPTIMIZERS)
         self._replace(module, "manual_backward", self._backward)
         self._replace(module.objective, "terms", self._terms)
         self._replace(module, "_adversarial_terms", self._adversarial_terms)
         self._time(module, "_reconstruct_draw", GENERATOR)
         self._time(module, "_balanced", BALANCER)
-        if module.average is not None:
-            self._time(module.average, "update", AVERAGE)
+        if module.ema is not None:
+            self._time(module.ema, "update", AVERAGE)
         if module.discriminator is not None:
             self._replace(module.discriminator, "forward", self._judge)
 
@@ -145,18 +149,16 @@ class PartsOfAStep:
         view.register_hook(lambda gradient: self.ledger.turn(before, after))
         return view
 
-    def _descend(self, original: Callable[..., Any], loss: Tensor, optimization: Any) -> Any:
-        if optimization.what == "discriminator":
+    def _backward_of(self, original: Callable[..., Any], loss: Tensor, what: str) -> None:
+        if what == "discriminator":
             self.first = JUDGE_BACK
         elif self.balanced:
             self.first = GENERATOR_BACK
         else:
             self.first = FEEDBACK_BACK if self.adversarial else LOSSES_BACK
-        with self.ledger.part(OPTIMIZERS):
-            norm = original(loss, optimization)
-        if optimization.what == "vae":
+        original(loss, what)
+        if what == "vae":
             self.adversarial = False
-        return norm
 
     def _backward(self, original: Callable[..., Any], loss: Tensor) -> None:
         with self.ledger.part(self.first):

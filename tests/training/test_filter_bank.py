@@ -9,7 +9,7 @@ import torch
 
 from ear_vae import EarVAE, EarVAEConfig, EarVAEError
 from ear_vae.dsp.distortion import si_sdr_db
-from ear_vae.training.filter_bank import analyse, initialize, mdct, plan
+from ear_vae.training.filter_bank import analyse, choose_bands, initialize, mdct
 from ear_vae.training.weight_norm import apply_weight_norm, load_plain_weights, plain_weights
 
 SHAPES = pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_the_network_computes_the_planned_coefficients(config: EarVAEConfig) -> 
     torch.manual_seed(0)
     vae, audio = EarVAE(config).requires_grad_(False), bass(config)
     coefficients = analyse(config, audio)
-    choice = plan(config, coefficients)
+    choice = choose_bands(config, coefficients)
     initialize(vae, choice)
     posterior = vae.eval().encode(audio)
     expected = coefficients[:, choice.indices] * choice.scales[:, None]
@@ -65,7 +65,7 @@ def test_the_network_computes_the_planned_coefficients(config: EarVAEConfig) -> 
 def test_it_is_a_codec_before_any_training(config: EarVAEConfig) -> None:
     torch.manual_seed(0)
     vae, audio = EarVAE(config).requires_grad_(False), bass(config)
-    initialize(vae, plan(config, analyse(config, audio)))
+    initialize(vae, choose_bands(config, analyse(config, audio)))
     rebuilt = vae.eval().reconstruct(audio)
     inner = slice(2 * config.downsampling_ratio, -2 * config.downsampling_ratio)
     assert si_sdr_db(rebuilt[..., inner], audio[..., inner]).min() > 12
@@ -80,11 +80,11 @@ def test_the_transformer_starts_as_no_transformer() -> None:
     bare_config = dataclasses.replace(config, transformer_depth=0)
     vae, bare = (EarVAE(c).eval().requires_grad_(False) for c in (config, bare_config))
     audio = bass(config, frames=20, batch=2)
-    initialize(vae, plan(config, analyse(config, audio)))
+    initialize(vae, choose_bands(config, analyse(config, audio)))
     assert bare.transformer is None
     bare.load_state_dict({k: v for k, v in vae.state_dict().items() if not k.startswith("transformer.")})
     torch.testing.assert_close(bare.reconstruct(audio), vae.reconstruct(audio), rtol=0, atol=1e-6)
-    initialize(bare, plan(bare_config, analyse(bare_config, audio)))
+    initialize(bare, choose_bands(bare_config, analyse(bare_config, audio)))
     assert si_sdr_db(bare.reconstruct(audio), audio).min() > 6
 
 
@@ -93,9 +93,9 @@ def test_the_plan_follows_the_music() -> None:
     config = EarVAEConfig(channels=16)
     left = bass(config)[:, :1]
     num_bins = analyse(config, left.expand(-1, 2, -1)).shape[1] // 2
-    mono = plan(config, analyse(config, left.expand(-1, 2, -1) + 1e-6 * bass(config)))
+    mono = choose_bands(config, analyse(config, left.expand(-1, 2, -1) + 1e-6 * bass(config)))
     assert (mono.indices[:20] < 20).all()
-    panned = plan(config, analyse(config, torch.cat((left, torch.zeros_like(left)), 1)))
+    panned = choose_bands(config, analyse(config, torch.cat((left, torch.zeros_like(left)), 1)))
     assert int((panned.indices < num_bins).sum()) == pytest.approx(32, abs=2)
     assert len(set(mono.indices.tolist())) == 64
 
@@ -107,7 +107,7 @@ def test_what_cannot_be_a_filter_bank_is_refused() -> None:
         analyse(EarVAEConfig(channels=16, strides=(4, 4, 4, 4, 8)), torch.zeros(1, 2, 8192))
     config = EarVAEConfig(channels=16)
     with pytest.raises(EarVAEError, match="silence"):
-        plan(config, analyse(config, torch.zeros(1, 2, 8192)))
+        choose_bands(config, analyse(config, torch.zeros(1, 2, 8192)))
 
 
 def test_weight_norm_changes_nothing_and_folds_away() -> None:

@@ -196,7 +196,7 @@ def test_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_a_frozen_encoder_is_released_as_it_was(tmp_path: Path) -> None:
     torch.manual_seed(0)
     EarVAE(TINY).save_pretrained(tmp_path / "start")
-    module = EarVAEModule(pretrained=str(tmp_path / "start"), train_encoder=False, average_decay=0.0)
+    module = EarVAEModule(pretrained=str(tmp_path / "start"), train_encoder=False, ema_decay=0.0)
     fit(module, 1).save_checkpoint(tmp_path / "last.ckpt", weights_only=False)
     assert main(["release", str(tmp_path / "last.ckpt"), str(tmp_path / "end")]) == 0
     released, start = (EarVAE.from_pretrained(tmp_path / name) for name in ("end", "start"))
@@ -211,7 +211,7 @@ def test_weights_that_are_not_finite_are_not_released(
 ) -> None:
     """Nor does the refusal touch the model that is there."""
     content = torch.load(checkpoint, weights_only=True)
-    prefix = "vae." if raw else "average.network."
+    prefix = "vae." if raw else "ema.network."
     content["state_dict"][f"{prefix}decoder.conv_in.bias"][0] = torch.nan
     torch.save(content, tmp_path / "broken.ckpt")
     options = ["--raw"] if raw else []
@@ -248,7 +248,7 @@ def test_a_folder_appears_whole_or_not_at_all(
 
 
 def test_the_model_of_a_run_is_not_replaced_by_one_that_is_not_finite(tmp_path: Path) -> None:
-    module = EarVAEModule(TINY, average_decay=0.0)
+    module = EarVAEModule(TINY, ema_decay=0.0)
     module.export(tmp_path / "model")
     before = (tmp_path / "model" / "model.safetensors").read_bytes()
     with torch.no_grad():

@@ -105,7 +105,7 @@ def assert_same(one: Any, other: Any, where: str = "checkpoint") -> None:
 def assert_same_training(one: dict[str, Any], other: dict[str, Any]) -> None:
     """Weights, averages, balancer, discriminator, both optimizers and both schedules."""
     assert one["global_step"] == STEPS
-    assert {"vae", "average", "discriminator", "balancer"} <= {n.partition(".")[0] for n in one["state_dict"]}
+    assert {"vae", "ema", "discriminator", "balancer"} <= {n.partition(".")[0] for n in one["state_dict"]}
     assert len(one["optimizer_states"]) == len(one["lr_schedulers"]) == 2
     for part in ("global_step", "state_dict", "optimizer_states", "lr_schedulers", "ear_vae"):
         assert_same(one[part], other[part], part)
@@ -159,7 +159,7 @@ def test_interrupted_at_the_command_line(folder: Path, tmp_path: Path) -> None:
         start_new_session=True,
     )
     assert result.returncode == 128 + signal.SIGINT, result.stderr
-    assert "go on with --ckpt_path" in result.stderr
+    assert "go on with: ear-vae fit" in result.stderr
     assert "KeyboardInterrupt" not in result.stderr
     assert checkpoint_of(tmp_path)["global_step"] == 3
 

@@ -231,10 +231,16 @@ def test_the_three_stages_and_fine_tuning(
             ["warmup"],
             {"discriminator: null", "max_steps: 100000", "warmup_steps: 1000", "every_n_steps: 1000"},
         ),
-        (["adversarial"], {"max_steps: 400000", "channels: 64", "precision: null", "average_decay: 0.999"}),
+        (["adversarial"], {"max_steps: 400000", "channels: 64", "precision: null", "ema_decay: 0.999"}),
         (["adversarial", "one_gpu"], {"max_steps: 400000", "devices: 1", "precision: bf16-mixed"}),
-        (["adversarial", "gpu_24gb"], {"batch_size: 6", "precision: bf16-mixed"}),
-        (["adversarial", "gpu_48gb"], {"batch_size: 12", "precision: bf16-mixed"}),
+        (
+            ["adversarial", "gpu_24gb"],
+            {"batch_size: 4", "accumulate_grad_batches: 4", "precision: bf16-mixed"},
+        ),
+        (
+            ["adversarial", "gpu_48gb"],
+            {"batch_size: 8", "accumulate_grad_batches: 2", "precision: bf16-mixed"},
+        ),
         (["continuation", "multi_gpu"], {"strategy: ddp_find_unused_parameters_true", "warmup_steps: 500"}),
         (
             ["warmup", "one_cpu"],

@@ -17,7 +17,7 @@ from ear_vae.losses.adversarial import adversarial, discriminator_loss
 from ear_vae.losses.objective import DEFAULT_LOSS_WEIGHTS
 from ear_vae.network.discriminator import DiscriminatorConfig
 from ear_vae.training import EarVAEModule
-from ear_vae.training.ema import AveragedWeights
+from ear_vae.training.ema import EMA
 from ear_vae.training.module import ObjectiveConfig
 from ear_vae.training.optimization import OptimizerConfig
 from ear_vae.training.weight_norm import apply_weight_norm
@@ -200,7 +200,7 @@ def test_the_average_in_closed_form() -> None:
     """Of weights 1, 2, 3, … after a start at 0, with decays 1/10, 2/11, 3/12, …, at most 0.3."""
     network = torch.nn.Conv1d(1, 1, 1, bias=False)
     torch.nn.init.zeros_(network.weight)
-    average = AveragedWeights(network, 0.3)
+    average = EMA(network, 0.3)
     apply_weight_norm(network)
     expected = 0.0
     for n in range(5):
@@ -213,12 +213,12 @@ def test_the_average_in_closed_form() -> None:
 
 
 def test_validation_and_export_use_the_average() -> None:
-    module = EarVAEModule(TINY, optimizer=FAST, average_decay=0.9)
+    module = EarVAEModule(TINY, optimizer=FAST, ema_decay=0.9)
     fit(module, segments(3))
-    assert module.average is not None
+    assert module.ema is not None
     (audio,) = segments(1, batch_size=1)
     with torch.no_grad():
-        averaged, raw = module.average.network(audio).audio, module.vae(audio).audio
+        averaged, raw = module.ema.network(audio).audio, module.vae(audio).audio
         assert (averaged - raw).abs().max() > 1e-6
         assert torch.equal(module.reconstruct(audio).audio, averaged)
     torch.testing.assert_close(module.folded()(audio).audio, averaged, rtol=1e-4, atol=1e-5)
@@ -359,8 +359,8 @@ def test_fine_tuning_starts_from_the_official_model(train_encoder: bool) -> None
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(EarVAEError, match="must come from a pretrained model"):
         EarVAEModule(TINY, train_encoder=False)
-    with pytest.raises(EarVAEError, match="average_decay"):
-        EarVAEModule(TINY, average_decay=1.0)
+    with pytest.raises(EarVAEError, match="ema_decay"):
+        EarVAEModule(TINY, ema_decay=1.0)
     with pytest.raises(EarVAEError, match="adversarial_after"):
         EarVAEModule(TINY, adversarial_after=-1)
     for settings in ({"learning_rate": float("nan")}, {"gradient_clip": 0.0}, {"final_fraction": 2.0}):

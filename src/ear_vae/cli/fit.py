@@ -1,66 +1,64 @@
-"""`ear-vae fit`: the Lightning command line over our module and data."""
+"""`ear-vae fit`: what it takes, checked before Lightning is imported, which takes seconds."""
 
 from __future__ import annotations
 
-import logging
-import signal
-import warnings
+import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+import yaml  # type: ignore[import-untyped]
 
 from ear_vae.errors import EarVAEError
-from ear_vae.training.callbacks import Checkpoints, ExportModel, ListeningExamples
-from ear_vae.training.checkpoint import read_checkpoint
-from ear_vae.training.data import AudioDataModule
-from ear_vae.training.module import EarVAEModule
 
-_LOG = logging.getLogger(__name__)
 _BASE = "base"
-_EXIT_TERMINATED = 128 + signal.SIGTERM
-_EXIT_INTERRUPTED = 128 + signal.SIGINT
+_HELP = """\
+usage: ear-vae fit [--config NAME_OR_FILE ...] --data.folder MUSIC [options]
 
+Trains an εar-VAE, from nothing or from a model. Options override configs, later configs earlier ones.
 
-class FitCLI(LightningCLI):
-    """LightningCLI that gives the data the model's rate and frame length, and exports the model."""
+  -c, --config NAME_OR_FILE         {configs};
+                                    or a YAML file, which is code: it names classes to call. Repeatable.
+  --print_config                    show the settings that result, and end
+  --ckpt_path FILE                  go on exactly where that checkpoint stopped
+  --force                           replace the checkpoints and the model of another run
+  --help-all                        all options, those of Lightning's Trainer too
+  --debug                           show tracebacks
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parses what it is given; the parent also looks at `sys.argv` and warns that the two differ.
+data
+  --data.folder MUSIC               a folder, a manifest (.csv, .jsonl), or '[A, B]'
+  --data.validation_folder MUSIC    audio to measure progress on
+  --data.batch_size N               segments a batch
+  --data.segment_seconds S          length of a segment
+  --data.num_workers N              processes that read ahead
 
-        Raises:
-            EarVAEError: The checkpoint to resume from cannot be.
-        """
-        assert isinstance(args, list), "main passes a list"
-        self.config = parser.parse_args(args)
-        # Held back until the options are final: the parent replaces some of them by what stands under
-        # `hyper_parameters` in a checkpoint.
-        self._checkpoint: str | None = None
-        if options := self._options_of_fit():
-            self._checkpoint, options.ckpt_path = options.ckpt_path, None
-        if self._checkpoint is not None:
-            read_checkpoint(Path(self._checkpoint))
+model
+  --model.pretrained NAME           start from this folder, bundled name or Hub repository
+  --model.variant NAME              which model of a repository that holds several
+  --model.config.channels N         width of a new model
+  --model.train_encoder false       keep the encoder, and the latents, as they are
+  --model.discriminator.channels N  train against a discriminator of this width
+  --model.objective.weights MAP     weights of loss terms, such as '{{waveform: 1.0}}'
+  --model.optimizer.learning_rate R
+  --model.optimizer.warmup_steps N  steps over which the rate grows from zero
+  --model.optimizer.algorithm CLASS an optimizer instead of AdamW, such as torch.optim.SGD
+  --model.optimizer.schedule CLASS  a schedule instead of the cosine decay
+  --model.accumulate_grad_batches N batches a step
+  --model.ema_decay D               decay of the average of the weights; 0 for none
 
-    def before_instantiate_classes(self) -> None:
-        """Gives back the checkpoint to resume from."""
-        if options := self._options_of_fit():
-            options.ckpt_path = self._checkpoint
-
-    def _options_of_fit(self) -> Any:
-        """None where the parts are only built (`run=False`)."""
-        return self.config.get("fit")
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Links what the model decides about the data, and adds our callbacks."""
-        for target, fact in (("sample_rate", _sample_rate), ("segment_multiple", _downsampling_ratio)):
-            parser.link_arguments("model", f"data.{target}", compute_fn=fact, apply_on="instantiate")
-        parser.add_lightning_class_args(Checkpoints, "checkpoints")
-        parser.add_lightning_class_args(ExportModel, "export")
-        parser.add_lightning_class_args(ListeningExamples, "examples")
+run
+  --trainer.default_root_dir FOLDER where checkpoints/last.ckpt, model/ and logs go
+  --trainer.max_steps N             steps of the whole training
+  --trainer.accelerator NAME        cpu, gpu or auto
+  --trainer.devices N               number of GPUs
+  --trainer.precision NAME          such as bf16-mixed
+  --checkpoints.every_n_steps N     steps between checkpoints
+  --checkpoints.keep_every_n_steps N
+  --checkpoints.monitor NAME        keep the best too, by a value such as validation/si_sdr_db
+  --examples.count N                excerpts to listen to in TensorBoard
+"""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -72,50 +70,40 @@ def main(arguments: Sequence[str]) -> int:
             file is code: it names classes to be imported and called (`class_path`).
 
     Returns:
-        0, or 143 when the process was told to terminate, 130 when it was interrupted; it has written a
-        checkpoint to resume from then.
+        0, or 143 when the process was told to terminate, 130 when it was interrupted, 129 when its terminal
+        was closed; it has written a checkpoint to resume from then.
 
     Raises:
-        EarVAEError: No such config, or anything that the module or the data refuses.
-        SystemExit: Usage errors, as argparse raises them.
+        EarVAEError: No such config or folder, a folder that holds another run, or anything that the module or
+            the data refuses.
+        SystemExit: With 2 on wrong usage, with 0 after `--help` and `--print_config`.
     """
-    # Lightning's own, to its authors.
-    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
-    interrupts: list[int] = []
-    usual = signal.signal(signal.SIGINT, lambda number, _: _interrupt(interrupts, number))
-    try:
-        FitCLI(
-            EarVAEModule,
-            AudioDataModule,
-            # Last, so that nothing overrides it: a checkpoint to resume from must not run code.
-            args=["fit", *_with_shipped_configs(arguments), "--weights_only=true"],
-            seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
-        )
-    except MisconfigurationException as error:
-        raise EarVAEError(" ".join(str(error).split())) from error
-    except SIGTERMException:
-        _LOG.warning("stopped after writing a checkpoint; go on with --ckpt_path FOLDER/last.ckpt")
-        return _EXIT_INTERRUPTED if interrupts else _EXIT_TERMINATED
-    finally:
-        signal.signal(signal.SIGINT, usual)
-    return 0
-
-
-def _interrupt(interrupts: list[int], number: int) -> None:
-    """The first Ctrl-C lets the step end and a checkpoint be written, as SIGTERM does."""
-    interrupts.append(number)
-    if len(interrupts) == 1 and callable(signal.getsignal(signal.SIGTERM)):
-        _LOG.warning("interrupted: ending the step and writing a checkpoint; once more to stop at once")
-        signal.raise_signal(signal.SIGTERM)
-    else:
-        raise KeyboardInterrupt
+    if any(argument in ("-h", "--help") for argument in arguments):
+        sys.stdout.write(_HELP.format(configs=_in_lines(shipped_configs())))
+        sys.stdout.flush()  # help that did not get through is no success
+        raise SystemExit(0)
+    everything = ["--help" if argument == "--help-all" else argument for argument in arguments]
+    resolved = _with_shipped_configs([argument for argument in everything if argument != "--force"])
+    if not {"--help", "--print_config"} & set(resolved):
+        _require_folders(resolved)
+    run = import_module("ear_vae.cli.lightning_cli").run
+    return int(run(resolved, arguments, overwrite="--force" in arguments))
 
 
 def shipped_configs() -> dict[str, Path]:
     """The configs that come with the package, by name."""
-    folder = Path(str(files("ear_vae.training") / "configs"))
+    folder = Path(str(files("ear_vae") / "training" / "configs"))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _in_lines(names: Sequence[str] | dict[str, Path]) -> str:
+    """The names of the configs in lines that fit beside the options."""
+    lines = [""]
+    for name in names:
+        if len(lines[-1]) + len(name) > 62:
+            lines.append("")
+        lines[-1] += f"{name}, "
+    return ("\n" + 36 * " ").join(line.strip() for line in lines).rstrip(",")
 
 
 def _with_shipped_configs(arguments: Sequence[str]) -> list[str]:
@@ -142,9 +130,35 @@ def _with_shipped_configs(arguments: Sequence[str]) -> list[str]:
     return result
 
 
-def _sample_rate(module: EarVAEModule) -> int:
-    return module.vae.sample_rate
+def _require_folders(arguments: Sequence[str]) -> None:
+    """Looks for the folders of the data, from the configs and the options.
+
+    Raises:
+        EarVAEError: One of them does not exist.
+    """
+    found: dict[str, Any] = {}
+    rest = iter(arguments)
+    for argument in rest:
+        option, equals, value = argument.partition("=")
+        group, _, name = option.partition(".")
+        if option == "--config":
+            try:
+                data = (yaml.safe_load(Path(value).read_text(encoding="utf-8")) or {}).get("data") or {}
+                found |= {n: v for n, v in data.items() if n in ("folder", "validation_folder")}
+            except (OSError, ValueError, AttributeError, yaml.YAMLError):
+                continue  # for the parser to complain about
+        elif group == "--data" and name in ("folder", "validation_folder"):
+            found[name] = value if equals else next(rest, None)
+    for name, value in found.items():
+        text = isinstance(value, str) and value.startswith("[")
+        paths = _list_in(value) if text else value
+        for path in paths if isinstance(paths, list) else [paths]:
+            if isinstance(path, str) and path != "null" and not Path(path).exists():
+                raise EarVAEError(f"--data.{name}: {path}: no such file or folder")
 
 
-def _downsampling_ratio(module: EarVAEModule) -> int:
-    return module.vae.downsampling_ratio
+def _list_in(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None  # for the parser to complain about

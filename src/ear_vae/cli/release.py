@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from ear_vae.training.release import release
+from ear_vae.training.release import release_model
 
 
 def run(options: argparse.Namespace) -> int:
-    """A training checkpoint to a folder for users."""
-    release(
+    """Turns a training checkpoint into a folder for users."""
+    release_model(
         options.checkpoint,
         options.destination,
         name=options.name_of_model,

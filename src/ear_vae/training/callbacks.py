@@ -1,35 +1,63 @@
-"""What happens beside the training steps."""
+"""Checkpoints, exported models, a progress bar and listening examples beside the training steps."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from ear_vae.errors import EarVAEError
 from ear_vae.training.module import EarVAEModule
 from ear_vae.training.pictures import spectrogram_picture
 
+_LOSS_DECAY = 0.9
 
-class Checkpoints(Checkpoint):
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes checkpoints that are complete before they take the place of the ones before."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Writes to a file beside `path`, then renames it.
+
+        Raises:
+            EarVAEError: The checkpoint cannot be written.
+        """
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.part")
+        try:
+            super().save_checkpoint(checkpoint, temporary, storage_options)
+            os.replace(temporary, path)
+        except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+            temporary.unlink(missing_ok=True)
+            raise EarVAEError(
+                f"{path}: the checkpoint could not be written ({error}); an earlier one is still there"
+            ) from error
+
+
+class Checkpoints(ModelCheckpoint):
     """Writes `last.ckpt` at regular steps, when the process is told to terminate, and at the end.
 
-    A run resumed from it goes on exactly as if it had not stopped. The file is complete before it takes
-    the place of the one before.
+    A run resumed from it goes on exactly as if it had not stopped. A file is complete before it takes the
+    place of the one before. With `monitor`, Lightning's `ModelCheckpoint` also keeps the best ones.
 
     Args:
         every_n_steps: Steps of the VAE between two checkpoints.
-        keep_every_n_steps: Also leaves one for good, as `step-N.ckpt`; none by default.
-        directory: `checkpoints` in the Trainer's root folder by default.
+        keep_every_n_steps: Steps of the VAE between checkpoints that stay, as `step-N.ckpt`; none by default.
+        directory: Folder of the checkpoints, `checkpoints` in the Trainer's root folder by default.
+        monitor: Logged value to keep the best checkpoints by, such as `validation/si_sdr_db`, as
+            `best-step=N.ckpt` after a validation; none by default.
+        mode: Whether the largest (`max`) or the smallest (`min`) value is the best.
+        save_top_k: Number of best checkpoints to keep.
 
     Raises:
-        EarVAEError: An interval below 1; during training, a checkpoint that cannot be written.
+        EarVAEError: An interval or `save_top_k` below 1; a checkpoint that cannot be written.
     """
 
     def __init__(
@@ -37,62 +65,88 @@ class Checkpoints(Checkpoint):
         every_n_steps: int = 1_000,
         keep_every_n_steps: int | None = None,
         directory: str | None = None,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "max",
+        save_top_k: int = 1,
     ) -> None:
         if every_n_steps < 1 or (keep_every_n_steps is not None and keep_every_n_steps < 1):
             raise EarVAEError("every_n_steps and keep_every_n_steps must be at least 1")
+        if save_top_k < 1:
+            raise EarVAEError(f"save_top_k must be at least 1, got {save_top_k}")
+        super().__init__(
+            dirpath=directory,
+            filename="best-{step}",
+            monitor=monitor,
+            mode=mode,
+            save_top_k=0 if monitor is None else save_top_k,
+            every_n_epochs=1,
+            save_on_train_epoch_end=False,
+            enable_version_counter=False,
+        )
         self.every_n_steps = every_n_steps
         self.keep_every_n_steps = keep_every_n_steps
-        self.directory = directory
-        self._saved_step = -1
+        self._saved: tuple[int, int] | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Takes the Trainer's root folder, and lets no checkpoint be replaced before the next is complete."""
+        if self.dirpath is None:
+            self.dirpath = os.path.join(trainer.default_root_dir, "checkpoints")
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Does not write again what was just resumed from."""
-        self._saved_step = trainer.global_step
+        super().on_train_start(trainer, pl_module)
+        self._saved = (trainer.global_step, 0) if trainer.ckpt_path is not None else None
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Writes a checkpoint if it is time, or the last chance."""
         step = trainer.global_step
-        if step % self.every_n_steps == 0 or trainer.received_sigterm:
-            self._save(trainer, "last")
-        if self.keep_every_n_steps and step % self.keep_every_n_steps == 0:
-            self._save(trainer, f"step-{step}", again=True)
+        is_new = self._saved is None or step != self._saved[0]
+        if trainer.received_sigterm or (step and step % self.every_n_steps == 0 and is_new):
+            self._save_last(trainer, batch_idx)
+        if self.keep_every_n_steps and step and step % self.keep_every_n_steps == 0:
+            kept = Path(self.dirpath or "") / f"step-{step}{self.FILE_EXTENSION}"
+            if not trainer.strategy.broadcast(kept.exists()):
+                trainer.save_checkpoint(kept, weights_only=False)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes what training ended with."""
-        self._save(trainer, "last")
+        if self._saved is None or trainer.global_step != self._saved[0]:
+            self._save_last(trainer, -1)
 
-    def _save(self, trainer: L.Trainer, name: str, again: bool = False) -> None:
-        if trainer.global_step == self._saved_step and not again:
+    def _save_last(self, trainer: L.Trainer, batch_index: int) -> None:
+        moment = (trainer.global_step, batch_index)
+        if moment == self._saved:
             return
-        folder = Path(self.directory or Path(trainer.default_root_dir) / "checkpoints")
-        path, temporary = folder / f"{name}.ckpt", folder / f".{name}.ckpt.part"
-        try:
-            trainer.save_checkpoint(temporary, weights_only=False)
-            if trainer.is_global_zero:
-                os.replace(temporary, path)
-        except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-            temporary.unlink(missing_ok=True)
-            raise EarVAEError(
-                f"{path}: the checkpoint could not be written ({error}); the one before it is still there"
-            ) from error
-        self._saved_step = trainer.global_step
+        path = os.path.join(self.dirpath or "", f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
+        trainer.save_checkpoint(path, weights_only=False)
+        self._saved = moment
 
 
 class ExportModel(L.Callback):
-    """Writes the model as a folder for `EarVAE.from_pretrained` after each validation and at the end.
+    """Writes the model as a folder for `EarVAE.from_pretrained` with each checkpoint and at the end.
 
     Args:
-        directory: The folder; `model` in the Trainer's root folder by default.
+        directory: Folder of the model; `model` in the Trainer's root folder by default.
     """
 
     def __init__(self, directory: str | None = None) -> None:
         self.directory = directory
+        self._exported_step = -1
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Exports, except on the check before training."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Knows of no model of this run yet."""
+        self._exported_step = -1
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Exports the model of the checkpoint."""
+        if trainer.state.fn == "fit":
             self._export(trainer, pl_module)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -101,8 +155,51 @@ class ExportModel(L.Callback):
 
     def _export(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert isinstance(module, EarVAEModule)
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and trainer.global_step != self._exported_step:
             module.export(self.directory or Path(trainer.default_root_dir) / "model")
+        self._exported_step = trainer.global_step
+
+
+class StepProgressBar(TQDMProgressBar):
+    """A progress bar over the steps of the whole training, with a smoothed loss."""
+
+    def __init__(self) -> None:
+        # Each time the loss is read, which waits for the device.
+        super().__init__(refresh_rate=5)
+        self._smoothed: float | None = None
+        self._step = -1
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Shows the steps of the training, those before resuming too, and not the batches of an epoch."""
+        bar = self.train_progress_bar
+        bar.total = trainer.max_steps if trainer.max_steps > 0 else None
+        bar.initial = bar.n = self._step = trainer.global_step
+        bar.set_description("Training")
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Moves the bar when a step is complete."""
+        if trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        if self._step % self.refresh_rate == 0 or self._step == trainer.max_steps:
+            self.train_progress_bar.n = self._step
+            self.train_progress_bar.set_postfix(self.get_metrics(trainer, pl_module))
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """The smoothed total of the loss terms, and the newest SI-SDR of a validation."""
+        metrics = trainer.callback_metrics
+        shown = {}
+        if (total := metrics.get("train/total")) is not None:
+            value = float(total)
+            before = value if self._smoothed is None else self._smoothed
+            if value == value:  # of a step with NaN the average would never recover
+                self._smoothed = _LOSS_DECAY * before + (1 - _LOSS_DECAY) * value
+            shown["total"] = f"{before if self._smoothed is None else self._smoothed:.3f}"
+        if (quality := metrics.get("validation/si_sdr_db")) is not None:
+            shown["SI-SDR"] = f"{float(quality):.2f} dB"
+        return shown
 
 
 class ListeningExamples(L.Callback):
@@ -111,7 +208,7 @@ class ListeningExamples(L.Callback):
     The originals go there once. Other loggers get the figures only.
 
     Args:
-        count: Of excerpts, the first ones.
+        count: Number of excerpts, from the first one.
 
     Raises:
         EarVAEError: A negative count.

@@ -23,6 +23,7 @@ _CONTENT: dict[str, type | tuple[type, ...]] = {
     "optimizer_states": list,
     "lr_schedulers": list,
     "loops": dict,
+    "hyper_parameters": dict,
     FACTS: dict,
 }
 _FACTS: dict[str, type | tuple[type, ...]] = {
@@ -30,6 +31,9 @@ _FACTS: dict[str, type | tuple[type, ...]] = {
     "discriminator": (dict, type(None)),
     "train_encoder": bool,
     "skipped": list,
+    "skipped in a row": list,
+    "accumulated": dict,
+    "optimizers": list,
     "trained": dict,
     "settings": dict,
     "validation": dict,
@@ -62,11 +66,21 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise EarVAEError(f"{path}: is not a checkpoint of ear-vae fit")
     facts = content[FACTS]
     data = content.get("AudioDataModule", {})
-    listed = [content["state_dict"].values(), facts["skipped"], facts["validation"].values()]
-    if not isinstance(data, dict) or not all(
-        isinstance(value, kind)
-        for values, kind in zip(listed, (Tensor, int, float), strict=True)
-        for value in values
+    if named := _named_class(content["hyper_parameters"]):
+        raise EarVAEError(
+            f"{path}: its hyper-parameters name something to import ({named}), which is never done; "
+            "ear-vae fit writes plain values only"
+        )
+    counts = [*facts["skipped"], *facts["skipped in a row"]]
+    listed = [content["state_dict"].values(), counts, facts["validation"].values()]
+    if (
+        not isinstance(data, dict)
+        or not _is_accumulation(facts["accumulated"])
+        or not all(
+            isinstance(value, kind)
+            for values, kind in zip(listed, (Tensor, int, float), strict=True)
+            for value in values
+        )
     ):
         raise EarVAEError(f"{path}: damaged: its values are not of the types that ear-vae fit writes")
     return content
@@ -76,17 +90,17 @@ def require_moments(path: Path | str, content: Mapping[str, Any]) -> None:
     """Refuses states of optimizers that are not those of the trained parameters.
 
     Args:
-        path: Of the checkpoint, for messages.
-        content: Of the checkpoint.
+        path: Path of the checkpoint, for messages.
+        content: Content of the checkpoint.
 
     Raises:
         EarVAEError: An optimizer lacks a parameter, has one too many, or its moments are of another shape.
     """
     trained, states = content[FACTS]["trained"], content["optimizer_states"]
-    weights = content["state_dict"]
-    fits = len(trained) == len(states) == len(content["lr_schedulers"]) and all(
-        _fits_optimizer([weights.get(f"{network}.{name}") for name in names], state)
-        for (network, names), state in zip(trained.items(), states, strict=True)
+    kinds, weights = content[FACTS]["optimizers"], content["state_dict"]
+    fits = len(trained) == len(states) == len(kinds) == len(content["lr_schedulers"]) and all(
+        _fits_optimizer([weights.get(f"{network}.{name}") for name in names], state, kind)
+        for (network, names), state, kind in zip(trained.items(), states, kinds, strict=True)
     )
     if not fits:
         raise EarVAEError(f"{path}: damaged: the states of its optimizers are not those of its weights")
@@ -96,9 +110,9 @@ def require_state(path: Path | str, state: Mapping[str, Tensor], expected: Mappi
     """Refuses tensors of other names, shapes or kinds than the expected ones, and floats that are not finite.
 
     Args:
-        path: Of the checkpoint, for messages.
-        state: What it holds.
-        expected: What it should hold; of these only names, shapes and dtypes are read.
+        path: Path of the checkpoint, for messages.
+        state: Tensors in the checkpoint.
+        expected: Tensors that should be there; only their names, shapes and dtypes are read.
 
     Raises:
         EarVAEError: Lists what is wrong.
@@ -149,12 +163,17 @@ def _what_it_is(path: Path, error: Exception) -> str:
     return "is cut off or damaged; take the checkpoint before it, or copy it again"
 
 
-def _fits_optimizer(weights: Sequence[Tensor | None], state: Any) -> bool:
-    """Whether it is the state of an AdamW of these weights; before its first step that has no moments."""
+def _fits_optimizer(weights: Sequence[Tensor | None], state: Any, kind: str) -> bool:
+    """Whether it is the state of an optimizer of these weights; before its first step that has no moments.
+
+    What other optimizers than AdamW keep of a weight is theirs to know.
+    """
     try:
         groups, moments = state["param_groups"], state["state"]
         if [index for group in groups for index in group["params"]] != list(range(len(weights))):
             return False
+        if kind != "AdamW":
+            return moments.keys() <= set(range(len(weights)))
         return not moments or (
             moments.keys() == set(range(len(weights)))
             and all(
@@ -166,3 +185,33 @@ def _fits_optimizer(weights: Sequence[Tensor | None], state: Any) -> bool:
         )
     except (TypeError, KeyError, AttributeError):
         return False
+
+
+def _named_class(values: Any) -> str:
+    """The first name in hyper-parameters that would make Lightning import something, or an empty text."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            if not isinstance(name, str) or name.startswith("_") or name in ("class_path", "init_args"):
+                return str(name)
+            if found := _named_class(value):
+                return found
+    elif isinstance(values, list):
+        return next(filter(None, map(_named_class, values)), "")
+    elif not isinstance(values, (str, int, float, bool, type(None))):
+        return type(values).__name__
+    return ""
+
+
+def _is_accumulation(saved: Mapping[str, Any]) -> bool:
+    """Whether it is what a step has of its batches: nothing, or some batches, values and gradients."""
+    if not saved:
+        return True
+    batches, values, gradients = (saved.get(name) for name in ("batches", "values", "gradients"))
+    return (
+        isinstance(batches, list)
+        and isinstance(values, dict)
+        and isinstance(gradients, dict)
+        and bool(batches)
+        and all(isinstance(batch, Tensor) and batch.ndim == 4 for batch in batches)
+        and all(isinstance(tensor, Tensor) for tensor in (*values.values(), *gradients.values()))
+    )

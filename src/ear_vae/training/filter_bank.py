@@ -79,7 +79,7 @@ def analyse(config: EarVAEConfig, audio: Tensor) -> Tensor:
     return nn.functional.conv1d(half_rate, kernel, stride=hop, padding=hop // 2, groups=2)
 
 
-def plan(config: EarVAEConfig, coefficients: Tensor) -> FilterBankPlan:
+def choose_bands(config: EarVAEConfig, coefficients: Tensor) -> FilterBankPlan:
     """Chooses the coefficients that leave the least of each piece's signal out.
 
     Greedily minimises the mean over items of the logarithm of the energy that is left out, which is the

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -12,6 +12,7 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ear_vae.config import EarVAEConfig
 from ear_vae.errors import EarVAEError
@@ -27,10 +28,10 @@ from ear_vae.losses.objective import (
 )
 from ear_vae.network.discriminator import Discriminator, DiscriminatorConfig
 from ear_vae.training import filter_bank
-from ear_vae.training.checkpoint import FACTS, changes, require_moments, require_state
+from ear_vae.training.checkpoint import FACTS, changes, read_checkpoint, require_moments, require_state
 from ear_vae.training.data import AudioDataModule
-from ear_vae.training.ema import AveragedWeights
-from ear_vae.training.optimization import OptimizerConfig, SkippedSteps, trained
+from ear_vae.training.ema import EMA
+from ear_vae.training.optimization import OptimizerConfig, SkippedSteps, skips_by_itself, trained
 from ear_vae.training.training_state import load_training_state, restore_moments
 from ear_vae.training.weight_norm import apply_weight_norm, load_plain_weights, plain_weights
 from ear_vae.vae import EarVAE, Reconstruction
@@ -48,8 +49,8 @@ class ObjectiveConfig:
     """What is minimised.
 
     Args:
-        weights: Of the loss terms by name, over `losses.objective.DEFAULT_LOSS_WEIGHTS`.
-        window_sizes: Of the STFTs, in samples.
+        weights: Weights of loss terms by name; others keep those of `losses.objective.DEFAULT_LOSS_WEIGHTS`.
+        window_sizes: STFT window sizes in samples.
         weighting: Filter ahead of the reconstruction terms: `k`, `a` or `none`.
         magnitude_channels: Compare magnitudes on mid, side, left and right (`mslr`), or without mid and side
             (`lr`).
@@ -71,6 +72,23 @@ class _Optimization(NamedTuple):
     what: str
 
 
+@dataclass
+class _Accumulation:
+    """What a step has of its batches so far.
+
+    Attributes:
+        batches: Audio of its batches, each [B, 2, T].
+        values: What is logged, summed over the batches.
+    """
+
+    batches: list[Tensor] = field(default_factory=list)
+    values: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.values[name] = self.values.get(name, 0) + value.detach()
+
+
 class EarVAEModule(L.LightningModule):
     """The VAE, its discriminator and the losses, for `lightning.Trainer`.
 
@@ -85,23 +103,26 @@ class EarVAEModule(L.LightningModule):
     Args:
         config: Architecture of a new model, the published one by default.
         pretrained: Name or folder of a model to continue from, instead of `config`.
-        variant: Which model of `pretrained`, where it holds several.
+        variant: Which model of `pretrained` to take, where it holds several.
         training_state: File that `ear-vae release --training-state` wrote beside `pretrained`: the raw
             weights, discriminator and optimizers to go on with.
-        objective: The loss terms.
-        optimizer: Of the VAE.
-        discriminator: Its architecture; without one the adversarial terms are left out, and may not be given
-            weights.
-        discriminator_optimizer: Of the discriminator, if there is one.
+        objective: Loss terms and their weights.
+        optimizer: Optimizer and learning-rate schedule of the VAE.
+        discriminator: Architecture of the discriminator; without one the adversarial terms are left out, and
+            may not be given weights.
+        discriminator_optimizer: Optimizer and learning-rate schedule of the discriminator, if there is one.
         adversarial_after: Steps in which a discriminator learns alone before its terms count.
-        average_decay: Of the moving average of the VAE's weights; 0 for none.
+        accumulate_grad_batches: Batches whose gradients make one step, as if they were one batch of that many
+            times the size. With a discriminator the VAE runs forward twice for each of them, because the
+            discriminator takes its step before the VAE's gradient is computed.
+        ema_decay: Decay of the exponential moving average of the VAE's weights; 0 for no average.
         train_encoder: False keeps the encoder, and with it the latents, exactly as they are.
-        initialization: Of a new model: `random`, the default, or `filter_bank` (see
+        initialization: Start of a new model: `random`, the default, or `filter_bank` (see
             `ear_vae.training.filter_bank`), which needs the Trainer's data to choose its bands from.
         gradient_checkpointing: Compute activations again on the way back instead of keeping them, see
             `EarVAE.gradient_checkpointing`.
         max_skipped_steps: Steps in a row whose gradient is not finite before training stops.
-        seed: Of the draws from the posterior.
+        seed: Seed of the draws from the posterior.
 
     Raises:
         EarVAEError: An argument that would do nothing beside the others, such as both `config` and
@@ -119,22 +140,33 @@ class EarVAEModule(L.LightningModule):
         discriminator: DiscriminatorConfig | None = None,
         discriminator_optimizer: OptimizerConfig = OptimizerConfig(),
         adversarial_after: int = 0,
-        average_decay: float = 0.999,
+        accumulate_grad_batches: int = 1,
+        ema_decay: float = 0.999,
         train_encoder: bool = True,
         initialization: Literal["random", "filter_bank"] | None = None,
         gradient_checkpointing: bool = False,
         max_skipped_steps: int = 20,
         seed: int = 0,
+        *,
+        _vae: EarVAE | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         if initialization not in (None, "random", "filter_bank"):
             raise EarVAEError(f"initialization must be random or filter_bank, got {initialization!r}")
-        if not 0 <= average_decay < 1:
-            raise EarVAEError(f"average_decay must be in [0, 1), got {average_decay}")
+        if not 0 <= ema_decay < 1:
+            raise EarVAEError(f"ema_decay must be in [0, 1), got {ema_decay}")
+        if accumulate_grad_batches < 1:
+            raise EarVAEError(f"accumulate_grad_batches must be at least 1, got {accumulate_grad_batches}")
+        if accumulate_grad_batches > 1 and objective.balanced:
+            raise EarVAEError(
+                "objective.balanced takes the gradients of a whole batch: accumulate_grad_batches must be 1"
+            )
         if adversarial_after < 0 or max_skipped_steps < 1 or seed < 0:
             raise EarVAEError("adversarial_after and seed must be 0 or more and max_skipped_steps at least 1")
-        if pretrained is None:
+        if _vae is not None:
+            pass  # of a checkpoint, which was made with arguments that fitted
+        elif pretrained is None:
             if not train_encoder:
                 raise EarVAEError("an encoder that is not trained must come from a pretrained model")
             if variant is not None:
@@ -150,18 +182,20 @@ class EarVAEModule(L.LightningModule):
         weights = _weights_in_use(
             objective.weights, discriminator is not None, adversarial_after, train_encoder
         )
-        self.vae = (
-            EarVAE(config) if pretrained is None else EarVAE.from_pretrained(pretrained, variant=variant)
-        )
+        if _vae is not None:
+            self.vae = _vae
+        elif pretrained is None:
+            self.vae = EarVAE(config)
+        else:
+            self.vae = EarVAE.from_pretrained(pretrained, variant=variant)
         self.vae.train().requires_grad_(True)
         self.vae.gradient_checkpointing = gradient_checkpointing
-        self.average = AveragedWeights(self.vae, average_decay) if average_decay else None
+        self.ema = EMA(self.vae, ema_decay) if ema_decay else None
         self.initialization = initialization or ("random" if pretrained is None else "pretrained")
         self.train_encoder = train_encoder
-        # A kernel g · v / ‖v‖ is rounded anew: what must stay bit for bit stays as it is.
-        self.normalized = self.vae if train_encoder else self.vae.decoder
         self.vae.encoder.requires_grad_(train_encoder)
-        apply_weight_norm(self.normalized)
+        # A kernel g · v / ‖v‖ is rounded anew: what must stay bit for bit stays as it is.
+        apply_weight_norm(self.vae if train_encoder else self.vae.decoder)
         self.objective = ReconstructionObjective(
             self.vae.sample_rate,
             weights=weights,
@@ -177,8 +211,70 @@ class EarVAEModule(L.LightningModule):
         self.adversarial_after = adversarial_after
         self.seed = seed
         self.training_state = training_state
+        self.accumulate_grad_batches = accumulate_grad_batches
+        self._from_checkpoint = _vae is not None
+        self._accumulation = _Accumulation()
+        self._accumulated_gradients: dict[str, Tensor] = {}
         self._moments: dict[str, Any] | None = None
         self.skipped = {name: SkippedSteps(max_skipped_steps) for name in ("vae", "discriminator")}
+        # Given as a dictionary, because the command line would put in the classes that it made them with.
+        self.save_hyperparameters(
+            {
+                "config": self.vae.config.to_dict(),
+                "pretrained": pretrained,
+                "variant": variant,
+                "objective": _plain(asdict(objective)),
+                "optimizer": _plain_optimizer(optimizer),
+                "discriminator": None if discriminator is None else _plain(asdict(discriminator)),
+                "discriminator_optimizer": _plain_optimizer(discriminator_optimizer),
+                "adversarial_after": adversarial_after,
+                "accumulate_grad_batches": accumulate_grad_batches,
+                "ema_decay": ema_decay,
+                "train_encoder": train_encoder,
+                "gradient_checkpointing": gradient_checkpointing,
+                "max_skipped_steps": max_skipped_steps,
+                "seed": seed,
+            }
+        )
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]  # narrower: nothing is imported by name, or unpickled
+        cls,
+        checkpoint_path: str | Path,
+        map_location: str | torch.device = "cpu",
+        *,
+        weights_only: bool | None = True,
+        **settings: Any,
+    ) -> EarVAEModule:
+        """Builds the module that wrote a checkpoint, with its weights.
+
+        To go on training exactly, give the checkpoint to `Trainer.fit(ckpt_path=...)`, which restores
+        optimizers and counters. An optimizer or schedule given by class is not in the file; give it again.
+
+        Args:
+            checkpoint_path: A `.ckpt` file that `ear-vae fit` or a Trainer wrote.
+            map_location: Device to put the module on.
+            weights_only: Must not be false: a checkpoint is never unpickled.
+            settings: Arguments of the constructor to use instead of those in the checkpoint.
+
+        Raises:
+            EarVAEError: The checkpoint is unreadable, damaged, names classes to import, is of another
+                program, or does not fit the settings.
+        """
+        if weights_only is False:
+            raise EarVAEError("weights_only must not be false: a checkpoint is never unpickled")
+        path = Path(checkpoint_path)
+        content = read_checkpoint(path)
+        try:
+            given = _from_plain(content["hyper_parameters"])
+            module = cls(**{**given, **settings}, _vae=EarVAE(given.pop("config")))
+        except TypeError as error:
+            raise EarVAEError(f"{path}: does not fit this version or the settings: {error}") from error
+        except EarVAEError as error:
+            raise EarVAEError(f"{path}: {error}") from error
+        require_state(path, content["state_dict"], module.state_dict())
+        module.load_state_dict(content["state_dict"])
+        return module.to(map_location)
 
     def setup(self, stage: str) -> None:
         """Starts a new model from the filter bank or a training state, unless a checkpoint is resumed from.
@@ -186,7 +282,7 @@ class EarVAEModule(L.LightningModule):
         Raises:
             EarVAEError: The training state does not fit, or there is no data to choose the filters by.
         """
-        if stage != "fit" or self.trainer.ckpt_path is not None:
+        if stage != "fit" or self.trainer.ckpt_path is not None or self._from_checkpoint:
             return
         if self.initialization == "filter_bank":
             self._start_from_filter_bank(getattr(self.trainer, "datamodule", None))
@@ -194,11 +290,10 @@ class EarVAEModule(L.LightningModule):
             self._moments = load_training_state(self, Path(self.training_state))
 
     def configure_optimizers(self) -> Any:
-        """AdamW for the VAE, and another one for the discriminator."""
-        total_steps = int(min(self.trainer.estimated_stepping_batches, 2**31))
+        """Builds the optimizer of the VAE, and that of the discriminator."""
         settings = (self.optimizer_config, self.discriminator_optimizer_config)
         built = [
-            config.build(trained(network), total_steps)
+            config.build(trained(network), self._total_steps())
             for network, config in zip(self._networks().values(), settings, strict=False)
         ]
         if self._moments is not None:
@@ -206,55 +301,146 @@ class EarVAEModule(L.LightningModule):
                 restore_moments(optimizer, network, self._moments[name])
         return [optimizer for optimizer, _ in built], [schedule for _, schedule in built]
 
+    def forward(self, audio: Tensor) -> Reconstruction:
+        """Rebuilds audio [B, 2, T] as `reconstruct` does."""
+        return self.reconstruct(audio)
+
     def training_step(self, batch: Tensor, batch_index: int) -> None:
-        """One step of the discriminator and one of the VAE on audio [B, 2, T]."""
-        estimate, posterior = self._reconstruct_draw(batch)
-        logged = {}
-        vae_optimization, *others = self._optimizations()
-        if self.discriminator is not None:
-            judged_estimate, judged_target = self.discriminator(estimate.detach()), self.discriminator(batch)
-            loss = adversarial.discriminator_loss(judged_estimate, judged_target)
-            logged["discriminator"] = loss
-            logged["discriminator_gradient_norm"] = self._descend(loss, *others)
-        terms = self.objective.terms(estimate, batch, posterior)
-        terms |= self._adversarial_terms(estimate, batch)
-        logged |= terms
-        logged["total"] = self.objective.total(terms)
-        loss = logged["total"] if self.balancer is None else self._balanced(terms, estimate)
-        logged["gradient_norm"] = self._descend(loss, vae_optimization)
-        if self.average is not None and bool(logged["gradient_norm"].isfinite()):
-            self.average.update(self.vae)
+        """Takes a batch [B, 2, T]; with the last one of a step, steps the discriminator, then the VAE."""
+        optimizations = self._optimizations()
+        accumulation = self._accumulation
+        if not accumulation.batches:
+            for optimization in optimizations:
+                optimization.optimizer.zero_grad()
+        place = sum(map(len, accumulation.batches))
+        accumulation.batches.append(batch)
+        is_last = len(accumulation.batches) == self.accumulate_grad_batches
+        if self.discriminator is None:
+            self._vae_gradient(batch, self._reconstruct_draw(batch, place))
+        else:
+            # The VAE's gradient waits for the discriminator's step, and that for the last of the batches.
+            with torch.set_grad_enabled(self.accumulate_grad_batches == 1):
+                drawn = self._reconstruct_draw(batch, place)
+            judged_estimate = self.discriminator(drawn.audio.detach())
+            loss = adversarial.discriminator_loss(judged_estimate, self.discriminator(batch))
+            accumulation.add({"discriminator": loss})
+            self._backward(loss, "discriminator")
+        if is_last:
+            self._step(optimizations, drawn if self.discriminator is not None else None)
+
+    def _step(self, optimizations: list[_Optimization], drawn: Reconstruction | None) -> None:
+        """Ends a step whose batches are complete.
+
+        Args:
+            optimizations: Those of the VAE and of the discriminator, if there is one.
+            drawn: The output for the last batch, where the VAE's gradient has yet to be computed.
+        """
+        accumulation, self._accumulation = self._accumulation, _Accumulation()
+        of_vae, *others = optimizations
+        norms = {other.what: self._clip(other) for other in others}
+        for other in others:
+            self._descend_unless_broken(other, norms[other.what])
+        if drawn is not None:
+            place = 0
+            for batch in accumulation.batches:
+                if self.accumulate_grad_batches > 1:
+                    drawn = self._reconstruct_draw(batch, place)
+                self._vae_gradient(batch, drawn, accumulation)
+                place += len(batch)
+        norms["vae"] = self._clip(of_vae)
+        # Waits for the device, once a step.
+        finite = dict(zip(norms, torch.stack(list(norms.values())).isfinite().tolist(), strict=True))
+        if finite["vae"]:
+            # Lightning counts the steps of its own wrapper only: those of the VAE.
+            of_vae.optimizer.step()
+            if self.ema is not None:
+                self.ema.update(self.vae)
+        for optimization in optimizations:
+            if finite[optimization.what]:
+                optimization.schedule.step()
+        for what, is_finite in finite.items():
+            self.skipped[what].count(is_finite, what)
+        logged = {name: value / self.accumulate_grad_batches for name, value in accumulation.values.items()}
+        logged |= {
+            f"{'' if what == 'vae' else what + '_'}gradient_norm": norm for what, norm in norms.items()
+        }
         self._log_values("train", logged)
         self.log("train/skipped_steps", float(sum(s.total for s in self.skipped.values())))
-        self.log("train/learning_rate", vae_optimization.schedule.get_last_lr()[0])
+        self.log("train/learning_rate", of_vae.schedule.get_last_lr()[0])
         for other in others:
             self.log(f"train/{other.what}_learning_rate", other.schedule.get_last_lr()[0])
+        self._log_step()
 
     def validation_step(self, batch: Tensor, batch_index: int) -> None:
-        """The terms and the paper's metrics on audio [1, 2, T], decoded from the posterior's mean."""
-        estimate, posterior = self.reconstruct(batch)
-        terms = self.objective.terms(estimate, batch, posterior)
-        terms["total"] = self.objective.total(terms)
-        self._log_values("validation", terms)
-        self.metrics.update(estimate, batch)
+        """Measures terms and the paper's metrics on audio [1, 2, T], decoded from the posterior's mean."""
+        self._evaluate("validation", batch)
 
     def on_validation_epoch_end(self) -> None:
         """Logs the metrics over all excerpts that have them."""
+        self._log_metrics("validation")
+
+    def test_step(self, batch: Tensor, batch_index: int) -> None:
+        """Measures what `validation_step` does, and logs it as `test/NAME`."""
+        self._evaluate("test", batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the metrics over all excerpts that have them."""
+        self._log_metrics("test")
+
+    def predict_step(self, batch: Tensor, batch_index: int) -> Tensor:
+        """Rebuilds audio [B, 2, T] from the posterior's mean; returns [B, 2, T]."""
+        return self.reconstruct(batch).audio
+
+    def _evaluate(self, stage: str, batch: Tensor) -> None:
+        estimate, posterior = self.reconstruct(batch)
+        terms = self.objective.terms(estimate, batch, posterior)
+        terms["total"] = self.objective.total(terms)
+        self._log_values(stage, terms)
+        self.metrics.update(estimate, batch)
+
+    def _log_metrics(self, stage: str) -> None:
         for name, value in self.metrics.compute().items():
-            self.log(f"validation/{name}", value.float(), prog_bar=True)
+            self.log(f"{stage}/{name}", value.float(), prog_bar=True)
         self.metrics.reset()
+        if stage == "validation":
+            self._log_step()
+
+    def _log_step(self) -> None:
+        """Makes the steps of the VAE the axis of the log where Lightning would count batches."""
+        if self.accumulate_grad_batches > 1:
+            self.log("step", float(self.trainer.global_step))
+
+    def _total_steps(self) -> int:
+        """Steps of the VAE that the Trainer will take."""
+        steps = min(self.trainer.estimated_stepping_batches, 2**31)
+        if self.trainer.max_epochs is not None and self.trainer.max_epochs > 0:
+            batches = self.trainer.max_epochs * self.trainer.num_training_batches
+            steps = min(steps, max(1, batches // self.accumulate_grad_batches))
+        return int(steps)
 
     def reconstruct(self, audio: Tensor) -> Reconstruction:
         """Rebuilds audio [B, 2, T] from the posterior's mean, with the average of the weights if any."""
-        vae = self.vae if self.average is None else self.average.network
+        vae = self.vae if self.ema is None else self.ema.network
         reconstruction: Reconstruction = vae(audio)
         return reconstruction
 
     def on_train_start(self) -> None:
-        """Refuses data at another rate than the model's."""
+        """Refuses data at another rate than the model's, and goes on in the middle of a step.
+
+        Raises:
+            EarVAEError: The data is at another rate.
+        """
         rate = getattr(getattr(self.trainer, "datamodule", None), "sample_rate", self.vae.sample_rate)
         if rate != self.vae.sample_rate:
             raise EarVAEError(f"the data is at {rate} Hz, the model works at {self.vae.sample_rate} Hz")
+        # Here, because the parameters are on their device now.
+        parameters = dict(self.named_parameters())
+        for name, gradient in self._accumulated_gradients.items():
+            parameters[name].grad = gradient.to(parameters[name].device)
+        self._accumulated_gradients = {}
+        accumulation = self._accumulation
+        accumulation.batches = [batch.to(self.device) for batch in accumulation.batches]
+        accumulation.values = {name: value.to(self.device) for name, value in accumulation.values.items()}
 
     def folded(self, name: str | None = None, *, averaged: bool = True) -> EarVAE:
         """A copy of the model as users load it: plain weights, evaluation mode, frozen, on the CPU.
@@ -263,7 +449,7 @@ class EarVAEModule(L.LightningModule):
             name: Of the copy.
             averaged: Take the average of the weights, where there is one, instead of the last ones.
         """
-        source = self.average.network if averaged and self.average is not None else self.vae
+        source = self.ema.network if averaged and self.ema is not None else self.vae
         vae = EarVAE(self.vae.config, name=name or self.vae.name)
         vae.load_state_dict(plain_weights(source, vae.state_dict()))
         return vae.eval().requires_grad_(False)
@@ -288,6 +474,8 @@ class EarVAEModule(L.LightningModule):
         checkpoint[FACTS] = {
             **self._facts(),
             "skipped": [counter.total for counter in self.skipped.values()],
+            "skipped in a row": [counter.in_a_row for counter in self.skipped.values()],
+            "accumulated": self._accumulated(),
             "trained": {what: _trained_names(network) for what, network in self._networks().items()},
             "settings": self._settings(),
             "validation": {n: float(v) for n, v in metrics.items() if n.startswith("validation/")},
@@ -311,8 +499,10 @@ class EarVAEModule(L.LightningModule):
         where = self.trainer.ckpt_path or "the checkpoint"
         require_state(where, checkpoint["state_dict"], self.state_dict())
         require_moments(where, checkpoint)
-        for counter, total in zip(self.skipped.values(), saved["skipped"], strict=False):
-            counter.total = total
+        counts = zip(self.skipped.values(), saved["skipped"], saved["skipped in a row"], strict=False)
+        for counter, total, in_a_row in counts:
+            counter.total, counter.in_a_row = total, in_a_row
+        self._take_up(where, saved["accumulated"])
         changed = changes(saved["settings"], self._settings())
         if changed and self.trainer.is_global_zero:
             _LOG.warning(
@@ -327,10 +517,50 @@ class EarVAEModule(L.LightningModule):
         return {
             "config": self.vae.config.to_dict(),
             "discriminator": discriminator and {k: _plain(v) for k, v in discriminator.items()},
-            "average": self.average is not None,
+            "ema": self.ema is not None,
+            "optimizers": self._optimizer_names(),
             "balancer": None if self.balancer is None else list(self.balancer.names),
             "train_encoder": self.train_encoder,
         }
+
+    def _optimizer_names(self) -> list[str]:
+        settings = (self.optimizer_config, self.discriminator_optimizer_config)
+        return [config.name for config, _ in zip(settings, self._networks(), strict=False)]
+
+    def _accumulated(self) -> dict[str, Any]:
+        """What a step has of its batches so far, for a checkpoint in the middle of it."""
+        batches = self._accumulation.batches
+        if not batches:
+            return {}
+        world_size = self.trainer.world_size
+        return {
+            "batches": [self.all_gather(b) if world_size > 1 else b[None] for b in batches],
+            "values": dict(self._accumulation.values),
+            "gradients": {name: p.grad for name, p in self.named_parameters() if p.grad is not None},
+        }
+
+    def _take_up(self, where: str | Path, saved: Mapping[str, Any]) -> None:
+        """Goes on in the middle of a step.
+
+        Raises:
+            EarVAEError: What the step had of its batches does not fit this run.
+        """
+        self._accumulation, self._accumulated_gradients = _Accumulation(), {}
+        if not saved:
+            return
+        batches, gradients = saved["batches"], saved["gradients"]
+        if len(batches) >= self.accumulate_grad_batches or len(batches[0]) != self.trainer.world_size:
+            raise EarVAEError(
+                f"{where}: was written in the middle of a step, after {len(batches)} of its batches on "
+                f"{len(batches[0])} processes; resume with the accumulate_grad_batches and processes "
+                "it was made with, or from a checkpoint that ends a step"
+            )
+        parameters = dict(self.named_parameters())
+        if any(name not in parameters or parameters[name].shape != g.shape for name, g in gradients.items()):
+            raise EarVAEError(f"{where}: damaged: the gradients in it are not those of its weights")
+        rank = self.trainer.global_rank
+        self._accumulation = _Accumulation([batch[rank] for batch in batches], dict(saved["values"]))
+        self._accumulated_gradients = dict(gradients)
 
     def _networks(self) -> dict[str, nn.Module]:
         """What has an optimizer, by name."""
@@ -354,15 +584,20 @@ class EarVAEModule(L.LightningModule):
         }
         if self.discriminator is not None:
             settings["discriminator's optimizer"] = _described(self.discriminator_optimizer_config)
-        if self.average is not None:
-            settings["decay of the average"] = f"{self.average.decay:g}"
+        if self.ema is not None:
+            settings["decay of the average"] = f"{self.ema.decay:g}"
         return settings
 
-    def _reconstruct_draw(self, audio: Tensor) -> Reconstruction:
-        """One pass on draws from the posterior that depend on the seed, the step and the item only."""
+    def _reconstruct_draw(self, audio: Tensor, place: int = 0) -> Reconstruction:
+        """One pass on draws from the posterior that depend on the seed, the step and the item only.
+
+        Args:
+            audio: A batch [B, 2, T].
+            place: Number of items of the same step before it.
+        """
         with torch.set_grad_enabled(self.train_encoder):
             posterior = self.vae.encode(audio)
-        noise = torch.stack([self._noise(item, posterior.mean[0]) for item in range(len(audio))])
+        noise = torch.stack([self._noise(place + item, posterior.mean[0]) for item in range(len(audio))])
         latents = posterior.mean + posterior.std * noise
         return Reconstruction(self.vae.decode(latents, num_samples=audio.shape[-1]), posterior)
 
@@ -414,17 +649,34 @@ class EarVAEModule(L.LightningModule):
             )
         ]
 
-    def _descend(self, loss: Tensor, optimization: _Optimization) -> Tensor:
-        """One step down the gradient of `loss`, unless it is not finite; its norm before clipping."""
-        optimizer, schedule, parameters, clip, what = optimization
-        optimizer.zero_grad()
-        self.manual_backward(loss)
-        norm = nn.utils.clip_grad_norm_(parameters, clip)
-        if self.skipped[what].allows(norm, what):
-            # Lightning counts the steps of its own wrapper only: those of the VAE.
-            (optimizer if what == "vae" else optimizer.optimizer).step()
-            schedule.step()
-        return norm
+    def _vae_gradient(
+        self, batch: Tensor, drawn: Reconstruction, accumulation: _Accumulation | None = None
+    ) -> None:
+        """Adds the gradient of the VAE's loss on a batch to what the step has."""
+        estimate, posterior = drawn
+        terms = self.objective.terms(estimate, batch, posterior)
+        terms |= self._adversarial_terms(estimate, batch)
+        total = self.objective.total(terms)
+        (accumulation or self._accumulation).add(terms | {"total": total})
+        self._backward(total if self.balancer is None else self._balanced(terms, estimate), "vae")
+
+    def _backward(self, loss: Tensor, what: str) -> None:
+        """Adds the gradient of a batch's share of the loss of the network called `what`."""
+        self.manual_backward(loss / self.accumulate_grad_batches)
+
+    def _clip(self, optimization: _Optimization) -> Tensor:
+        """Scales the gradient down to its largest norm; returns the norm before, a scalar."""
+        return nn.utils.clip_grad_norm_(optimization.parameters, optimization.clip)
+
+    def _descend_unless_broken(self, optimization: _Optimization, norm: Tensor) -> None:
+        """Takes a step with an optimizer whose steps Lightning does not count, if the norm is finite."""
+        optimizer: Optimizer = optimization.optimizer.optimizer
+        if skips_by_itself(optimizer):
+            # Decided on the device: reading the norm here would wait for it.
+            optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+            optimizer.step()
+        elif bool(norm.isfinite()):
+            optimizer.step()
 
     def _start_from_filter_bank(self, data: Any) -> None:
         if not isinstance(data, AudioDataModule):
@@ -435,12 +687,12 @@ class EarVAEModule(L.LightningModule):
         )
         segments = data.segments(samples=length)
         audio = torch.stack([segments[index] for index in range(_FILTER_BANK_SEGMENTS)])
-        choice = filter_bank.plan(self.vae.config, filter_bank.analyse(self.vae.config, audio))
+        choice = filter_bank.choose_bands(self.vae.config, filter_bank.analyse(self.vae.config, audio))
         start = self.folded(averaged=False)
         filter_bank.initialize(start, choice)
         load_plain_weights(self.vae, start.state_dict())
-        if self.average is not None:
-            self.average.network.load_state_dict(start.state_dict())
+        if self.ema is not None:
+            self.ema.network.load_state_dict(start.state_dict())
 
     def _log_values(self, stage: str, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
@@ -500,8 +752,32 @@ def _trained_names(network: nn.Module) -> list[str]:
 
 
 def _described(config: OptimizerConfig) -> str:
-    return ", ".join(f"{name} {value}" for name, value in vars(config).items())
+    return ", ".join(f"{name} {value}" for name, value in config.described().items())
 
 
 def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    """The same with lists for tuples, which is what files give back."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _plain_optimizer(config: OptimizerConfig) -> dict[str, Any]:
+    """Its numbers; classes are not written to files."""
+    values = {item.name: getattr(config, item.name) for item in fields(config)}
+    return {name: _plain(value) for name, value in values.items() if not (value is None or callable(value))}
+
+
+def _from_plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `EarVAEModule` from the hyper-parameters in a checkpoint."""
+    kinds = {
+        "objective": ObjectiveConfig,
+        "optimizer": OptimizerConfig,
+        "discriminator": DiscriminatorConfig,
+        "discriminator_optimizer": OptimizerConfig,
+    }
+    made: dict[str, Any] = dict(values)
+    for name, kind in kinds.items():
+        if made.get(name) is not None:
+            made[name] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in made[name].items()})
+    return made | {"config": EarVAEConfig.from_dict(made["config"])}

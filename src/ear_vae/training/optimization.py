@@ -1,31 +1,45 @@
-"""Optimizers, their schedule, and steps that must not be taken."""
+"""Optimizers, learning-rate schedules, and steps that must not be taken."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau, SequentialLR
 
 from ear_vae.errors import EarVAEError
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, with a linear warm-up and a cosine decay to a fraction of the rate over the Trainer's steps.
+    """AdamW or another optimizer, its learning-rate schedule, warm-up and gradient clipping.
+
+    Without `algorithm` it is AdamW with the first three arguments, without `schedule` a cosine decay to a
+    fraction of the learning rate over the Trainer's steps. Warm-up and clipping apply to any of them.
 
     Args:
-        learning_rate: After the warm-up.
-        betas: Of AdamW.
-        weight_decay: Of AdamW.
-        warmup_steps: Steps of the VAE from zero to the full rate.
-        final_fraction: Of the learning rate, at the Trainer's last step; 1 keeps it constant.
+        learning_rate: AdamW learning rate after the warm-up.
+        betas: AdamW betas.
+        weight_decay: AdamW weight decay.
+        warmup_steps: Steps of the VAE over which the learning rate grows linearly from zero.
+        final_fraction: Fraction of the learning rate that the cosine decay ends at, at the Trainer's last
+            step; 1 keeps the rate constant.
         gradient_clip: Largest norm of the gradient over all weights; larger ones are scaled down to it.
+        algorithm: Optimizer to use instead of AdamW, with its own settings: in a config file the `class_path`
+            and `init_args` of any optimizer of torch, in Python a function from parameters to an optimizer,
+            such as `functools.partial(torch.optim.SGD, lr=0.1)`.
+        schedule: Schedule to follow the warm-up instead of the cosine decay: in a config file the
+            `class_path` and `init_args` of any scheduler of torch, in Python a function from an optimizer to
+            a scheduler.
 
     Raises:
-        EarVAEError: A value is out of range.
+        EarVAEError: A value is out of range, or the optimizer or schedule needs more than the gradient and
+            the number of the step.
     """
 
     learning_rate: float = 1e-4
@@ -34,6 +48,8 @@ class OptimizerConfig:
     warmup_steps: int = 1_000
     final_fraction: float = 0.1
     gradient_clip: float = 10.0
+    algorithm: Callable[[Iterable[Any]], Optimizer] | None = None
+    schedule: Callable[[Optimizer], LRScheduler] | None = None
 
     def __post_init__(self) -> None:
         if not (0 <= self.learning_rate < math.inf and 0 <= self.weight_decay < math.inf):
@@ -48,6 +64,11 @@ class OptimizerConfig:
                 "warmup_steps must be 0 or more, final_fraction within [0, 1] and gradient_clip above 0, "
                 f"got {self.warmup_steps}, {self.final_fraction} and {self.gradient_clip}"
             )
+        optimizer, schedule = self._example()
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise EarVAEError("optimizer: LBFGS evaluates the loss several times a step; choose another one")
+        if isinstance(schedule, ReduceLROnPlateau):
+            raise EarVAEError("schedule: ReduceLROnPlateau needs a metric every step; choose another one")
 
     def factor(self, step: int, total_steps: int) -> float:
         """The learning rate at `step` as a fraction of `learning_rate`."""
@@ -57,20 +78,66 @@ class OptimizerConfig:
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
         return self.final_fraction + (1 - self.final_fraction) * cosine
 
-    def build(
-        self, parameters: Iterable[nn.Parameter], total_steps: int
-    ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-        """The optimizer of `parameters` and its schedule; on a GPU a step is one kernel."""
-        parameters = list(parameters)
-        optimizer = torch.optim.AdamW(
+    def build(self, parameters: Iterable[nn.Parameter], total_steps: int) -> tuple[Optimizer, LRScheduler]:
+        """Builds the optimizer of `parameters` and its schedule; on a GPU a step of AdamW is one kernel.
+
+        Args:
+            parameters: The trained parameters.
+            total_steps: Steps of the whole training, which the cosine decay takes.
+
+        Raises:
+            EarVAEError: The optimizer does not take these parameters.
+        """
+        optimizer = self._optimizer(list(parameters))
+        if self.schedule is None:
+            return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, total_steps))
+        # The warm-up first: a schedule changes the optimizer's rate as soon as it is made.
+        warmup = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, self.warmup_steps)))
+        schedule = self.schedule(optimizer)
+        if self.warmup_steps:
+            schedule = SequentialLR(optimizer, [warmup, schedule], [self.warmup_steps])
+        return optimizer, schedule
+
+    def described(self) -> dict[str, Any]:
+        """The settings as numbers and words, for people to read."""
+        shared = {"warmup_steps": self.warmup_steps, "gradient_clip": self.gradient_clip}
+        optimizer, schedule = self._example()
+        if self.algorithm is None:
+            settings: dict[str, Any] = {
+                "learning_rate": self.learning_rate,
+                "betas": self.betas,
+                "weight_decay": self.weight_decay,
+            }
+        else:
+            settings = {
+                name: v for name, v in optimizer.defaults.items() if isinstance(v, (int, float, tuple))
+            }
+        decay = {"final_fraction": self.final_fraction} if schedule is None else {"schedule": _name(schedule)}
+        return {"algorithm": self.name, **settings, **shared, **decay}
+
+    @property
+    def name(self) -> str:
+        """The optimizer's class name, such as `AdamW`."""
+        return _name(self._example()[0])
+
+    def _example(self) -> tuple[Optimizer, LRScheduler | None]:
+        """The optimizer of one weight, with the schedule that replaces the cosine decay, if any."""
+        optimizer = self._optimizer([nn.Parameter(torch.zeros(1, 1))])
+        return optimizer, None if self.schedule is None else self.schedule(optimizer)
+
+    def _optimizer(self, parameters: list[nn.Parameter]) -> Optimizer:
+        if self.algorithm is not None:
+            try:
+                return self.algorithm(parameters)
+            except (TypeError, ValueError) as error:
+                raise EarVAEError(f"the optimizer cannot be made: {error}") from error
+        return torch.optim.AdamW(
             parameters,
             lr=self.learning_rate,
             betas=self.betas,
             weight_decay=self.weight_decay,
             fused=True if all(parameter.is_cuda for parameter in parameters) else None,
         )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.factor(step, total_steps))
-        return optimizer, schedule
 
 
 def trained(network: nn.Module) -> list[nn.Parameter]:
@@ -78,11 +145,20 @@ def trained(network: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in network.parameters() if parameter.requires_grad]
 
 
+def skips_by_itself(optimizer: Optimizer) -> bool:
+    """Whether the optimizer leaves out a step by a flag on the device (`found_inf`), as fused ones do."""
+    return all(group.get("fused") for group in optimizer.param_groups)
+
+
 class SkippedSteps:
     """Counts steps whose gradient was not finite, and gives up after too many in a row.
 
     Args:
-        limit: How many in a row are borne.
+        limit: Number of such steps in a row that ends the training.
+
+    Attributes:
+        total: Number of such steps so far.
+        in_a_row: Number of such steps since the last good one.
     """
 
     def __init__(self, limit: int) -> None:
@@ -90,19 +166,19 @@ class SkippedSteps:
         self.total = 0
         self.in_a_row = 0
 
-    def allows(self, gradient_norm: Tensor, what: str) -> bool:
-        """Whether a step with that gradient may be taken.
+    def count(self, finite: bool, what: str) -> None:
+        """Takes note of a step.
 
         Args:
-            gradient_norm: Over all weights; the same on every process.
-            what: Whose step it is.
+            finite: Whether the gradient was finite; the same on every process.
+            what: The network whose step it is, for the message.
 
         Raises:
             EarVAEError: `limit` steps in a row were not finite.
         """
-        if bool(gradient_norm.isfinite()):
+        if finite:
             self.in_a_row = 0
-            return True
+            return
         self.total += 1
         self.in_a_row += 1
         if self.in_a_row >= self.limit:
@@ -111,4 +187,7 @@ class SkippedSteps:
                 "learning rate, look for NaN in the data, or train in float32, and resume from the last "
                 "checkpoint"
             )
-        return False
+
+
+def _name(thing: object) -> str:
+    return type(thing).__name__

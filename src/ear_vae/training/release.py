@@ -27,7 +27,7 @@ from ear_vae.training.weight_norm import apply_weight_norm, plain_weights
 from ear_vae.vae import EarVAE
 
 
-def release(
+def release_model(
     checkpoint: str | os.PathLike[str],
     directory: str | os.PathLike[str],
     *,
@@ -42,8 +42,8 @@ def release(
 
     Args:
         checkpoint: A `.ckpt` file that `ear-vae fit` wrote.
-        directory: Of the model: weights, config, and a card with the facts of the run.
-        name: Of the model, the directory's by default.
+        directory: Folder for the weights, the config, and a card with the facts of the run.
+        name: Name of the model, the directory's by default.
         averaged: Take the average of the weights, where there is one, instead of the last ones.
         training_state: Also write `training_state.safetensors`: the last weights, the discriminator and both
             optimizers, for `EarVAEModule(training_state=...)`.
@@ -65,7 +65,7 @@ def release(
             "remove it, or overwrite it (--force)"
         )
     content = read_checkpoint(checkpoint)
-    averaged = averaged and "average.updates" in content["state_dict"]
+    averaged = averaged and "ema._extra_state" in content["state_dict"]
     vae = _model(checkpoint, content, averaged=averaged, name=name or directory.resolve().name)
     require_moments(checkpoint, content)
     with _complete_folder(directory, last=CONFIG_FILE) as folder:
@@ -92,7 +92,7 @@ def _model(path: Path, content: Mapping[str, Any], *, averaged: bool, name: str)
         config = EarVAEConfig.from_dict(content[FACTS]["config"])
     except EarVAEError as error:
         raise EarVAEError(f"{path}: {error}") from error
-    prefix = "average.network." if averaged else "vae."
+    prefix = "ema.network." if averaged else "vae."
     state = {
         key.removeprefix(prefix): tensor
         for key, tensor in content["state_dict"].items()

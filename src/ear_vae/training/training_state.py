@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -24,7 +25,7 @@ def save_training_state(checkpoint: Mapping[str, Any], path: Path) -> None:
     """Writes the training state in the content of a checkpoint; an existing file is replaced.
 
     Raises:
-        EarVAEError: The file cannot be written, or an optimizer has not taken a step yet.
+        EarVAEError: The file cannot be written, an optimizer is not AdamW or has not taken a step yet.
     """
     metadata = {"format": _FORMAT, "step": str(checkpoint["global_step"])}
     with atomic_path(path, overwrite=True) as temporary:
@@ -44,7 +45,9 @@ def load_training_state(module: nn.Module, path: Path) -> dict[str, dict[str, di
     Raises:
         EarVAEError: The file is unreadable, no training state, or of another architecture.
     """
-    tensors, metadata = read_safetensors(path)
+    tensors, _ = read_safetensors(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
     if metadata.get("format") != _FORMAT:
         raise EarVAEError(f"{path}: is not a training state of ear-vae")
     own = {name: tensor for name, tensor in module.state_dict().items() if name.partition(".")[0] in _PARTS}
@@ -90,6 +93,10 @@ def restore_moments(
 
 def _tensors(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     state: dict[str, Tensor] = checkpoint["state_dict"]
+    if others := set(checkpoint["ear_vae"]["optimizers"]) - {"AdamW"}:
+        raise EarVAEError(
+            f"a training state holds the moments of AdamW only, not of {', '.join(sorted(others))}"
+        )
     kept = {key: v.contiguous() for key, v in state.items() if key.partition(".")[0] in _PARTS}
     trained = checkpoint["ear_vae"]["trained"]
     for (part, parameters), optimizer in zip(trained.items(), checkpoint["optimizer_states"], strict=True):

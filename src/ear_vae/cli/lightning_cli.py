@@ -1,0 +1,235 @@
+"""Lightning's command line over our module and data, which `ear-vae fit` runs."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import signal
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from ear_vae.cli.terminal import say
+from ear_vae.errors import EarVAEError
+from ear_vae.training.callbacks import Checkpoints, ExportModel, ListeningExamples, StepProgressBar
+from ear_vae.training.checkpoint import read_checkpoint
+from ear_vae.training.data import AudioDataModule
+from ear_vae.training.module import EarVAEModule
+
+# What Lightning says for other products, or of a logger that it falls back from as it should.
+_ADVERTISEMENTS = ("Tip:", "tensorboardX", "litlogger", "litmodels")
+
+
+class FitCLI(LightningCLI):
+    """LightningCLI that gives the data the model's rate and frame length, and exports the model.
+
+    Args:
+        overwrite: Replace the checkpoints and the model of another run in the same folder.
+        settings: Arguments of `LightningCLI`.
+    """
+
+    def __init__(self, *arguments: Any, overwrite: bool = False, **settings: Any) -> None:
+        self.overwrite = overwrite
+        super().__init__(*arguments, **settings)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Only `fit`; the rest of Lightning's commands is not among ours."""
+        return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"}}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parses what it is given; the parent also looks at `sys.argv` and warns that the two differ.
+
+        Raises:
+            EarVAEError: The checkpoint to resume from cannot be, or the folder holds another run.
+        """
+        assert isinstance(args, list), "main passes a list"
+        self.config = parser.parse_args(args)
+        # Held back until the options are final: the parent replaces some of them by what stands under
+        # `hyper_parameters` in a checkpoint.
+        self._checkpoint: str | None = None
+        if options := self._options_of_fit():
+            self._checkpoint, options.ckpt_path = options.ckpt_path, None
+        if self._checkpoint is not None:
+            read_checkpoint(Path(self._checkpoint))
+        if options and not self.overwrite:
+            self._require_no_other_run()
+
+    def before_instantiate_classes(self) -> None:
+        """Gives back the checkpoint to resume from."""
+        if options := self._options_of_fit():
+            options.ckpt_path = self._checkpoint
+
+    def instantiate_trainer(self, **settings: Any) -> Any:
+        """Builds the Trainer, with our progress bar unless there is another one or none is wanted."""
+        given = self._options_of_fit()
+        callbacks = (given or self.config).trainer.callbacks or []
+        others = [c for c in callbacks if "ProgressBar" in str(getattr(c, "class_path", ""))]
+        if given and given.trainer.enable_progress_bar is not False and not others:
+            self.trainer_defaults = {**self.trainer_defaults, "callbacks": [StepProgressBar()]}
+        return super().instantiate_trainer(**settings)
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """Where the run leaves its newest checkpoint."""
+        return self._folder("checkpoints", "checkpoints") / "last.ckpt"
+
+    @property
+    def model_folder(self) -> Path:
+        """Where the run leaves its model."""
+        return self._folder("export", "model")
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Links what the model decides about the data, and adds our callbacks."""
+        for target, fact in (("sample_rate", _sample_rate), ("segment_multiple", _downsampling_ratio)):
+            parser.link_arguments("model", f"data.{target}", compute_fn=fact, apply_on="instantiate")
+        parser.add_lightning_class_args(Checkpoints, "checkpoints")
+        parser.add_lightning_class_args(ExportModel, "export")
+        parser.add_lightning_class_args(ListeningExamples, "examples")
+
+    def _options_of_fit(self) -> Any:
+        """None where the parts are only built (`run=False`)."""
+        return self.config.get("fit")
+
+    def _folder(self, group: str, name: str) -> Path:
+        options = self._options_of_fit()
+        return Path(options[group].directory or Path(options.trainer.default_root_dir or "") / name)
+
+    def _require_no_other_run(self) -> None:
+        """Refuses to write over what another run left.
+
+        Raises:
+            EarVAEError: Says what is there, and the ways out.
+        """
+        last, model = self.last_checkpoint, self.model_folder
+        if self._checkpoint is not None and Path(self._checkpoint).resolve().parent == last.resolve().parent:
+            return
+        there = [path for path in (last, model / "config.json") if path.exists()]
+        if there:
+            go_on = f"go on with it (--ckpt_path {shlex.quote(str(last))}), " if last.exists() else ""
+            raise EarVAEError(
+                f"{there[0]}: left by another run, which this one would replace; {go_on}"
+                "choose another folder (--trainer.default_root_dir FOLDER), or replace it (--force)"
+            )
+
+
+def run(arguments: Sequence[str], typed: Sequence[str], *, overwrite: bool = False) -> int:
+    """Trains.
+
+    Args:
+        arguments: Options of the command, with paths for the names of configs.
+        typed: The same as they were typed, for the command that goes on with the run.
+        overwrite: Replace the checkpoints and the model of another run in the same folder.
+
+    Returns:
+        0, or 128 and the number of the signal that ended the training, after a checkpoint was written.
+
+    Raises:
+        EarVAEError: Anything that the module or the data refuses.
+        SystemExit: Usage errors, as argparse raises them.
+    """
+    # Lightning's own, to its authors.
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
+    warnings.filterwarnings("ignore", message=r".*tensorboardX.*")
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addFilter(_is_about_this_run)
+    received: list[int] = []
+    usual = {number: signal.signal(number, lambda n, _: _end(received, n)) for number in _heeded()}
+    cli: FitCLI | None = None
+
+    class Remembered(FitCLI):
+        """Is known before training starts, which is when its constructor returns."""
+
+        def before_fit(self) -> None:
+            nonlocal cli
+            cli = self
+
+    try:
+        Remembered(
+            EarVAEModule,
+            AudioDataModule,
+            overwrite=overwrite,
+            # Last, so that nothing overrides it: a checkpoint to resume from must not run code.
+            args=["fit", *arguments, "--weights_only=true"],
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={
+                "prog": "ear-vae",
+                "allow_abbrev": False,
+                "fit": {"allow_abbrev": False, "usage": "ear-vae fit [--config NAME_OR_FILE] [options]"},
+            },
+        )
+    except MisconfigurationException as error:
+        raise EarVAEError(" ".join(str(error).split())) from error
+    except SIGTERMException:
+        _say_what_is_where(cli, typed, stopped=True)
+        return 128 + (received[0] if received else signal.SIGTERM)
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+        logger.removeFilter(_is_about_this_run)
+    _say_what_is_where(cli, typed, stopped=False)
+    return 0
+
+
+def _say_what_is_where(cli: FitCLI | None, typed: Sequence[str], *, stopped: bool) -> None:
+    if cli is None or not cli.trainer.is_global_zero:
+        return
+    if (cli.model_folder / "config.json").exists():
+        say(f"model: {cli.model_folder}")
+    if not cli.last_checkpoint.exists():
+        return
+    options = ["--ckpt_path", str(cli.last_checkpoint)]
+    steps = cli.trainer.max_steps
+    if not stopped and steps > 0:
+        options += ["--trainer.max_steps", str(2 * steps)]
+    left_out = ("--ckpt_path", "--trainer.max_steps") if len(options) > 2 else ("--ckpt_path",)
+    command = shlex.join(["ear-vae", "fit", *_without(typed, left_out), *options])
+    say(f"{'stopped after writing a checkpoint; go on' if stopped else 'train on'} with: {command}")
+
+
+def _without(arguments: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The arguments but those options and their values."""
+    kept: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument in names:
+            next(rest, None)
+        elif not argument.startswith(tuple(f"{name}=" for name in names)):
+            kept.append(argument)
+    return [argument for argument in kept if argument != "--force"]
+
+
+def _heeded() -> list[int]:
+    """The signals after which a checkpoint is written, beside SIGTERM, which Lightning takes care of."""
+    # Windows has no SIGHUP, which a terminal sends when it closes. What is ignored, as by nohup, stays so.
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGHUP") if hasattr(signal, name)]
+    return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+def _end(received: list[int], number: int) -> None:
+    """The first signal lets the step end and a checkpoint be written, as SIGTERM does."""
+    received.append(number)
+    if len(received) == 1 and callable(signal.getsignal(signal.SIGTERM)):
+        if number == signal.SIGINT:
+            say("ear-vae: interrupted: ending the step and writing a checkpoint; once more to stop at once")
+        signal.raise_signal(signal.SIGTERM)
+    else:
+        raise KeyboardInterrupt
+
+
+def _is_about_this_run(record: logging.LogRecord) -> bool:
+    return not any(word in record.getMessage() for word in _ADVERTISEMENTS)
+
+
+def _sample_rate(module: EarVAEModule) -> int:
+    return module.vae.sample_rate
+
+
+def _downsampling_ratio(module: EarVAEModule) -> int:
+    return module.vae.downsampling_ratio

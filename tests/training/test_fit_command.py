@@ -1,0 +1,198 @@
+"""`ear-vae fit` as a newcomer meets it, through the real command line."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from ear_vae import EarVAE
+from ear_vae.cli import main
+from ear_vae.cli.fit import shipped_configs
+
+SHORT = ["--model.config.channels", "4", "--model.config.channel_multipliers", "[1,2,2,2,2]"]
+SHORT += ["--trainer.accelerator", "cpu", "--data.num_workers", "0", "--data.segment_seconds", "0.1"]
+SHORT += ["--data.batch_size", "1", "--data.segments_per_epoch", "10"]
+ADVERTISEMENTS = ("Tip:", "litlogger", "litmodels", "tensorboardX")
+
+
+def ear_vae(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ear_vae", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def music(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("music")
+    soundfile.write(folder / "a.wav", 0.1 * np.random.default_rng(0).standard_normal((22_050, 2)), 44_100)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def first(music: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path, str]:
+    """The command of a run, its folder, and what it showed."""
+    root = tmp_path_factory.mktemp("run")
+    command = ["fit", "--data.folder", str(music), *SHORT, "--trainer.default_root_dir", str(root)]
+    command += ["--trainer.max_steps", "2"]
+    result = ear_vae(*command)
+    assert result.returncode == 0, result.stderr
+    return command, root, result.stdout + result.stderr
+
+
+def test_a_run_ends_with_where_the_model_is_and_how_to_go_on(first: tuple[list[str], Path, str]) -> None:
+    _, root, shown = first
+    assert f"model: {root / 'model'}\n" in shown
+    assert not any(word in shown for word in ADVERTISEMENTS)
+    (command,) = re.findall(r"train on with: ear-vae (.*)", shown)
+    result = ear_vae(*shlex.split(command))
+    assert result.returncode == 0, result.stderr
+    content = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
+    assert content["global_step"] == 4
+    # The bar goes on where the run had stopped, to the steps of the whole.
+    bars = re.findall(
+        r"Training: *(\d+)%\|[^|]*\| (\d+)/(\d+).*?total=([\d.]+)", result.stdout + result.stderr
+    )
+    assert ("100", "4", "4") in {bar[:3] for bar in bars}
+    assert {bar[2] for bar in bars} == {"4"}
+
+
+def test_a_second_run_does_not_replace_the_first(
+    first: tuple[list[str], Path, str], music: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, root, _ = first
+    files = [root / "checkpoints" / "last.ckpt", root / "model" / "model.safetensors"]
+    before = [file.read_bytes() for file in files]
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    for way in (f"--ckpt_path {files[0]}", "--trainer.default_root_dir FOLDER", "--force"):
+        assert way in error
+    # Nor one that goes on with a checkpoint from elsewhere.
+    (tmp_path / "other.ckpt").write_bytes(before[0])
+    assert main([*command, "--ckpt_path", str(tmp_path / "other.ckpt")]) == 1
+    assert "left by another run" in capsys.readouterr().err
+    # Nor where only the model is left.
+    copied = tmp_path / "copy" / "model"
+    EarVAE.from_pretrained(root / "model").save_pretrained(copied)
+    assert main([*command, "--trainer.default_root_dir", str(copied.parent)]) == 1
+    assert "left by another run" in capsys.readouterr().err
+    assert [file.read_bytes() for file in files] == before
+    assert main([*command, "--force", "--model.seed", "5"]) == 0
+    assert files[0].read_bytes() != before[0]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="terminals close without a signal here")
+def test_a_stopped_run_leaves_a_model(music: Path, tmp_path: Path) -> None:
+    """When its terminal is closed after three steps, before any validation or interval."""
+    script = (
+        "import os, signal, sys; sys.path.insert(0, sys.argv.pop(1))\n"
+        "import test_resume\n"
+        "from ear_vae.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = ["fit", "--data.folder", music, *SHORT, "--trainer.default_root_dir", tmp_path]
+    arguments += ["--trainer.callbacks", "[{class_path: test_resume.Stop, init_args: {how: SIGHUP}}]"]
+    arguments += ["--trainer.max_steps", "9", "--trainer.logger", "false"]
+    result = subprocess.run(
+        [sys.executable, "-c", script, Path(__file__).parent, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert result.returncode == 128 + signal.SIGHUP, result.stderr
+    content = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert content["global_step"] == 3
+    model = EarVAE.from_pretrained(tmp_path / "model").state_dict()
+    for name, tensor in model.items():
+        assert torch.equal(tensor, content["state_dict"][f"ema.network.{name}"]), name
+    assert f"--ckpt_path {tmp_path / 'checkpoints' / 'last.ckpt'}" in result.stderr
+
+
+def test_a_missing_folder_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("data: {folder: nowhere/from_a_config}")
+    script = (
+        "import sys; from ear_vae.cli import main\n"
+        "for options in (['--data.folder', 'nowhere/alone'], ['--data.folder=[., nowhere/in_a_list]'],\n"
+        "    ['--data.folder', '.', '--data.validation_folder', 'nowhere/validation'],\n"
+        "    ['--config', sys.argv[1]]):\n"
+        "    assert main(['fit', '--config', 'warmup', *options]) == 1\n"
+        "print({'torch', 'lightning'} & set(sys.modules))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "mine.yaml"], capture_output=True, text=True, check=False
+    )
+    assert result.stdout == "set()\n", result.stderr
+    names = ("alone", "in_a_list", "validation", "from_a_config")
+    for line, name in zip(result.stderr.splitlines(), names, strict=True):
+        assert line.endswith(f"nowhere/{name}: no such file or folder")
+
+
+def test_help_fits_a_few_screens_and_is_true(capsys: pytest.CaptureFixture[str]) -> None:
+    result = ear_vae("fit", "--help")
+    assert result.returncode == 0
+    lines = result.stdout.splitlines()
+    assert len(lines) <= 72
+    assert max(map(len, lines)) <= 110
+    for name in shipped_configs():
+        assert re.search(rf"\b{name}\b", result.stdout), name
+    with pytest.raises(SystemExit) as left:
+        main(["fit", "--help-all"])
+    assert left.value.code == 0
+    everything = capsys.readouterr().out
+    assert "validate" not in everything.split("\n\n")[0]
+    ours = {"--force", "--debug", "--help-all"}
+    for option in set(re.findall(r"--[a-z_.-]+[a-z]", result.stdout)) - ours:
+        # Of a part that may be absent, such as the discriminator, the help shows the whole only.
+        assert option in everything or option.rpartition(".")[0] + " " in everything, option
+
+
+def test_shortened_options_are_refused(music: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["fit", "--data.folder", str(music), "--trainer.max_step", "1"])
+    assert left.value.code == 2
+    error = capsys.readouterr().err
+    assert "--trainer.max_step" in error
+    assert not re.search(r"validate|predict", error)
+
+
+def test_another_optimizer_from_a_config(
+    music: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sgd.yaml").write_text(
+        "model:\n  optimizer:\n    warmup_steps: 0\n    algorithm:\n      class_path: torch.optim.SGD\n"
+        "      init_args: {lr: 0.25, momentum: 0.5}\n"
+        "    schedule:\n      class_path: torch.optim.lr_scheduler.StepLR\n      init_args: {step_size: 1}\n"
+    )
+    command = [
+        "fit",
+        "--data.folder",
+        str(music),
+        *SHORT,
+        "--trainer.default_root_dir",
+        str(tmp_path / "run"),
+    ]
+    command += ["--config", str(tmp_path / "sgd.yaml"), "--trainer.max_steps", "2"]
+    assert main(command) == 0
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    content = torch.load(last, weights_only=True)
+    (group,) = content["optimizer_states"][0]["param_groups"]
+    assert (group["momentum"], group["initial_lr"]) == (0.5, 0.25)
+    assert group["lr"] == pytest.approx(0.25 * 0.1**2)
+    assert "algorithm SGD, lr 0.25, momentum 0.5" in content["ear_vae"]["settings"]["optimizer"]
+    command[command.index("2")] = "3"
+    assert main([*command, "--ckpt_path", str(last)]) == 0
+    other = ["--model.optimizer.algorithm", "null", "--model.optimizer.schedule", "null"]
+    assert main([*command, *other, "--ckpt_path", str(last)]) == 1
+    assert "optimizers: ['SGD'] there, ['AdamW'] here" in capsys.readouterr().err
