@@ -12,7 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from ear_vae.errors import in_one_line
+
 _LONGEST_LINE = 2_000
+# Options for the arguments that errors name.
+_OPTIONS = {"overwrite": "--force"}
 
 
 def escaped(text: str) -> str:
@@ -31,6 +35,11 @@ def shortened(text: str, longest: int) -> str:
 def name(text: str, longest: int = 80) -> str:
     """A name that came with a file, fit to be shown in a line."""
     return shortened(escaped(text), longest)
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong in a line, with the command line's options for the arguments that it names."""
+    return in_one_line(error, _OPTIONS)
 
 
 def say(text: str) -> None:
