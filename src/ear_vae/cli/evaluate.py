@@ -15,7 +15,7 @@ from ear_vae.cli.terminal import is_watched, put, say
 from ear_vae.errors import EarVAEError
 from ear_vae.evaluation.evaluator import Progress, evaluate
 from ear_vae.evaluation.pairs import DEFAULT_PATTERN
-from ear_vae.evaluation.results import Evaluation, counted, shortened
+from ear_vae.evaluation.results import Evaluation, counted, first_names
 
 
 def run(options: argparse.Namespace) -> int:
@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
     _refuse_idle_options(options)
     evaluation = _with_progress(options)
     if evaluation.without_target and not options.quiet:
-        say(f"without target: {shortened([str(path) for path in evaluation.without_target])}")
+        say(f"without target: {first_names([str(path) for path in evaluation.without_target])}")
     if evaluation.reused and not options.quiet:
         there = (
             f"{counted(evaluation.reused, 'comparison')} {'was' if evaluation.reused == 1 else 'were'} there"

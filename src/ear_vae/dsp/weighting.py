@@ -138,7 +138,7 @@ def k_weighting_coefficients(sample_rate: int) -> tuple[tuple[list[float], list[
     """The two biquads of K-weighting, each as (numerator, denominator) in powers of z⁻¹.
 
     Args:
-        sample_rate: In Hz, above 4 kHz.
+        sample_rate: Sample rate of the audio in Hz, above 4 kHz.
 
     Raises:
         EarVAEError: The rate is too low to hold the shelf.
@@ -170,7 +170,7 @@ def k_weighting_response(frequencies_hz: Tensor, sample_rate: int) -> Tensor:
 
     Args:
         frequencies_hz: Any shape, from 0 to half the sample rate.
-        sample_rate: In Hz.
+        sample_rate: Sample rate of the audio in Hz.
 
     Returns:
         complex128 tensor of the same shape.
@@ -193,7 +193,7 @@ def k_weight(audio: Tensor, sample_rate: int) -> Tensor:
 
     Args:
         audio: [..., T], float32 or float64.
-        sample_rate: In Hz.
+        sample_rate: Sample rate of the audio in Hz.
 
     Returns:
         [..., T], the filter's causal output, truncated to the input's length.

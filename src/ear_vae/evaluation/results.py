@@ -233,7 +233,7 @@ def _system_table(name: str, rows: Sequence[Row]) -> str:
         for line in lines
     ]
     undefined = [
-        f"without {metric}: {shortened(summary[metric]['undefined'])}"
+        f"without {metric}: {first_names(summary[metric]['undefined'])}"
         for metric in METRICS
         if summary[metric]["undefined"]
     ]
@@ -249,7 +249,7 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
-def shortened(names: Sequence[str]) -> str:
+def first_names(names: Sequence[str]) -> str:
     """The first names, and how many more there are: a terminal is no place for thousands."""
     more = len(names) - _NAMES_SHOWN
     return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

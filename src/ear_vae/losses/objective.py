@@ -123,7 +123,7 @@ class ReconstructionObjective(nn.Module):
         Args:
             estimate: Rebuilt audio, [B, 2, T].
             target: Original audio, [B, 2, T].
-            posterior: What the encoder gave for the original.
+            posterior: Posterior of the original.
 
         Returns:
             Scalars in float32, or float64 for such audio; spectral ones are averaged over window sizes.

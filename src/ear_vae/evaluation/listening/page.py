@@ -79,7 +79,7 @@ class Means:
     """A table over many files.
 
     Attributes:
-        caption: What the means are over.
+        caption: Caption of the table, which says what the means are over.
         systems: Metrics by system; None where there is no value.
     """
 
@@ -100,11 +100,11 @@ def means_of(excerpts: Sequence[Excerpt]) -> Means:
 
 
 def fitting(excerpts: Sequence[Excerpt], megabytes: float) -> list[Excerpt]:
-    """The excerpts, all cut to one shorter length if the page would exceed a size.
+    """Cuts all excerpts to one shorter length if the page would exceed a size.
 
     Args:
-        excerpts: Of `ear_vae.evaluation.listening.cut`.
-        megabytes: Size of the page in 10⁶ bytes.
+        excerpts: Excerpts as `ear_vae.evaluation.listening.excerpts.cut` returns them.
+        megabytes: Largest size of the page in 10⁶ bytes.
 
     Raises:
         EarVAEError: Even a second of each is too much.
@@ -135,10 +135,11 @@ def write_page(
     """Writes the page, complete or not at all.
 
     Args:
-        path: Of the HTML file.
-        excerpts: Of `ear_vae.evaluation.listening.measured`, all with the same systems.
-        title: Of the page.
-        means: The table at its top; by default the means over the excerpts.
+        path: HTML file to write.
+        excerpts: Excerpts as `ear_vae.evaluation.listening.excerpts.measured` returns them, all with the same
+            systems.
+        title: Title of the page.
+        means: Table at the top of the page; by default the means over the excerpts.
         overwrite: Replace an existing file.
 
     Raises:
