@@ -24,7 +24,7 @@ class RobustnessPoint:
 
     Attributes:
         perturbation: `none`, `noise`, `float16` or `int8`.
-        level: Standard deviation of the noise, relative to the standard deviation of each latent channel; 0 for the others.
+        level: Standard deviation of the noise, relative to that of each latent channel; 0 for the others.
         latent_error: Root mean square of what was changed, relative to that of the latents about their
             mean, over all channels.
         against_original: Metrics of the decoded audio against the original.

@@ -65,8 +65,8 @@ def tone_distortion(
     out, so that also what lies close to the tone, such as a wavering level, counts as distortion.
 
     Args:
-        system: Function that takes audio [2, T] at `sample_rate` and returns it, about as long, with 1 or 2 channels; the
-            worst channel counts.
+        system: Function that takes audio [2, T] at `sample_rate` and returns it, about as long, with 1 or 2
+            channels; the worst channel counts.
         sample_rate: Sample rate of the audio in Hz.
         frequency_hz: Frequency of the tone in Hz, below 20 kHz and the Nyquist frequency.
         level_dbfs: Level of the tone; 0 for a sine with peaks at full scale.
