@@ -342,7 +342,8 @@ def test_a_screen_reader_finds_names_and_headings(page: Browser) -> None:
     assert "Means over the 2 excerpts below" in by_role["table"]
     assert any(name.startswith("SI-SDR dB (higher is better)") for name in by_role["rowheader"])
     cells = [name for role in ("cell", "gridcell") for name in by_role.get(role, [])]
-    assert sum(name.endswith(" (best)") for name in cells) >= 3 * 6
+    # Loudness and true peak differ in every table.
+    assert sum(name.endswith(" (best)") for name in cells) >= 3 * 2
     assert by_role["slider"] == ["Position in the excerpt"]
 
 
