@@ -362,6 +362,7 @@ def test_a_page_that_is_still_drawing_says_so(browser: Browser, file: Path, tmp_
         "if (location.pathname.endsWith('/slow.html'))"
         "BaseAudioContext.prototype.decodeAudioData = () => new Promise(() => {});"
     )
+    browser.resize(1280, 900)
     slow = tmp_path / "slow.html"
     slow.write_bytes(file.read_bytes())
     notice = "document.querySelector('.drawing')"
