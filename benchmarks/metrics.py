@@ -66,7 +66,7 @@ def straightforward() -> Callable[[Tensor, Tensor, int], dict[str, float]]:
     si_sdr = auraloss.time.SISDRLoss()
     mel, stft = multi_resolution(MEL_SIZES, scale="mel", n_bins=64), multi_resolution(STFT_SIZES)
 
-    def run(estimate: Tensor, target: Tensor, sample_rate: int) -> dict[str, float]:
+    def measure_plainly(estimate: Tensor, target: Tensor, sample_rate: int) -> dict[str, float]:
         x, y = (functional().resample(audio, sample_rate, RATE)[None] for audio in (estimate, target))
         icpc, ccpc = coherences(x[0], y[0])
         found = {
@@ -85,7 +85,7 @@ def straightforward() -> Callable[[Tensor, Tensor, int], dict[str, float]]:
             found[f"true_peak_dbtp_{side}"] = float(20 * oversampled.abs().max().log10())
         return found
 
-    return run
+    return measure_plainly
 
 
 def coherences(x: Tensor, y: Tensor) -> tuple[float, float]:

@@ -22,7 +22,7 @@ from ear_vae.cli import main
 from ear_vae.dsp.resampling import resample
 from ear_vae.evaluation import METRICS, measure, runner
 from ear_vae.evaluation.pairs import find_pairs
-from ear_vae.evaluation.systems import codecs
+from ear_vae.evaluation.systems import loading
 from ear_vae.evaluation.systems.base import rebuild
 
 RATE = 44_100
@@ -159,7 +159,7 @@ def test_a_failing_file_does_not_stop_the_rest_and_is_done_again(
     out = tmp_path / "out.json"
     assert evaluate(original, rebuilt, "--json", out, "--jobs", 1) == 1
     errors = capsys.readouterr().err
-    assert "ear-vae: lonely: has no estimate" in errors
+    assert "ear-vae: lonely (rebuilt): has no estimate" in errors
     assert "without target: " in errors
     assert "stray.wav" in errors
     assert sum(line.startswith("ear-vae: b (rebuilt): ") for line in errors.splitlines()) == 1
@@ -245,7 +245,7 @@ def test_delays_are_found_said_and_taken_out(tmp_path: Path, late: int, rate: in
     assert found["si_sdr_db"] < 0
     assert found["delay_ms"] == pytest.approx(1000 * late / RATE, abs=0.03)
     word = "late" if late > 0 else "early"
-    assert f"seems {1000 * abs(late) / RATE:.2f} ms {word}; --align takes that out" in found["notes"][-1]
+    assert f"seems {1000 * abs(late) / RATE:.2f} ms {word}; alignment takes that out" in found["notes"][-1]
     aligned = one(tmp_path, target, estimate, "--align")
     assert f"a delay of {1000 * late / RATE:.2f} ms was taken out" in aligned["notes"]
     # At another rate the delay falls between two samples.
@@ -345,7 +345,7 @@ def test_other_systems(tmp_path: Path, folders: tuple[Path, Path], monkeypatch: 
     rebuilt = rebuild(HalfRate(), audio, RATE)
     assert rebuilt.shape == audio.shape
     torch.testing.assert_close(rebuilt[:, 1000:-1000], 0.5 * audio[:, 1000:-1000], atol=1e-4, rtol=0)
-    monkeypatch.setattr(codecs, "load_codec", lambda name, device: HalfRate() if name == "half" else None)
+    monkeypatch.setattr(loading, "load_codec", lambda name, device: HalfRate() if name == "half" else None)
     write(folders[0] / "loud.wav", torch.ones(2, RATE))
     out = tmp_path / "out.json"
     assert evaluate(folders[0], "--model", "half", "--json", out) == 1

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ear_vae import EarVAEError, Posterior
 from ear_vae.audio import read_audio
-from ear_vae.dsp.spectral import MultiResolutionSTFT, mel_bands
+from ear_vae.dsp.spectral import MultiResolutionSTFT, mel_filters
 from ear_vae.dsp.stereo import mid_side_left_right
 from ear_vae.dsp.weighting import a_weight, k_weight
 from ear_vae.losses import ReconstructionObjective, phase, spectral
@@ -95,7 +95,7 @@ def test_the_level_that_suits_noise_best() -> None:
     """Of a flat spectrum against white noise: by bin the median magnitude √ln 2, by band the RMS of 1."""
     generator = torch.Generator().manual_seed(0)
     target = torch.randn(1, 2, 513, 400, dtype=torch.complex128, generator=generator)
-    bands = mel_bands(513, 8, RATE).double()
+    bands = mel_filters(1024, RATE, 8).double()
     bands = bands / bands.sum(dim=0)
     levels = torch.linspace(0.7, 1.2, 101, dtype=torch.float64)
     by_bin = [spectral.log_magnitude(level * torch.ones_like(target), target) for level in levels]
@@ -104,9 +104,9 @@ def test_the_level_that_suits_noise_best() -> None:
     assert float(levels[torch.stack(by_band).argmin()]) == pytest.approx(1, abs=0.03)
 
 
-def test_mel_bands_cover_the_spectrum_once() -> None:
+def test_mel_filters_cover_the_spectrum_once() -> None:
     """Their peaks rise, each overlaps its neighbours only, and every bin between the outer ones is heard."""
-    bands = mel_bands(1025, 64, RATE)
+    bands = mel_filters(2048, RATE, 64)
     assert bands.shape == (1025, 64)
     peaks = bands.argmax(dim=0)
     assert (peaks.diff() > 0).all()
@@ -251,7 +251,7 @@ def by_formula(estimate: Tensor, target: Tensor, channels: MagnitudeChannels) ->
         values["spectral_convergence"].append(torch.stack(convergence).mean())
         logarithms = (x.abs().clamp(min=3e-5).log(), y.abs().clamp(min=3e-5).log())
         values["log_magnitude"].append((logarithms[0] - logarithms[1]).abs().mean())
-        bands = mel_bands(size // 2 + 1, max(1, (size // 2 + 1) // 16), RATE).double()
+        bands = mel_filters(size, RATE, max(1, (size // 2 + 1) // 16)).double()
         levels = [((bands / bands.sum(dim=0)).T @ z.abs().square()).log() / 2 for z in (x, y)]
         values["band_level"].append((levels[0] - levels[1]).abs().mean())
     terms = {name: torch.stack(each).mean() for name, each in values.items()}

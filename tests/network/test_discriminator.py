@@ -9,13 +9,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ear_vae import EarVAEError
 from ear_vae.losses.adversarial import adversarial, discriminator_loss, feature_matching
-from ear_vae.network.discriminator import Discriminator, DiscriminatorConfig, Judgement
+from ear_vae.network.discriminator import Discriminator, DiscriminatorConfig, DiscriminatorOutput
 
 SMALL = DiscriminatorConfig(window_sizes=(512, 128), channels=4)
 
 
-def judgement(logit: float, *features: float) -> Judgement:
-    return Judgement(torch.full((2, 1, 3, 5), logit), tuple(torch.full((2, 4, 3, 5), f) for f in features))
+def output(logit: float, *features: float) -> DiscriminatorOutput:
+    return DiscriminatorOutput(
+        torch.full((2, 1, 3, 5), logit), tuple(torch.full((2, 4, 3, 5), f) for f in features)
+    )
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -23,8 +25,8 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 def test_every_resolution_judges_every_frame_and_bin() -> None:
-    judgements = Discriminator(SMALL)(noise(3, 2, 4096))
-    for (logits, features), size in zip(judgements, SMALL.window_sizes, strict=True):
+    outputs = Discriminator(SMALL)(noise(3, 2, 4096))
+    for (logits, features), size in zip(outputs, SMALL.window_sizes, strict=True):
         frames, bins = 1 + 4096 // (size // 4), size // 2 + 1
         assert logits.shape == (3, 1, frames, bins)
         assert [tuple(f.shape) for f in features] == [(3, 4, frames, bins)] * 5
@@ -66,7 +68,7 @@ def test_dilation_reaches_in_time_and_the_kernel_in_frequency() -> None:
 
 
 def test_the_layout_in_memory_changes_nothing() -> None:
-    """Judgements and gradients are those of the layers applied one after the other to plain tensors."""
+    """Outputs and gradients are those of the layers applied one after the other to plain tensors."""
     network = Discriminator(SMALL)
     audio = noise(2, 2, 4096)
     for resolution, judged, spectrum in zip(
@@ -105,8 +107,8 @@ def test_wrong_audio_and_configs_are_refused() -> None:
 
 
 def test_losses_in_closed_form() -> None:
-    estimate = [judgement(0.2, 1.0, 2.0), judgement(0.6, 0.0, -1.0)]
-    target = [judgement(0.9, 1.5, 2.0), judgement(1.0, 0.0, 1.0)]
+    estimate = [output(0.2, 1.0, 2.0), output(0.6, 0.0, -1.0)]
+    target = [output(0.9, 1.5, 2.0), output(1.0, 0.0, 1.0)]
     loss = (0.2**2 + 0.1**2 + 0.6**2 + 0) / 2
     assert float(discriminator_loss(estimate, target)) == pytest.approx(loss)
     swapped = (0.9**2 + 0.8**2 + 1**2 + 0.4**2) / 2
@@ -129,7 +131,7 @@ def test_feature_matching_makes_no_wide_copies_of_narrow_features() -> None:
             return result
 
     with Listening():
-        loss = feature_matching([Judgement(a, (a,))], [Judgement(b, (b,))])
+        loss = feature_matching([DiscriminatorOutput(a, (a,))], [DiscriminatorOutput(b, (b,))])
     assert wide == []
     assert loss.dtype is torch.float32
     assert float(loss.detach()) == pytest.approx(float((a - b.double()).detach().abs().mean()), rel=1e-3)
@@ -138,7 +140,9 @@ def test_feature_matching_makes_no_wide_copies_of_narrow_features() -> None:
 
 
 def test_feature_matching_moves_the_estimate_only() -> None:
-    estimate, target = ([Judgement(f, (f,))] for f in (torch.zeros(2).requires_grad_() for _ in range(2)))
+    estimate, target = (
+        [DiscriminatorOutput(f, (f,))] for f in (torch.zeros(2).requires_grad_() for _ in range(2))
+    )
     estimate[0].features[0].data += 1
     feature_matching(estimate, target).backward()
     assert target[0].features[0].grad is None

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from ear_vae import EarVAE
 from ear_vae.audio import read_audio
-from ear_vae.dsp.distortion import si_sdr_db
+from ear_vae.dsp.si_sdr import si_sdr_db
 from ear_vae.inference.runner import Runner
 from ear_vae.pretrained.bundled import bundled_checkpoints
 

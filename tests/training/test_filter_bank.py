@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ear_vae import EarVAE, EarVAEConfig, EarVAEError
-from ear_vae.dsp.distortion import si_sdr_db
+from ear_vae.dsp.si_sdr import si_sdr_db
 from ear_vae.training.filter_bank import analyse, choose_bands, initialize, mdct
 from ear_vae.training.weight_norm import apply_weight_norm, load_plain_weights, plain_weights
 

@@ -144,7 +144,7 @@ def test_filter_bank_start_is_a_codec_and_a_checkpoint_is_not_overwritten_by_it(
     run.save_checkpoint(tmp_path / "start.ckpt")
     audio, _ = soundfile.read(folder / "a.wav", dtype="float32", always_2d=True)
     target = torch.from_numpy(audio.T.copy())
-    from ear_vae.dsp.distortion import si_sdr_db
+    from ear_vae.dsp.si_sdr import si_sdr_db
 
     assert si_sdr_db(module.folded().reconstruct(target), target) > 6
     resumed = EarVAEModule(config, initialization="filter_bank", optimizer=OptimizerConfig(learning_rate=0.0))

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from ear_vae._atomic import same_file
 from ear_vae.audio.folders import Found
-from ear_vae.cli.terminal import say, say_traceback
-from ear_vae.errors import EarVAEError, in_one_line
+from ear_vae.cli.terminal import reason, say, say_traceback
+from ear_vae.errors import EarVAEError
 from ear_vae.inference.tiling import observe_tiles
 from ear_vae.limits import name_in_a_line
 
@@ -221,7 +221,7 @@ def progress(name: str, audio_seconds: float, latent_rate: float, *, shown: bool
 
 
 def _failure(source: str, error: BaseException) -> str:
-    text = in_one_line(error)
+    text = reason(error)
     return text if text.startswith(source) else f"{source}: {text}"
 
 

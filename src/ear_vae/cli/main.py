@@ -12,8 +12,8 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from ear_vae.cli.options import command_parser
-from ear_vae.cli.terminal import discard_unwritten_output, say, say_traceback, usable_streams
-from ear_vae.errors import EarVAEError, in_one_line
+from ear_vae.cli.terminal import discard_unwritten_output, reason, say, say_traceback, usable_streams
+from ear_vae.errors import EarVAEError
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if "--debug" in arguments:
                 say_traceback(error)
             else:
-                say(f"ear-vae: {in_one_line(error)}")
+                say(f"ear-vae: {reason(error)}")
             return EXIT_FAILED
         except KeyboardInterrupt:
             say("ear-vae: interrupted")

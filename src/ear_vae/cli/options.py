@@ -159,15 +159,17 @@ def _add_report(command: argparse.ArgumentParser) -> None:
         "--pattern", help="how the estimate of {name} is called, such as {name}_rebuilt; {name} by default"
     )
     command.add_argument("--align", action="store_true", help="take out a delay of up to 100 ms")
-    command.add_argument("--excerpts", type=_count, default=6, help="how many (%(default)s)")
-    command.add_argument("--seconds", type=_positive, default=10.0, help="length of each (%(default)g)")
+    command.add_argument("--excerpts", type=_count, default=4, help="number of excerpts (%(default)s)")
+    command.add_argument(
+        "--seconds", type=_positive, default=10.0, help="length of each in seconds (%(default)g)"
+    )
     command.add_argument(
         "--megabytes",
         type=_positive,
-        default=40.0,
+        default=10.0,
         help="excerpts are shortened to keep the page below this size (%(default)g)",
     )
-    command.add_argument("--title", help="of the page; by default the name of TARGET")
+    command.add_argument("--title", help="title of the page; by default names of the systems and of TARGET")
     command.add_argument("--force", action="store_true", help="replace the page if it exists")
     command.add_argument("--quiet", action="store_true", help="report failures only")
 

@@ -1,23 +1,11 @@
-"""Systems that `evaluate` and `report` run, as their options name them."""
+"""Options on the models that `evaluate` and `report` run."""
 
 from __future__ import annotations
 
 import argparse
 
-from ear_vae.cli.models import device_of, require_downloadable
-from ear_vae.evaluation.systems.base import System
+from ear_vae.cli.models import require_downloadable
 from ear_vae.evaluation.systems.codecs import is_codec
-from ear_vae.evaluation.systems.loading import load_system
-
-
-def load_from_options(name: str, variant: str | None, options: argparse.Namespace) -> System:
-    """The system of that name, on the device that the options name."""
-    return load_system(
-        name,
-        device=device_of(options.device or "cpu"),
-        variant=variant,
-        force_download=options.force_download,
-    )
 
 
 def refuse_options_of_models(options: argparse.Namespace) -> None:

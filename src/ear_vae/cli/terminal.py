@@ -11,9 +11,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from ear_vae.errors import in_one_line
 from ear_vae.limits import escaped, shortened
 
 _LONGEST_LINE = 2_000
+# Options for the arguments that errors name.
+_OPTIONS = {"overwrite": "--force"}
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong in a line, with the command line's options for the arguments that it names."""
+    return in_one_line(error, _OPTIONS)
 
 
 def say(text: str) -> None:

@@ -23,7 +23,7 @@ def bandwidth_hz(audio: Tensor, sample_rate: int) -> float:
 
     Args:
         audio: [C, T], at least 4096 samples; a few seconds from several places of a file do well.
-        sample_rate: In Hz.
+        sample_rate: Sample rate of the audio in Hz.
 
     Returns:
         In Hz, up to two bands too high; half the sample rate where no cut shows, as for silence and for music

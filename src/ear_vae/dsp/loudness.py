@@ -1,4 +1,4 @@
-"""How loud audio is, how far its loudness ranges, and how high its peaks reach between samples."""
+"""Loudness, loudness range and true peak of audio."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def integrated_loudness(audio: Tensor, sample_rate: int) -> Tensor:
 
     Args:
         audio: [C, T] or [B, C, T] with C of 1 or 2, at least 0.4 s.
-        sample_rate: In Hz.
+        sample_rate: Sample rate of the audio in Hz.
 
     Returns:
         A scalar or [B] in float64; -infinite where nothing is louder than -70 LUFS.
@@ -52,7 +52,7 @@ def loudness_range(audio: Tensor, sample_rate: int) -> Tensor:
 
     Args:
         audio: [C, T] or [B, C, T] with C of 1 or 2, at least 0.4 s.
-        sample_rate: In Hz.
+        sample_rate: Sample rate of the audio in Hz.
 
     Returns:
         A scalar or [B] in float64; 0 where no 3 s are louder than -70 LUFS, as for all audio under 3 s.
@@ -73,7 +73,7 @@ class Loudness:
 
     Args:
         audio: [C, T] or [B, C, T] with C of 1 or 2, at least 0.4 s.
-        sample_rate: In Hz.
+        sample_rate: Sample rate of the audio in Hz.
 
     Raises:
         EarVAEError: As `integrated_loudness`.

@@ -124,7 +124,7 @@ class _Resampler:
         convert: Makes audio of `old` samples per period to audio of `new`.
         old: Samples of a period at the original rate.
         new: Samples of a period at the target rate.
-        original_rate: In Hz.
+        original_rate: Sample rate of the blocks in Hz.
         context: Samples around a block that its conversion depends on.
     """
 

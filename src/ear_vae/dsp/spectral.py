@@ -14,13 +14,12 @@ from ear_vae.errors import EarVAEError
 class MultiResolutionSTFT(nn.Module):
     """Complex spectrograms of one signal at several window sizes.
 
-    Hann windows, a hop of a quarter window, frames centred on their time with
-    reflected edges. Scaled by 1/√(Σ window²): white
-    noise of standard deviation σ has root-mean-square magnitude σ at every resolution, so that one
-    floor fits them all.
+    Hann windows, a hop of a quarter window, frames centred on their time with reflected edges. Scaled by
+    1/√(Σ window²): white noise of standard deviation σ has root-mean-square magnitude σ at every resolution,
+    so that one floor fits them all.
 
     Args:
-        window_sizes: In samples, each a multiple of 4.
+        window_sizes: Window sizes in samples, each a multiple of 4.
 
     Raises:
         EarVAEError: No sizes, or one that is not a positive multiple of 4.
@@ -60,23 +59,12 @@ class MultiResolutionSTFT(nn.Module):
         return spectra
 
 
-def mel_bands(num_bins: int, num_bands: int, sample_rate: int) -> Tensor:
-    """Triangular filters over the bins of an STFT, [num_bins, num_bands], of equal area in Hz.
-
-    Slaney's mel scale, from 0 Hz to half the rate.
-    """
-    bands: Tensor = functional().melscale_fbanks(
-        num_bins, 0.0, sample_rate / 2, num_bands, sample_rate, norm="slaney", mel_scale="slaney"
-    )
-    return bands
-
-
 def mel_filters(window_size: int, sample_rate: int, num_bands: int) -> Tensor:
     """Triangular filters on the Slaney mel scale, each of unit area, from 0 Hz to the Nyquist frequency.
 
     Args:
-        window_size: Of the spectra, in samples.
-        sample_rate: In Hz.
+        window_size: Window size of the spectra in samples.
+        sample_rate: Sample rate in Hz.
         num_bands: Number of filters.
 
     Returns:
@@ -84,9 +72,10 @@ def mel_filters(window_size: int, sample_rate: int, num_bands: int) -> Tensor:
 
     Reference: Slaney, "Auditory Toolbox" (1998); librosa's default.
     """
-    return functional().melscale_fbanks(
+    filters: Tensor = functional().melscale_fbanks(
         window_size // 2 + 1, 0.0, sample_rate / 2, num_bands, sample_rate, norm="slaney", mel_scale="slaney"
     )
+    return filters
 
 
 def _name(size: int) -> str:

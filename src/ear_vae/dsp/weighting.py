@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,10 +20,117 @@ _HIGH_PASS_HZ, _HIGH_PASS_Q = 38.13547087602444, 0.5003270373238773
 # circular convolution is below single precision with this much padding.
 _PADDING_SECONDS = 0.1
 
-# IEC 61672 A-weighting: corner frequencies in Hz and the gain that makes 0 dB of 1 kHz.
-_A_CORNERS_HZ = (20.598997, 107.65265, 737.86223, 12194.217)
-_A_GAIN_DB = 1.9997
-_A_TAPS, _A_DESIGN_POINTS = 101, 512
+# The first 51 of the 101 taps of the A-weighting filter by sample rate in Hz; the last is the middle one, and
+# the others mirror them. They are the least-squares fit (scipy.signal.firls) to the analogue curve of
+# IEC 61672 through the bilinear transform; tests/dsp/test_weighting.py derives them.
+_A_HALVES = {
+    44_100: (
+        -0.0019269367981295026,
+        -0.0020061424608776965,
+        -0.002098770642883687,
+        -0.002188603198654123,
+        -0.002292656421033436,
+        -0.0023947911006595517,
+        -0.0025120879945326998,
+        -0.002628499482177309,
+        -0.0027611856025559723,
+        -0.0028942056079810353,
+        -0.0030448165231045364,
+        -0.0031972029314514126,
+        -0.003368740031144507,
+        -0.003543760027942462,
+        -0.003739781689801527,
+        -0.003941311765683477,
+        -0.004166043076323081,
+        -0.0043986894313239565,
+        -0.0046571543382050665,
+        -0.004926397953182744,
+        -0.005224578546700784,
+        -0.005536950097984585,
+        -0.005881978725207418,
+        -0.006245269623072902,
+        -0.006645660752440407,
+        -0.00706917792707741,
+        -0.007535108164543076,
+        -0.008029981856801552,
+        -0.008573628315803116,
+        -0.00915318411765181,
+        -0.009789133537936248,
+        -0.010469342346502859,
+        -0.011215086025650115,
+        -0.012015108519416276,
+        -0.012891641370163524,
+        -0.013834487201399438,
+        -0.014867033204705374,
+        -0.015980359469124107,
+        -0.01719925061256384,
+        -0.018516329476104775,
+        -0.019958071127441992,
+        -0.021518962804627253,
+        -0.023227523243077197,
+        -0.025080464506817262,
+        -0.02710835239459557,
+        -0.02930451133150747,
+        -0.03161545725535354,
+        -0.03279896769905805,
+        -0.015174574464082784,
+        0.2734031648902889,
+        0.5443199248815196,
+    ),
+    48_000: (
+        -0.0021327337845472513,
+        -0.002217941928058757,
+        -0.002317664975180794,
+        -0.0024138956188870272,
+        -0.002525424520193777,
+        -0.0026343188568420666,
+        -0.0027594261529199017,
+        -0.002882898699300127,
+        -0.003023653504083492,
+        -0.0031639406559340897,
+        -0.0033227615058809994,
+        -0.0034824790705583037,
+        -0.0036621965661595697,
+        -0.003844407977393901,
+        -0.004048339078740755,
+        -0.004256636327329065,
+        -0.004488672525800904,
+        -0.004727272234133506,
+        -0.004991984253253254,
+        -0.005265841792979995,
+        -0.005568603987100846,
+        -0.0058835491032658,
+        -0.006230687339772895,
+        -0.006593585419783633,
+        -0.00699255296906559,
+        -0.0074114969029654846,
+        -0.007871083744620701,
+        -0.008355622290707704,
+        -0.008886204303332123,
+        -0.009447614032015265,
+        -0.010061449802195706,
+        -0.010713059079100263,
+        -0.011424643584653196,
+        -0.012182218717203732,
+        -0.013008704960373516,
+        -0.013890910625187798,
+        -0.014852612473432924,
+        -0.015881560929830854,
+        -0.01700255302845878,
+        -0.018204459406864798,
+        -0.01951329244679283,
+        -0.020919250448796185,
+        -0.022449746953994463,
+        -0.024096136808902237,
+        -0.025883724887023354,
+        -0.027771581452924188,
+        -0.02948268288736719,
+        -0.028267291187946648,
+        0.0002951942049023123,
+        0.27400676054111783,
+        0.5210934534587274,
+    ),
+}
 _A_BLOCK_SAMPLES = 2**16
 
 
@@ -32,7 +138,7 @@ def k_weighting_coefficients(sample_rate: int) -> tuple[tuple[list[float], list[
     """The two biquads of K-weighting, each as (numerator, denominator) in powers of z⁻¹.
 
     Args:
-        sample_rate: In Hz, above 4 kHz.
+        sample_rate: Sample rate of the audio in Hz, above 4 kHz.
 
     Raises:
         EarVAEError: The rate is too low to hold the shelf.
@@ -64,7 +170,7 @@ def k_weighting_response(frequencies_hz: Tensor, sample_rate: int) -> Tensor:
 
     Args:
         frequencies_hz: Any shape, from 0 to half the sample rate.
-        sample_rate: In Hz.
+        sample_rate: Sample rate of the audio in Hz.
 
     Returns:
         complex128 tensor of the same shape.
@@ -87,7 +193,7 @@ def k_weight(audio: Tensor, sample_rate: int) -> Tensor:
 
     Args:
         audio: [..., T], float32 or float64.
-        sample_rate: In Hz.
+        sample_rate: Sample rate of the audio in Hz.
 
     Returns:
         [..., T], the filter's causal output, truncated to the input's length.
@@ -113,24 +219,22 @@ def a_weighting_taps(sample_rate: int) -> Tensor:
     the curve below some 200 Hz: figures are comparable with others' only with this very filter.
 
     Args:
-        sample_rate: In Hz.
+        sample_rate: Sample rate of the audio in Hz, 44100 or 48000.
 
     Returns:
         [101] in float64, symmetric.
 
+    Raises:
+        EarVAEError: There is no filter for the rate.
+
     Reference: IEC 61672-1, annex E, for the curve; Steinmetz and Reiss, "auraloss" (2020), and Wright and
     Välimäki, arXiv 1911.08922, for the filter.
     """
-    position = np.arange(_A_DESIGN_POINTS) / _A_DESIGN_POINTS
-    warped = 2j * sample_rate * np.tan(np.pi * position / 2)
-    low, second, third, high = (2 * np.pi * corner for corner in _A_CORNERS_HZ)
-    curve = np.abs(
-        high**2
-        * 10 ** (_A_GAIN_DB / 20)
-        * warped**4
-        / ((warped + low) ** 2 * (warped + high) ** 2 * (warped + second) * (warped + third))
-    )
-    return torch.from_numpy(_least_squares_taps(_A_TAPS, position.reshape(-1, 2), curve.reshape(-1, 2)))
+    half = _A_HALVES.get(sample_rate)
+    if half is None:
+        rates = " or ".join(map(str, _A_HALVES))
+        raise EarVAEError(f"A-weighting needs audio at {rates} Hz, got {sample_rate} Hz; resample it first")
+    return torch.tensor((*half, *half[-2::-1]), dtype=torch.float64)
 
 
 def a_weight(audio: Tensor, sample_rate: int) -> Tensor:
@@ -138,10 +242,13 @@ def a_weight(audio: Tensor, sample_rate: int) -> Tensor:
 
     Args:
         audio: [..., T], float32 or float64.
-        sample_rate: In Hz.
+        sample_rate: Sample rate of `audio` in Hz, 44100 or 48000.
 
     Returns:
         [..., T].
+
+    Raises:
+        EarVAEError: As `a_weighting_taps`.
     """
     taps = a_weighting_taps(sample_rate)
     reach = taps.numel() // 2
@@ -159,31 +266,6 @@ def a_weight(audio: Tensor, sample_rate: int) -> Tensor:
         filtered = torch.fft.irfft(piece * response, num_points)
         weighted[..., start:stop] = filtered[..., start - first + reach :][..., : stop - start]
     return weighted
-
-
-def _least_squares_taps(num_taps: int, edges: np.ndarray, desired: np.ndarray) -> np.ndarray:
-    """A symmetric filter whose response is nearest to straight lines over bands, in mean square.
-
-    Args:
-        num_taps: Odd.
-        edges: [bands, 2], as fractions of the Nyquist frequency; between bands anything goes.
-        desired: [bands, 2], the gain at the edges.
-    """
-    order = np.arange(num_taps)
-    half = num_taps // 2 + 1
-    # The response is a sum of cosines; these are the integrals of products of two of them, by their
-    # difference and by their sum, and of their products with the desired lines.
-    integrals = np.diff(np.sinc(edges * order[:, None, None]) * edges, axis=2).sum(axis=(1, 2))
-    rows, columns = np.indices((half, half))
-    gram = integrals[abs(rows - columns)] + integrals[rows + columns]
-    slope = np.diff(desired, axis=1) / np.diff(edges, axis=1)
-    line = desired[:, :1] + slope * (edges - edges[:, :1])
-    waves = order[:half, None, None]
-    primitive = edges * line * np.sinc(edges * waves)
-    primitive[0] -= slope * edges**2 / 2
-    primitive[1:] += slope * np.cos(np.pi * waves[1:] * edges) / (np.pi * waves[1:]) ** 2
-    cosines = np.linalg.solve(gram, np.diff(primitive, axis=2).sum(axis=(1, 2)))
-    return np.concatenate((cosines[:0:-1], 2 * cosines[:1], cosines[1:]))
 
 
 @lru_cache(maxsize=8)

@@ -1,12 +1,16 @@
-"""How well audio is rebuilt: the paper's metrics, distortion measurements and robustness of latents.
+"""How well audio is rebuilt: `evaluate`, metrics, distortion, robustness of latents, listening reports.
 
-Everything takes `(estimate, target)` in this order. The exports are loaded on first use.
+Functions on signals take `(estimate, target)` in this order. The exports are loaded on first use.
 """
 
 from importlib import import_module
 from typing import Any
 
 _MODULES = {
+    "ear_vae.evaluation.evaluator": ("Progress", "evaluate"),
+    "ear_vae.evaluation.listening.report": ("ListeningReport", "write_listening_report"),
+    "ear_vae.evaluation.results": ("Evaluation", "Inputs"),
+    "ear_vae.evaluation.systems.base": ("EarVAESystem", "System"),
     "ear_vae.evaluation.metrics": (
         "METRICS",
         "ccpc",
@@ -20,7 +24,7 @@ _MODULES = {
         "true_peak_distance_db",
         "why_undefined",
     ),
-    "ear_vae.evaluation.torchmetrics_modules": (
+    "ear_vae.evaluation.torchmetrics_wrappers": (
         "Ccpc",
         "Icpc",
         "LoudnessDistance",

@@ -1,4 +1,4 @@
-"""One pair of files: lengths, rates, channels and delays put right, and each of these said."""
+"""One pair of files: differences in length, rate, channels and time are handled and noted."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ Row = dict[str, Any]
 
 
 def compare_files(pair: Pair, *, align: bool, system: System | None = None) -> Row:
-    """The metrics of one pair.
+    """Measures one pair.
 
     Both signals are cut to the shorter; SI-SDR and spectral metrics are taken at 44.1 kHz, loudness and
     peaks at each file's own rate; mono is duplicated where the other is stereo. Whatever was done, and each
     metric that has no value, is in `notes`.
 
     Args:
-        pair: Which files.
+        pair: Files to compare.
         align: Take out a delay of up to 100 ms; otherwise it is only measured.
-        system: Makes the estimate, where the pair has none.
+        system: System that makes the estimate where the pair has none.
 
     Returns:
         `name`, rates in Hz, lengths in seconds, `channels`, `delay_ms` (positive where the estimate is
         late), every one of `METRICS` and `QUANTITIES` as a finite number or None, and `notes`.
 
     Raises:
-        EarVAEError: A file that cannot be read or the system's failure.
+        EarVAEError: A file cannot be read, or the system fails.
     """
     target, rate = read_audio(pair.target)
     if pair.estimate is not None:
@@ -77,7 +77,7 @@ def compare_files(pair: Pair, *, align: bool, system: System | None = None) -> R
         notes.append(f"a delay of {1000 * delay:.2f} ms was taken out")
     elif delay:
         late = "late" if delay > 0 else "early"
-        notes.append(f"the estimate seems {1000 * abs(delay):.2f} ms {late}; --align takes that out")
+        notes.append(f"the estimate seems {1000 * abs(delay):.2f} ms {late}; alignment takes that out")
     found = figures(estimate, estimate_rate, target, rate, notes)
     return {
         "name": pair.name,
@@ -92,8 +92,8 @@ def compare_files(pair: Pair, *, align: bool, system: System | None = None) -> R
     }
 
 
-def fingerprint(path: Path | None) -> list[str | int] | None:
-    """What changes when a file does."""
+def file_identity(path: Path | None) -> list[str | int] | None:
+    """Path, size and modification time, which change when a file does; None without a file."""
     if path is None:
         return None
     status = path.stat()
@@ -103,7 +103,18 @@ def fingerprint(path: Path | None) -> list[str | int] | None:
 def figures(
     estimate: Tensor, estimate_rate: int, target: Tensor, rate: int, notes: list[str]
 ) -> dict[str, float | None]:
-    """Every metric and quantity of audio [C, T], None where it has no value, and why appended to `notes`."""
+    """Measures audio of equal channels.
+
+    Args:
+        estimate: Rebuilt audio, [C, T].
+        estimate_rate: Sample rate of the estimate in Hz.
+        target: Original audio, [C, T].
+        rate: Sample rate of the target in Hz.
+        notes: List to which the reason is appended for each metric that has no value.
+
+    Returns:
+        Every one of `METRICS` and `QUANTITIES`; None where it has no value.
+    """
     seconds = min(estimate.shape[1] / estimate_rate, target.shape[1] / rate)
     left_out: dict[str, tuple[str, ...]] = {}
     if math.floor(seconds * SPECTRAL_RATE) < SHORTEST_SAMPLES:
@@ -126,9 +137,17 @@ def figures(
 
 
 def delay_seconds(estimate: Tensor, estimate_rate: int, target: Tensor, rate: int) -> float:
-    """By how much the estimate is late, in seconds, 0 where no delay makes the two clearly more alike.
+    """Measures by how much the estimate is late, from the cross-correlation of 30 s in the middle of both.
 
-    The highest cross-correlation, of either sign, of up to 30 s from the middle of both.
+    Args:
+        estimate: Rebuilt audio, [C, T].
+        estimate_rate: Sample rate of the estimate in Hz.
+        target: Original audio, [C, T].
+        rate: Sample rate of the target in Hz.
+
+    Returns:
+        The delay in seconds at the highest cross-correlation of either sign, within 100 ms; negative where
+        the estimate is early, 0 where no delay makes the two clearly more alike.
     """
     num_samples = min(target.shape[1], round(estimate.shape[1] * rate / estimate_rate))
     length = min(num_samples, _CORRELATED_SECONDS * rate)

@@ -14,7 +14,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from ear_vae.dsp import distortion, loudness
+from ear_vae.dsp import loudness, si_sdr
 from ear_vae.dsp.resampling import resample_briefly
 from ear_vae.errors import EarVAEError
 from ear_vae.evaluation.spectra import SPECTRAL_RATE, compare_spectra
@@ -49,10 +49,10 @@ def si_sdr_db(estimate: Tensor, target: Tensor, *, sample_rate: int = SPECTRAL_R
     Args:
         estimate: [C, T] or [B, C, T].
         target: Same shape but for T.
-        sample_rate: Of both, in Hz.
+        sample_rate: Sample rate of both in Hz.
 
     Returns:
-        See `ear_vae.dsp.distortion.si_sdr_db`: finite also for equal signals and for a silent estimate.
+        See `ear_vae.dsp.si_sdr.si_sdr_db`: finite also for equal signals and for a silent estimate.
 
     Raises:
         EarVAEError: Wrong or different shapes, NaN or infinity in a signal, or a target that is silent or
@@ -70,7 +70,7 @@ def mel_distance(estimate: Tensor, target: Tensor, *, sample_rate: int = SPECTRA
     Args:
         estimate: [C, T] or [B, C, T], at least 47 ms.
         target: Same shape but for T.
-        sample_rate: Of both, in Hz.
+        sample_rate: Sample rate of both in Hz.
 
     Raises:
         EarVAEError: Wrong or different shapes, NaN or infinity in a signal, too few samples, or a silent
@@ -87,7 +87,7 @@ def stft_distance(estimate: Tensor, target: Tensor, *, sample_rate: int = SPECTR
     Args:
         estimate: [C, T] or [B, C, T], at least 47 ms.
         target: Same shape but for T.
-        sample_rate: Of both, in Hz.
+        sample_rate: Sample rate of both in Hz.
 
     Raises:
         EarVAEError: As `mel_distance`.
@@ -105,7 +105,7 @@ def icpc(estimate: Tensor, target: Tensor, *, sample_rate: int = SPECTRAL_RATE) 
     Args:
         estimate: [C, T] or [B, C, T], at least 47 ms.
         target: Same shape but for T.
-        sample_rate: Of both, in Hz.
+        sample_rate: Sample rate of both in Hz.
 
     Raises:
         EarVAEError: As `mel_distance`, and where no channel is filled in both signals.
@@ -122,7 +122,7 @@ def ccpc(estimate: Tensor, target: Tensor, *, sample_rate: int = SPECTRAL_RATE) 
     Args:
         estimate: [2, T] or [B, 2, T], at least 47 ms.
         target: Same shape but for T.
-        sample_rate: Of both, in Hz.
+        sample_rate: Sample rate of both in Hz.
 
     Raises:
         EarVAEError: As `mel_distance`, for mono, and where a channel of the estimate is silent.
@@ -149,7 +149,7 @@ def loudness_distance_lu(estimate: Tensor, target: Tensor, *, sample_rate: int) 
     Args:
         estimate: [C, T] or [B, C, T], at least 0.4 s.
         target: Same shape but for T.
-        sample_rate: Of both, in Hz.
+        sample_rate: Sample rate of both in Hz.
 
     Raises:
         EarVAEError: As `ear_vae.dsp.loudness.integrated_loudness`, or just one silent signal.
@@ -163,7 +163,7 @@ def loudness_range_distance_lu(estimate: Tensor, target: Tensor, *, sample_rate:
     Args:
         estimate: [C, T] or [B, C, T], at least 0.4 s.
         target: Same shape but for T.
-        sample_rate: Of both, in Hz.
+        sample_rate: Sample rate of both in Hz.
 
     Raises:
         EarVAEError: As `ear_vae.dsp.loudness.loudness_range`.
@@ -184,9 +184,9 @@ def measure(
     Args:
         estimate: [C, T] or [B, C, T].
         target: Same shape but for T.
-        sample_rate: Of the target, in Hz.
-        estimate_sample_rate: Of the estimate where it is another.
-        names: Which of `METRICS`.
+        sample_rate: Sample rate of the target in Hz.
+        estimate_sample_rate: Sample rate of the estimate in Hz where it is another.
+        names: Names of metrics, out of `METRICS`.
 
     Returns:
         The metrics in float64, NaN where one is undefined (see the single functions and `why_undefined`);
@@ -229,7 +229,7 @@ def _one(name: str, estimate: Tensor, target: Tensor, sample_rate: int) -> Tenso
 def _compare_at_44k(estimate: Tensor, target: Tensor, wanted: set[str]) -> dict[str, Tensor]:
     results = {}
     if "si_sdr_db" in wanted:
-        results["si_sdr_db"] = distortion.si_sdr_db(estimate, target).double()
+        results["si_sdr_db"] = si_sdr.si_sdr_db(estimate, target).double()
     if wanted & (_DISTANCES | _COHERENCES):
         pair = (estimate, target) if target.ndim == 3 else (estimate.unsqueeze(0), target.unsqueeze(0))
         figures = compare_spectra(

@@ -29,13 +29,13 @@ class Pair:
 
 @dataclass(frozen=True)
 class Pairs:
-    """What was found.
+    """Pairs, and what belongs to none.
 
     Attributes:
         pairs: Sorted by name.
         without_estimate: Names of originals that have no rebuilt file.
         without_target: Rebuilt files that belong to no original.
-        unreadable: What of the folders could not be seen, as in `ear_vae.audio.folders.Found`.
+        unreadable: Parts of the folders that could not be seen, as in `ear_vae.audio.folders.Found`.
     """
 
     pairs: tuple[Pair, ...]
@@ -45,7 +45,10 @@ class Pairs:
 
 
 def find_targets(target: Path) -> Pairs:
-    """The originals in a folder, or the one file, without estimates.
+    """Lists the originals in a folder, or the one file, without estimates.
+
+    Args:
+        target: Folder of originals, searched with its subfolders, or one file.
 
     Raises:
         EarVAEError: Nothing there, or two files of one name.
@@ -60,10 +63,10 @@ def find_pairs(target: Path, estimate: Path, *, pattern: str = DEFAULT_PATTERN) 
     """Pairs the files of two folders by name, or two single files.
 
     Args:
-        target: A folder of originals, searched with its subfolders, or a file.
-        estimate: The same of rebuilt ones.
-        pattern: The name of the rebuilt file, inside its folder and without extension, with `{name}` for
-            that of the original, such as `{name}_ear_vae`.
+        target: Folder of originals, searched with its subfolders, or one file.
+        estimate: Folder of rebuilt audio, or one file, as `target`.
+        pattern: Name of the rebuilt file inside its folder, without extension, with `{name}` for that of the
+            original, such as `{name}_ear_vae`.
 
     Raises:
         EarVAEError: A missing, empty or mixed pair of paths, a pattern without `{name}`, two files of one
@@ -93,7 +96,7 @@ def find_pairs(target: Path, estimate: Path, *, pattern: str = DEFAULT_PATTERN) 
         name = next(iter(originals))
         raise EarVAEError(
             f"no file of {estimate} belongs to one of {target}: for {name} there should be {wanted[name]}, "
-            f"there is for example {next(iter(rebuilt))}; say with --pattern how they are named"
+            f"there is for example {next(iter(rebuilt))}; give a pattern that says how they are named"
         )
     used = {pair.estimate for pair in pairs} | set(originals.values())
     return Pairs(

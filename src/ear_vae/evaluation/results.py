@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,7 +16,6 @@ from ear_vae.errors import EarVAEError
 from ear_vae.evaluation.files import QUANTITIES, Row
 from ear_vae.evaluation.metrics import METRICS
 from ear_vae.evaluation.pairs import DEFAULT_PATTERN
-from ear_vae.evaluation.runner import Results
 
 HIGHER_IS_BETTER = frozenset({"si_sdr_db", "icpc", "ccpc"})
 _DECIMALS = {"si_sdr_db": 2, "true_peak_distance_db": 2, "loudness_distance_lu": 2}
@@ -28,13 +28,13 @@ class Inputs:
     """What an evaluation compared; enough to find the audio again.
 
     Attributes:
-        target: The originals, an absolute path.
-        estimate: The rebuilt ones, an absolute path; None where models made them.
-        models: Where each model came from, by the name that the rows have: an absolute path, a bundled name
-            or a Hub repository.
-        variant: Of the models.
-        pattern: As for `find_pairs`.
-        align: As for `compare_files`.
+        target: Absolute path of the originals.
+        estimate: Absolute path of the rebuilt audio; None where models made it.
+        models: Source of each model by the name that its rows have: an absolute path, a bundled name or a
+            Hub repository; for a model that was given as an object only its name.
+        variant: Variant of the models, where their repository holds several.
+        pattern: Name of the rebuilt file of `{name}`, see `find_pairs`.
+        align: Whether delays were taken out.
     """
 
     target: str
@@ -45,12 +45,101 @@ class Inputs:
     align: bool = False
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """Results of an evaluation, file by file and in summary.
+
+    Attributes:
+        rows: Figures of each file and system, as in `ear_vae.evaluation.files.compare_files`, with `system`.
+        failures: `name`, `system` and `error` of each comparison that failed.
+        inputs: What was compared.
+        reused: Number of rows that an earlier, interrupted run had left.
+        without_target: Rebuilt files that belong to no original.
+    """
+
+    rows: list[Row]
+    failures: list[dict[str, str]]
+    inputs: Inputs
+    reused: int = 0
+    without_target: tuple[Path, ...] = ()
+
+    @property
+    def summaries(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """The result of `summarize` for each system, by its name."""
+        return {name: summarize(rows) for name, rows in _by_system(self.rows).items()}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns what `write_json` writes.
+
+        Returns:
+            `files`, `failed`, `inputs` (what was compared), and `summary` by metric for one system or
+            `summaries` by system for several.
+        """
+        report: dict[str, Any] = {
+            "files": self.rows,
+            "failed": self.failures,
+            "inputs": asdict(self.inputs),
+        }
+        summaries = self.summaries
+        if len(summaries) > 1:
+            return {**report, "summaries": summaries}
+        return {**report, "summary": next(iter(summaries.values()), summarize([]))}
+
+    def table(self) -> str:
+        """Returns mean, median, spread and worst files of every metric as text, system by system.
+
+        For a system with a single file only the values: there is nothing to average or to rank.
+        """
+        return "\n\n".join(_system_table(name, rows) for name, rows in _by_system(self.rows).items())
+
+    def write_json(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Writes everything as JSON, complete or not at all.
+
+        Args:
+            path: File to write.
+            overwrite: Replace any file; otherwise only an earlier evaluation is replaced.
+
+        Raises:
+            EarVAEError: The path holds something else, or cannot be written.
+        """
+        require_replaceable(Path(path), overwrite=overwrite)
+        text = json.dumps(self.as_dict(), indent=1, allow_nan=False) + "\n"
+        with atomic_path(path, overwrite=True) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+    def write_csv(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Writes a line for each file, failed ones with an `error`, complete or not at all.
+
+        Args:
+            path: File to write.
+            overwrite: Replace any file; otherwise only an earlier evaluation is replaced.
+
+        Raises:
+            EarVAEError: The path holds something else, or cannot be written.
+        """
+        require_replaceable(Path(path), overwrite=overwrite)
+        with (
+            atomic_path(path, overwrite=True) as temporary,
+            # Names of files need not be UTF-8.
+            temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+        ):
+            writer = csv.DictWriter(file, _columns(), restval="")
+            writer.writeheader()
+            for row in self.rows:
+                writer.writerow({**row, "notes": "; ".join(row["notes"])})
+            writer.writerows(self.failures)
+
+
 def summarize(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """Mean, median and standard deviation (over all, not of a sample) of every metric and quantity.
+    """Summarizes every metric and quantity over files.
+
+    Args:
+        rows: Rows of one system.
 
     Returns:
-        By metric `mean`, `median`, `std` (None where no file has a value), `count`, and `undefined` with
-        the names of the files that have no value and are left out.
+        By metric `mean`, `median` and `std` (the standard deviation of the population; all three None where
+        no file has a value), `count`, and `undefined` with the names of the files that have no value and are
+        left out.
     """
     summary = {}
     for metric in (*METRICS, *QUANTITIES):
@@ -72,38 +161,11 @@ def worst(rows: Sequence[Row], metric: str, count: int = _WORST_SHOWN) -> list[s
     return [row["name"] for row in valued[:count]]
 
 
-def as_json(results: Results, inputs: Inputs) -> dict[str, Any]:
-    """The whole evaluation.
-
-    Returns:
-        `files`, `failed`, `inputs` (what was compared), and `summary` by metric for one system or
-        `summaries` by system for several.
-    """
-    systems = _systems(results.rows)
-    summaries = {name: summarize(rows) for name, rows in systems.items()}
-    report: dict[str, Any] = {
-        "files": results.rows,
-        "failed": results.failures,
-        "inputs": asdict(inputs),
-    }
-    if len(summaries) > 1:
-        return {**report, "summaries": summaries}
-    return {**report, "summary": next(iter(summaries.values()), summarize([]))}
-
-
-def write_json(path: Path, results: Results, inputs: Inputs) -> None:
-    """Writes `as_json`, complete or not at all.
-
-    Raises:
-        EarVAEError: The path cannot be written.
-    """
-    text = json.dumps(as_json(results, inputs), indent=1, allow_nan=False) + "\n"
-    with atomic_path(path, overwrite=True) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
 def read_json(path: Path) -> tuple[list[Row], Inputs]:
-    """The rows of an evaluation, and what was compared.
+    """Reads the rows of an evaluation, and what was compared.
+
+    Args:
+        path: File that `Evaluation.write_json` wrote.
 
     Raises:
         EarVAEError: The file is missing, or no evaluation.
@@ -116,38 +178,19 @@ def read_json(path: Path) -> tuple[list[Row], Inputs]:
         raise EarVAEError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise EarVAEError(
-            f"{path}: is no evaluation; expected what ear-vae evaluate --json writes, in this version"
+            f"{path}: is no evaluation; expected JSON that an evaluation by this version wrote"
         ) from error
     if not complete:
         raise EarVAEError(f"{path}: rows lack metrics; evaluate again with this version")
     return rows, inputs
 
 
-def write_csv(path: Path, results: Results) -> None:
-    """Writes a line for each file, failed ones with an `error`, complete or not at all.
-
-    Raises:
-        EarVAEError: The path cannot be written.
-    """
-    columns = _columns()
-    with (
-        atomic_path(path, overwrite=True) as temporary,
-        # Names of files need not be UTF-8.
-        temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
-    ):
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        for row in results.rows:
-            writer.writerow({**row, "notes": "; ".join(row["notes"])})
-        writer.writerows(results.failures)
-
-
 def require_replaceable(path: Path, *, overwrite: bool) -> None:
     """Refuses an impossible output, before hours are spent on it.
 
     Args:
-        path: What is to be written.
-        overwrite: Replace whatever file is there; otherwise only an earlier evaluation is replaced.
+        path: File to write.
+        overwrite: Replace any file; otherwise only an earlier evaluation is replaced.
 
     Raises:
         EarVAEError: The folder is missing, or there is something else at the path.
@@ -160,44 +203,59 @@ def require_replaceable(path: Path, *, overwrite: bool) -> None:
         with path.open("rb") as file:
             head = file.read(64)
         if not head.startswith((b'{\n "files": [', ",".join(_columns()[:3]).encode())):
-            raise EarVAEError(f"{path}: exists and is no evaluation; choose another name, or --force")
-
-
-def table(results: Results) -> str:
-    """Every metric's mean, median and spread, and its worst files, system by system."""
-    return "\n\n".join(_system_table(name, rows) for name, rows in _systems(results.rows).items())
+            raise EarVAEError(
+                f"{path}: exists and is no evaluation; choose another name, or overwrite it",
+                argument="overwrite",
+            )
 
 
 def _system_table(name: str, rows: Sequence[Row]) -> str:
     summary = summarize(rows)
-    lines = [["metric", "mean", "median", "std", "files", f"worst {min(_WORST_SHOWN, len(rows))}"]]
+    several = len(rows) > 1
+    columns = ["mean", "median", "std"] if several else ["mean"]
+    head = [*columns, "files", f"worst {min(_WORST_SHOWN, len(rows))}"] if several else ["value"]
+    lines = [["metric", *head]]
     for metric in METRICS:
         figures = summary[metric]
-        decimals = _DECIMALS.get(metric, 4)
-        shown = [
-            "-" if figures[k] is None else f"{figures[k]:.{decimals}f}" for k in ("mean", "median", "std")
-        ]
-        lines.append([metric, *shown, str(figures["count"]), ", ".join(worst(rows, metric))])
-    widths = [max(len(line[column]) for line in lines) for column in range(5)]
+        shown = [_shown(figures[column], metric) for column in columns]
+        if several:
+            if figures["count"] < 2:
+                shown[-1] = "-"  # one value has no spread
+            shown += [str(figures["count"]), ", ".join(worst(rows, metric))]
+        lines.append([metric, *shown])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    if several:
+        widths[-1] = 0  # names are as long as they are
     body = [
-        "  ".join([line[0].ljust(widths[0]), *(line[c].rjust(widths[c]) for c in range(1, 5)), line[5]])
+        "  ".join(
+            [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]
+        ).rstrip()
         for line in lines
     ]
     undefined = [
-        f"without {metric}: {shortened(summary[metric]['undefined'])}"
+        f"without {metric}: {first_names(summary[metric]['undefined'])}"
         for metric in METRICS
         if summary[metric]["undefined"]
     ]
-    return "\n".join([name, *(line.rstrip() for line in body), *undefined])
+    return "\n".join([name if several else f"{name}: {rows[0]['name']}", *body, *undefined])
 
 
-def shortened(names: Sequence[str]) -> str:
+def _shown(value: float | None, metric: str) -> str:
+    return "-" if value is None else f"{value:.{_DECIMALS.get(metric, 4)}f}"
+
+
+def counted(count: int, noun: str) -> str:
+    """The number with its noun in the singular or plural: `1 file`, `2 files`."""
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
+def first_names(names: Sequence[str]) -> str:
     """The first names, and how many more there are: a terminal is no place for thousands."""
     more = len(names) - _NAMES_SHOWN
     return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def _systems(rows: Iterable[Row]) -> dict[str, list[Row]]:
+def _by_system(rows: Iterable[Row]) -> dict[str, list[Row]]:
     systems: dict[str, list[Row]] = {}
     for row in rows:
         systems.setdefault(row["system"], []).append(row)

@@ -24,7 +24,7 @@ class RobustnessPoint:
 
     Attributes:
         perturbation: `none`, `noise`, `float16` or `int8`.
-        level: Of the noise, relative to the standard deviation of each latent channel; 0 for the others.
+        level: Standard deviation of the noise, relative to that of each latent channel; 0 for the others.
         latent_error: Root mean square of what was changed, relative to that of the latents about their
             mean, over all channels.
         against_original: Metrics of the decoded audio against the original.
@@ -55,11 +55,11 @@ def latent_robustness(
     8 bits are 256 even steps from the lowest to the highest value of each channel.
 
     Args:
-        vae: The model.
+        vae: Model to measure.
         audio: [C, T] with 1 or 2 channels.
-        sample_rate: Of `audio`, in Hz; it is compared at this rate.
-        noise_levels: 0 or more.
-        names: Which of `ear_vae.evaluation.METRICS`.
+        sample_rate: Sample rate of `audio` in Hz; it is compared at this rate.
+        noise_levels: Levels of the noise, 0 or more.
+        names: Names of metrics, out of `ear_vae.evaluation.METRICS`.
         generator: Source of the noise, on the CPU.
 
     Raises:

@@ -17,7 +17,7 @@ import torch
 
 from ear_vae import __version__
 from ear_vae.errors import EarVAEError, in_one_line
-from ear_vae.evaluation.files import Row, compare_files, fingerprint
+from ear_vae.evaluation.files import Row, compare_files, file_identity
 from ear_vae.evaluation.pairs import Pair
 from ear_vae.evaluation.systems.base import System
 
@@ -27,13 +27,13 @@ _PAIRS_PER_PROCESS = 4
 
 @dataclass(frozen=True)
 class Task:
-    """One row to be: a pair, and the system whose it is.
+    """One comparison to make.
 
     Attributes:
-        pair: Its files.
-        system_name: What tables call the system.
-        system: Makes the estimate; None where the pair has one.
-        align: See `compare_files`.
+        pair: Files to compare.
+        system_name: Name of the system in tables.
+        system: System that makes the estimate; None where the pair has one.
+        align: Take out a delay, see `compare_files`.
     """
 
     pair: Pair
@@ -45,18 +45,18 @@ class Task:
     def key(self) -> str:
         """Equal for tasks with the same result."""
         identity = self.system.identity if self.system else None
-        files = fingerprint(self.pair.target), fingerprint(self.pair.estimate)
+        files = file_identity(self.pair.target), file_identity(self.pair.estimate)
         return json.dumps([__version__, self.pair.name, self.system_name, identity, *files, self.align])
 
 
 @dataclass
 class Results:
-    """What came of the tasks, in their order.
+    """Results of tasks, in their order.
 
     Attributes:
-        rows: Of `compare_files`, with `system` added.
+        rows: Rows of `compare_files`, with `system` added.
         failures: `name`, `system` and `error` of each task that failed.
-        reused: How many rows an earlier run had left.
+        reused: Number of rows that an earlier run had left.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -72,16 +72,17 @@ def run_tasks(
     finished: Callable[[Task, Row | str], None] = lambda task, result: None,
     debug: bool = False,
 ) -> Results:
-    """Does every task.
+    """Makes every comparison.
 
     Args:
-        tasks: Those with a system are done here one after the other, those with two files in processes.
-        partial: A file of JSON lines to which every finished row is added at once, and from which rows of
-            an earlier run are taken as long as their files, systems and options have not changed.
-        jobs: Processes; by default as many as there are processors, and fewer for few pairs. With 1 all is
-            done in this process.
-        finished: Called with each task and its row, or the reason for its failure.
-        debug: Let a failure through as it is.
+        tasks: Comparisons; those with a system are made here one after the other, those of two files in
+            several processes.
+        partial: File of JSON lines to which every finished row is added at once, and from which rows of an
+            earlier run are taken as long as their files, systems and options have not changed.
+        jobs: Number of processes; by default one for each processor, and fewer for few pairs. With 1 all
+            is done in this process.
+        finished: Function that is called with each task and its row, or the reason for its failure.
+        debug: Raise a failure as it is, instead of noting it and going on; only in this process.
 
     Raises:
         EarVAEError: `partial` cannot be written.

@@ -33,7 +33,7 @@ class SpectralFigures(NamedTuple):
 
     Attributes:
         mel_distance: 0 for equal signals; NaN where just the target is silent.
-        stft_distance: The same.
+        stft_distance: 0 for equal signals; NaN where just the target is silent.
         icpc: From 0 to 1 (equal); NaN where no channel has a bin that both signals fill.
         ccpc: From 0 to 1 (equal); NaN for one channel, and where the estimate's channels share no bin
             or just the target is silent.
@@ -51,8 +51,8 @@ def compare_spectra(
     """All spectral figures of pairs at 44.1 kHz, in memory that does not grow with their length.
 
     Args:
-        estimate: [B, C, T] in float32 with T of at least 2049.
-        target: Same shape.
+        estimate: Rebuilt audio, [B, C, T] in float32 with T of at least 2049.
+        target: Original audio, same shape.
         distances: Compute the mel and STFT distance; they are NaN otherwise.
         coherences: Compute ICPC and CCPC; they are NaN otherwise.
 

@@ -21,7 +21,7 @@ _HARMONICS = 10
 _SETTLING_SECONDS = 0.25
 _LOWEST_POWER = 1e-30
 
-System = Callable[[Tensor], Tensor]
+AudioFunction = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class ToneDistortion:
     """What a system makes of one tone.
 
     Attributes:
-        frequency_hz: Of the tone.
-        level_dbfs: Of the tone that went in; 0 for a sine with peaks at full scale.
+        frequency_hz: Frequency of the tone in Hz.
+        level_dbfs: Level of the tone that went in; 0 for a sine with peaks at full scale.
         gain_db: Level of the tone that came out, relative to what went in.
         thd_n_db: All that came out but the tone, from 20 Hz to 20 kHz, relative to all that came out
             (root mean squares).
@@ -53,7 +53,7 @@ def tone(frequency_hz: float, sample_rate: int, *, level_dbfs: float, seconds: f
 
 
 def tone_distortion(
-    system: System,
+    system: AudioFunction,
     sample_rate: int,
     *,
     frequency_hz: float = AES17_HZ,
@@ -65,11 +65,11 @@ def tone_distortion(
     out, so that also what lies close to the tone, such as a wavering level, counts as distortion.
 
     Args:
-        system: Takes audio [2, T] at `sample_rate` and returns it, about as long, with 1 or 2 channels; the
-            worst channel counts.
-        sample_rate: In Hz.
-        frequency_hz: Of the tone, below 20 kHz and the Nyquist frequency.
-        level_dbfs: Of the tone.
+        system: Function that takes audio [2, T] at `sample_rate` and returns it, about as long, with 1 or 2
+            channels; the worst channel counts.
+        sample_rate: Sample rate of the audio in Hz.
+        frequency_hz: Frequency of the tone in Hz, below 20 kHz and the Nyquist frequency.
+        level_dbfs: Level of the tone; 0 for a sine with peaks at full scale.
 
     Raises:
         EarVAEError: A frequency outside the band, or a system that returns too little, or NaN.
@@ -102,7 +102,7 @@ def tone_distortion(
 
 
 def distortion_sweep(
-    system: System,
+    system: AudioFunction,
     sample_rate: int,
     *,
     frequencies_hz: Iterable[float] = SWEEP_HZ,
@@ -111,10 +111,10 @@ def distortion_sweep(
     """`tone_distortion` at every frequency, for every level.
 
     Args:
-        system: As for `tone_distortion`.
-        sample_rate: In Hz.
+        system: Function to measure, as for `tone_distortion`.
+        sample_rate: Sample rate of the audio in Hz.
         frequencies_hz: Those that do not fit below the Nyquist frequency are left out.
-        levels_dbfs: Such as `SWEEP_DBFS`.
+        levels_dbfs: Levels of the tones, such as `SWEEP_DBFS`.
 
     Raises:
         EarVAEError: As `tone_distortion`.
@@ -135,8 +135,8 @@ def residual_spectrum(
     Args:
         estimate: [C, T].
         target: Same shape but for T; both are cut to the shorter.
-        sample_rate: In Hz.
-        window_size: Of the Hann window, in samples; windows overlap by half.
+        sample_rate: Sample rate of the audio in Hz.
+        window_size: Size of the Hann window in samples; windows overlap by half.
 
     Returns:
         Frequencies in Hz, power of `estimate - target` and power of `target` per bin in dB, each [F] in

@@ -1,4 +1,4 @@
-"""The losses between the VAE and its discriminator; like all, they take (estimate, target)."""
+"""Adversarial losses of the VAE and its discriminator; like all losses, they take (estimate, target)."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from torch import Tensor
 from ear_vae._dtype import upcast
 
 if TYPE_CHECKING:
-    from ear_vae.network.discriminator import Judgement
+    from ear_vae.network.discriminator import DiscriminatorOutput
 
 
-def discriminator_loss(estimate: Sequence[Judgement], target: Sequence[Judgement]) -> Tensor:
+def discriminator_loss(
+    estimate: Sequence[DiscriminatorOutput], target: Sequence[DiscriminatorOutput]
+) -> Tensor:
     """What the discriminator minimises: D(estimate)² + (1 − D(target))², averaged over resolutions.
 
     Args:
-        estimate: What it says of rebuilt audio that no gradient flows to.
-        target: What it says of the originals.
+        estimate: Discriminator outputs for rebuilt audio that is detached from the VAE.
+        target: Discriminator outputs for the originals.
 
     Returns:
-        Scalar; 0 when it tells all apart, 0.5 when it answers 0.5 to everything.
+        Scalar; 0 when the discriminator tells all apart, 0.5 when it answers 0.5 to everything.
 
     Reference: Mao et al., "Least Squares Generative Adversarial Networks" (2017), equation 2 without ½.
     """
@@ -33,8 +35,11 @@ def discriminator_loss(estimate: Sequence[Judgement], target: Sequence[Judgement
     return torch.stack(terms).mean()
 
 
-def adversarial(estimate: Sequence[Judgement]) -> Tensor:
+def adversarial(estimate: Sequence[DiscriminatorOutput]) -> Tensor:
     """What the VAE minimises: (1 − D(estimate))², averaged over resolutions.
+
+    Args:
+        estimate: Discriminator outputs for rebuilt audio.
 
     Returns:
         Scalar; 0 when the discriminator takes all of it for real.
@@ -44,12 +49,14 @@ def adversarial(estimate: Sequence[Judgement]) -> Tensor:
     return torch.stack([(1 - upcast(x.logits)).square().mean() for x in estimate]).mean()
 
 
-def feature_matching(estimate: Sequence[Judgement], target: Sequence[Judgement]) -> Tensor:
+def feature_matching(
+    estimate: Sequence[DiscriminatorOutput], target: Sequence[DiscriminatorOutput]
+) -> Tensor:
     """Mean absolute difference of hidden activations, averaged over layers and resolutions.
 
     Args:
-        estimate: What the discriminator says of rebuilt audio.
-        target: What it says of the originals; no gradient flows through it.
+        estimate: Discriminator outputs for rebuilt audio.
+        target: Discriminator outputs for the originals; no gradient flows through them.
 
     Returns:
         Scalar, 0 for equal audio.

@@ -20,10 +20,10 @@ class LossBalancer(nn.Module):
     others share them, and its running mean is over the steps it took part in.
 
     Args:
-        names: The terms, in the order of the running means in the state dict.
-        total_norm: Of an item's gradient before the mean over the batch, if those of all terms had their
-            mean norms and one direction.
-        decay: Of the running means.
+        names: Names of the terms, in the order of the running means in the state dict.
+        total_norm: Norm of the gradient of one item of the batch (before the mean over the batch) when the
+            gradients of all terms have their mean norms and point in one direction.
+        decay: Decay of the running means, from 0 to below 1.
 
     Raises:
         EarVAEError: No terms, or a decay outside [0, 1).
@@ -45,16 +45,16 @@ class LossBalancer(nn.Module):
         self.register_buffer("updates", torch.zeros(len(self.names), dtype=torch.int64))
 
     def forward(self, terms: Mapping[str, Tensor], weights: Mapping[str, float], output: Tensor) -> Tensor:
-        """The balanced gradient on `output`.
+        """Computes the balanced gradient with respect to `output`.
 
         Args:
-            terms: Scalars that depend on `output`, by name; one or more of those it was made for.
-            weights: Of each of them, 0 or more, one of them more.
-            output: What the decoder gave, [B, C, T].
+            terms: Scalars that depend on `output`, by name; one or more of the balancer's terms.
+            weights: Weight of each term by name, 0 or more; at least one of those in `terms` above 0.
+            output: Output of the decoder, [B, C, T].
 
         Returns:
-            Gradient of `output`'s shape, to be back-propagated from it. A term whose gradient is not
-            finite makes it so and leaves the running means as they were.
+            Gradient with the shape of `output`, to call `output.backward(gradient)` with. NaN where the
+            gradient of a term is not finite; the running means then stay as they were.
 
         Raises:
             EarVAEError: There are no terms, or others than the balancer was made for.

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ear_vae._dtype import upcast
-from ear_vae.dsp.spectral import MultiResolutionSTFT, mel_bands
+from ear_vae.dsp.spectral import MultiResolutionSTFT, mel_filters
 from ear_vae.dsp.stereo import mid_side_left_right
-from ear_vae.dsp.weighting import a_weight, k_weight
+from ear_vae.dsp.weighting import a_weight, a_weighting_taps, k_weight
 from ear_vae.errors import EarVAEError
 from ear_vae.losses import spectral
 from ear_vae.losses.phase import PhaseComparison
@@ -67,17 +67,18 @@ class ReconstructionObjective(nn.Module):
     same spectra and magnitudes, mid and side being sums and differences of the left and right spectra.
 
     Args:
-        sample_rate: Of the audio, in Hz.
+        sample_rate: Sample rate of the audio in Hz.
         weights: Weight of each term by name, over the defaults of `DEFAULT_LOSS_WEIGHTS`. A term with
             weight 0 is not computed.
-        window_sizes: Of the STFTs, in samples.
+        window_sizes: Window sizes of the STFTs in samples.
         weighting: Filter ahead of all terms but the KL divergence: `k` and `a` as in `ear_vae.dsp.weighting`,
             or `none`.
         magnitude_channels: Compare magnitudes on mid, side, left and right (`mslr`) or on left and right
             only (`lr`).
 
     Raises:
-        EarVAEError: An unknown term, weighting or choice of channels, or a weight below 0 or not finite.
+        EarVAEError: An unknown term, weighting or choice of channels, a weight below 0 or not finite, or a
+            sample rate without A-weighting (see `ear_vae.dsp.weighting.a_weighting_taps`).
     """
 
     def __init__(
@@ -104,6 +105,8 @@ class ReconstructionObjective(nn.Module):
         refused = {name: weight for name, weight in self.weights.items() if not 0 <= weight < math.inf}
         if refused:
             raise EarVAEError(f"loss weights must be finite and 0 or more, got {refused}")
+        if weighting == "a":
+            a_weighting_taps(sample_rate)  # refuses a rate that it has no filter for
         self.sample_rate = sample_rate
         self.weighting = weighting
         self.magnitude_channels = magnitude_channels
@@ -111,7 +114,7 @@ class ReconstructionObjective(nn.Module):
         self._bands = [f"bands_{size}" for size in window_sizes]
         for name, size in zip(self._bands, window_sizes, strict=True):
             num_bins = size // 2 + 1
-            bands = mel_bands(num_bins, max(1, num_bins // _BINS_PER_BAND), sample_rate)
+            bands = mel_filters(size, sample_rate, max(1, num_bins // _BINS_PER_BAND))
             self.register_buffer(name, bands / bands.sum(dim=0), persistent=False)
 
     def terms(self, estimate: Tensor, target: Tensor, posterior: Posterior) -> dict[str, Tensor]:
@@ -120,7 +123,7 @@ class ReconstructionObjective(nn.Module):
         Args:
             estimate: Rebuilt audio, [B, 2, T].
             target: Original audio, [B, 2, T].
-            posterior: What the encoder gave for the original.
+            posterior: Posterior of the original.
 
         Returns:
             Scalars in float32, or float64 for such audio; spectral ones are averaged over window sizes.
@@ -180,7 +183,7 @@ class ReconstructionObjective(nn.Module):
         return {name: torch.stack(values).mean() for name, values in sums.items()}
 
     def _magnitudes(self, stereo: Planar) -> Tensor:
-        """Of the compared signals, left and right last, [B, 4 or 2, F, frames]."""
+        """Magnitudes of the compared signals, left and right last, [B, 4 or 2, F, frames]."""
         if self.magnitude_channels == "lr":
             return stereo.magnitude()
         return Planar(*(mid_side_left_right(part, dim=1) for part in stereo)).magnitude()

@@ -25,11 +25,11 @@ class DiscriminatorConfig:
     input and no striding over frequency.
 
     Args:
-        window_sizes: Window sizes of the STFTs, in samples; each has a discriminator of its own.
+        window_sizes: Window sizes of the STFTs in samples; each has a discriminator of its own.
         channels: Channels of every hidden layer.
-        dilations: Dilations over frames, one hidden layer each.
-        frequency_stride: Stride of these layers over frequency, in bins.
-        negative_slope: Negative slope of the leaky ReLUs.
+        dilations: Dilation in time of each dilated hidden layer, in frames.
+        frequency_stride: Stride of the dilated layers over frequency, in bins.
+        negative_slope: Negative slope of the leaky ReLUs, from 0 to below 1.
 
     Raises:
         EarVAEError: A value is out of range.
@@ -50,12 +50,12 @@ class DiscriminatorConfig:
             raise EarVAEError(f"discriminator: negative_slope must be in [0, 1), got {self.negative_slope}")
 
 
-class Judgement(NamedTuple):
-    """What one resolution says of audio.
+class DiscriminatorOutput(NamedTuple):
+    """Output of the discriminator at one resolution.
 
     Attributes:
-        logits: Near 1 for audio that it classifies as real, near 0 for rebuilt, [B, 1, frames, F'].
-        features: Activations of its hidden layers, each [B, channels, frames, F'].
+        logits: Near 1 where the audio is taken for real, near 0 where for rebuilt, [B, 1, frames, F'].
+        features: Activations of the hidden layers, each [B, channels, frames, F'].
     """
 
     logits: Tensor
@@ -78,8 +78,14 @@ class Discriminator(nn.Module):
         self.stft = MultiResolutionSTFT(self.config.window_sizes)
         self.resolutions = nn.ModuleList(_Resolution(self.config) for _ in self.config.window_sizes)
 
-    def forward(self, audio: Tensor) -> list[Judgement]:
-        """Judges audio [B, 2, T], at every resolution.
+    def forward(self, audio: Tensor) -> list[DiscriminatorOutput]:
+        """Judges audio at every resolution.
+
+        Args:
+            audio: [B, 2, T] at the sample rate the discriminator is trained at.
+
+        Returns:
+            One output for each window size.
 
         Raises:
             EarVAEError: The audio is not stereo, or shorter than half a window.
@@ -103,7 +109,7 @@ class _Resolution(nn.Module):
         self.out = _convolution(width, 1, _LAST_KERNEL)
         self.activation = nn.LeakyReLU(config.negative_slope)
 
-    def forward(self, spectrum: Tensor) -> Judgement:
+    def forward(self, spectrum: Tensor) -> DiscriminatorOutput:
         x = torch.cat((spectrum.real, spectrum.imag), dim=1).transpose(-1, -2)
         # With channels last in memory the gradients of narrow layers cost up to 40 % less on a CPU, and the
         # tensor cores of a GPU take their input as it is.
@@ -112,7 +118,7 @@ class _Resolution(nn.Module):
         for layer in self.layers:
             x = self.activation(layer(x))
             features.append(x)
-        return Judgement(self.out(x), tuple(features))
+        return DiscriminatorOutput(self.out(x), tuple(features))
 
 
 def _convolution(

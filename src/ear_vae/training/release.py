@@ -62,7 +62,8 @@ def release_model(
     if not overwrite and (there := [file for file in sorted(written) if (directory / file).exists()]):
         raise EarVAEError(
             f"{directory}: holds {'a model' if CONFIG_FILE in there else there[0]} already; "
-            "remove it, or overwrite it (--force)"
+            "remove it, or overwrite it",
+            argument="overwrite",
         )
     content = read_checkpoint(checkpoint)
     averaged = averaged and "ema._extra_state" in content["state_dict"]

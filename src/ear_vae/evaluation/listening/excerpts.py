@@ -35,14 +35,14 @@ _MARGIN_SECONDS = 1
 
 
 @dataclass(frozen=True)
-class Place:
-    """A part of an original.
+class ExcerptSpan:
+    """Part of an original.
 
     Attributes:
-        name: What the file is called.
+        name: Name of the file.
         target: The original.
-        start_seconds: Whole tenths.
-        seconds: At most this much; less where the file ends.
+        start_seconds: Start in seconds, in whole tenths.
+        seconds: Length in seconds; there is less where the file ends.
     """
 
     name: str
@@ -56,13 +56,13 @@ class Signal:
     """The original's or one system's audio of an excerpt.
 
     Attributes:
-        name: `ORIGINAL`, or what the system is called.
+        name: `ORIGINAL`, or the name of the system.
         audio: [C, T], as many channels and samples as all others of the excerpt.
-        gain_db: Brings it to the original's integrated loudness.
-        correlation: Of left and right, None where it has no value.
-        side_db: Energy of the side relative to that of the mid, None where it has no finite value.
-        figures: As `ear_vae.evaluation.files.figures`; empty for the original.
-        notes: What a listener should know of it.
+        gain_db: Gain in dB that brings it to the original's integrated loudness.
+        correlation: Correlation of left and right, None where it has no value.
+        side_db: Energy of the side relative to that of the mid in dB, None where it has no finite value.
+        figures: Figures of `ear_vae.evaluation.files.figures`; empty for the original.
+        notes: Remarks for the listener.
     """
 
     name: str
@@ -79,22 +79,22 @@ class Excerpt:
     """An original and what the systems made of it.
 
     Attributes:
-        place: Where it comes from.
-        sample_rate: Of all signals, in Hz.
+        span: Part of the original that it holds.
+        sample_rate: Sample rate of all signals in Hz.
         signals: The original, then the systems in their order.
     """
 
-    place: Place
+    span: ExcerptSpan
     sample_rate: int
     signals: tuple[Signal, ...]
 
     @property
     def seconds(self) -> float:
-        """How long it is."""
+        """Length in seconds."""
         return self.signals[0].audio.shape[1] / self.sample_rate
 
     def shortened(self, seconds: float) -> Excerpt:
-        """The beginning of it."""
+        """Returns its beginning of that length in seconds."""
         num_samples = max(1, int(seconds * self.sample_rate))
         cut = (replace(signal, audio=signal.audio[:, :num_samples]) for signal in self.signals)
         return replace(self, signals=tuple(cut))
@@ -109,37 +109,37 @@ def evenly_spaced(count: int, available: int) -> list[int]:
     return [round(index * (available - 1) / (count - 1)) for index in range(count)]
 
 
-def choose_places(originals: Sequence[tuple[str, Path]], *, count: int, seconds: float) -> list[Place]:
-    """Where the excerpts lie, the same for the same files.
+def choose_spans(originals: Sequence[tuple[str, Path]], *, count: int, seconds: float) -> list[ExcerptSpan]:
+    """Chooses the parts of originals to hear, the same for the same files.
 
     Args:
         originals: Names and files, in the order to choose from.
-        count: How many excerpts; fewer where the files are too few and too short.
-        seconds: How long each is.
+        count: Number of excerpts; there are fewer where the files are too few and too short.
+        seconds: Length of each in seconds.
 
     Raises:
         EarVAEError: A file cannot be read.
     """
     chosen = [originals[index] for index in evenly_spaced(count, len(originals))]
-    places = []
+    spans = []
     for index, (name, target) in enumerate(chosen):
         several = count // len(chosen) + (index < count % len(chosen))
         audio, sample_rate = read_audio(target)
         parts = max(1, min(several, int(audio.shape[1] / sample_rate / seconds)))
-        places += [
-            Place(name, target, start, seconds) for start in loudest(audio, sample_rate, seconds, parts)
+        spans += [
+            ExcerptSpan(name, target, start, seconds) for start in loudest(audio, sample_rate, seconds, parts)
         ]
-    return places
+    return spans
 
 
 def loudest(audio: Tensor, sample_rate: int, seconds: float, parts: int = 1) -> list[float]:
-    """Where the loudest stretch begins in each of equal parts, in seconds.
+    """Finds where the loudest stretch begins in each of equal parts, in seconds.
 
     Args:
         audio: [C, T].
-        sample_rate: In Hz.
-        seconds: Length of a stretch.
-        parts: How many; they must be as long as a stretch, unless there is only one.
+        sample_rate: Sample rate of `audio` in Hz.
+        seconds: Length of a stretch in seconds.
+        parts: Number of parts; they must be as long as a stretch, unless there is only one.
     """
     if audio.shape[1] < SHORTEST_SECONDS * sample_rate:
         return [0.0] * parts
@@ -153,33 +153,34 @@ def loudest(audio: Tensor, sample_rate: int, seconds: float, parts: int = 1) -> 
     return starts
 
 
-def cut(place: Place, tasks: Sequence[Task]) -> Excerpt:
-    """The excerpt, not measured yet.
+def cut(span: ExcerptSpan, tasks: Sequence[Task]) -> Excerpt:
+    """Cuts an excerpt out of the original and of every system's audio, without measuring it.
 
     Args:
-        place: Of an original.
-        tasks: Each system's, with a file to read or a model to run; the pairs belong to the place's file.
+        span: Part of an original.
+        tasks: One comparison for each system, with a file to read or a model to run, all of the
+            span's file.
 
     Raises:
         EarVAEError: A file that cannot be read or ends before the excerpt, or a system's failure.
     """
-    rate = min(audio_info(place.target).sample_rate, HIGHEST_RATE)
-    target = _read_span(place.target, place.start_seconds, place.seconds, rate)
+    rate = min(audio_info(span.target).sample_rate, HIGHEST_RATE)
+    target = _read_span(span.target, span.start_seconds, span.seconds, rate)
     # At the end of a file there may be less than was asked for.
-    target = target[:, : max(1, round((_duration(place.target) - place.start_seconds) * rate))]
+    target = target[:, : max(1, round((_duration(span.target) - span.start_seconds) * rate))]
     signals = [Signal(ORIGINAL, target)]
     for task in tasks:
-        audio, notes = _estimate(place, task, target, rate)
+        audio, notes = _estimate(span, task, target, rate)
         signals.append(Signal(task.system_name, audio, notes=tuple(notes)))
     channels = max(signal.audio.shape[0] for signal in signals)
-    return Excerpt(place, rate, tuple(_with_channels(signal, channels) for signal in signals))
+    return Excerpt(span, rate, tuple(_with_channels(signal, channels) for signal in signals))
 
 
 def measured(excerpt: Excerpt) -> Excerpt:
-    """The same with gains, figures and notes.
+    """Returns the excerpt with gains, figures and notes.
 
     Raises:
-        EarVAEError: NaN in a system's audio.
+        EarVAEError: A system's audio holds NaN.
     """
     target = excerpt.signals[0].audio
     signals = [_with_stereo(excerpt.signals[0])]
@@ -199,35 +200,35 @@ def measured(excerpt: Excerpt) -> Excerpt:
     return replace(excerpt, signals=tuple(signals))
 
 
-def _estimate(place: Place, task: Task, target: Tensor, rate: int) -> tuple[Tensor, list[str]]:
+def _estimate(span: ExcerptSpan, task: Task, target: Tensor, rate: int) -> tuple[Tensor, list[str]]:
     """[C, T] as long as the target, and what was done to it."""
     notes: list[str] = []
     num_samples = target.shape[1]
     if task.pair.estimate is None:
         if task.system is None:
-            raise EarVAEError(f"{place.name}: neither an estimate nor a system to make it")
-        start = place.start_seconds - _MARGIN_SECONDS
-        wide = _read_span(place.target, start, place.seconds + 2 * _MARGIN_SECONDS, rate)
+            raise EarVAEError(f"{span.name}: neither an estimate nor a system to make it")
+        start = span.start_seconds - _MARGIN_SECONDS
+        wide = _read_span(span.target, start, span.seconds + 2 * _MARGIN_SECONDS, rate)
         before = _MARGIN_SECONDS * rate
         return rebuild(task.system, wide, rate)[:, before : before + num_samples], notes
     path = task.pair.estimate
     own_rate = audio_info(path).sample_rate
     seconds = num_samples / rate
-    missing = place.start_seconds + seconds - _duration(path)
+    missing = span.start_seconds + seconds - _duration(path)
     if missing >= seconds:
-        raise EarVAEError(f"{path}: ends before the excerpt at {place.start_seconds:.1f} s")
+        raise EarVAEError(f"{path}: ends before the excerpt at {span.start_seconds:.1f} s")
     if missing > 1 / _STEPS_PER_SECOND:
         notes.append(f"it ends {missing:.2f} s before the excerpt does")
     if own_rate != rate:
         notes.append(f"it is at {own_rate} Hz and was resampled to {rate} Hz")
-    audio = _read_span(path, place.start_seconds, seconds, rate)[:, :num_samples]
+    audio = _read_span(path, span.start_seconds, seconds, rate)[:, :num_samples]
     delay = delay_seconds(audio, rate, target, rate)
     if delay and task.align:
-        audio = _read_span(path, place.start_seconds + delay, seconds, rate)[:, :num_samples]
+        audio = _read_span(path, span.start_seconds + delay, seconds, rate)[:, :num_samples]
         notes.append(f"a delay of {1000 * delay:.2f} ms was taken out")
     elif delay:
         late = "late" if delay > 0 else "early"
-        notes.append(f"it seems {1000 * abs(delay):.2f} ms {late}; --align takes that out")
+        notes.append(f"it seems {1000 * abs(delay):.2f} ms {late}; alignment takes that out")
     return audio, notes
 
 

@@ -27,7 +27,7 @@ from ear_vae._atomic import atomic_path
 from ear_vae.errors import EarVAEError
 from ear_vae.evaluation.listening.excerpts import Excerpt
 from ear_vae.evaluation.metrics import METRICS
-from ear_vae.evaluation.results import HIGHER_IS_BETTER
+from ear_vae.evaluation.results import HIGHER_IS_BETTER, counted
 
 _SCRIPTS = ("player.js", "pictures.js", "abx.js", "report.js")
 _FULL_SCALE = 2**15
@@ -38,26 +38,39 @@ _SHORTEST_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class _Shown:
-    """How a metric is shown."""
+    """How a metric is shown.
+
+    Attributes:
+        label: Name of the metric.
+        unit: Unit of the figures shown.
+        decimals: Decimals of the figures shown.
+        about: Explanation, shown below the name.
+        difference: Smallest difference, in the unit shown, by which a system is called better.
+            docs/evaluation.md says where each comes from.
+        factor: Factor from the metric to the figure shown.
+    """
 
     label: str
     unit: str
     decimals: int
     about: str
+    difference: float
     factor: float = 1.0
 
 
 _SHOWN = {
-    "si_sdr_db": _Shown("SI-SDR", "dB", 2, "scale-invariant signal-to-distortion ratio: the waveform"),
-    "mel_distance": _Shown(
-        "Mel distance", "", 3, "magnitudes in 64 mel bands, A-weighted, four window sizes"
+    "si_sdr_db": _Shown("SI-SDR", "dB", 2, "the waveform, whatever its level", 0.3),
+    "mel_distance": _Shown("Mel distance", "", 3, "magnitudes in 64 mel bands, A-weighted", 0.02),
+    "stft_distance": _Shown("STFT distance", "", 3, "magnitudes in all frequency bins, A-weighted", 0.02),
+    "icpc": _Shown("ICPC", "%", 2, "how well the phase of each channel agrees with the original's", 0.3, 100),
+    "ccpc": _Shown(
+        "CCPC", "%", 2, "how well the phase between left and right agrees with the original's", 0.7, 100
     ),
-    "stft_distance": _Shown("STFT distance", "", 3, "magnitudes in all bins, A-weighted, six window sizes"),
-    "icpc": _Shown("ICPC", "%", 2, "phase coherence of each channel with the original", 100),
-    "ccpc": _Shown("CCPC", "%", 2, "coherence of the phase between left and right with the original's", 100),
-    "true_peak_distance_db": _Shown("True peak distance", "dB", 2, "how far the highest peaks differ"),
-    "loudness_distance_lu": _Shown("Loudness distance", "LU", 2, "how far the integrated loudness differs"),
-    "loudness_range_distance_lu": _Shown("Loudness range distance", "LU", 2, "how far the ranges differ"),
+    "true_peak_distance_db": _Shown("True peak distance", "dB", 2, "how far the highest peaks differ", 0.2),
+    "loudness_distance_lu": _Shown("Loudness distance", "LU", 2, "how far the loudness differs", 0.1),
+    "loudness_range_distance_lu": _Shown(
+        "Loudness range distance", "LU", 2, "how far the range from soft to loud differs", 1.0
+    ),
 }
 
 
@@ -66,7 +79,7 @@ class Means:
     """A table over many files.
 
     Attributes:
-        caption: What the means are over.
+        caption: Caption of the table, which says what the means are over.
         systems: Metrics by system; None where there is no value.
     """
 
@@ -83,15 +96,15 @@ def means_of(excerpts: Sequence[Excerpt]) -> Means:
             found = [excerpt.signals[index].figures[metric] for excerpt in excerpts]
             values = [value for value in found if value is not None]
             systems[signal.name][metric] = statistics.fmean(values) if values else None
-    return Means(f"Means over the {_counted(len(excerpts), 'excerpt')} below", systems)
+    return Means(f"Means over the {counted(len(excerpts), 'excerpt')} below", systems)
 
 
 def fitting(excerpts: Sequence[Excerpt], megabytes: float) -> list[Excerpt]:
-    """The excerpts, all cut to one shorter length if the page would exceed a size.
+    """Cuts all excerpts to one shorter length if the page would exceed a size.
 
     Args:
-        excerpts: Of `ear_vae.evaluation.listening.cut`.
-        megabytes: Size of the page in 10⁶ bytes.
+        excerpts: Excerpts as `ear_vae.evaluation.listening.excerpts.cut` returns them.
+        megabytes: Largest size of the page in 10⁶ bytes.
 
     Raises:
         EarVAEError: Even a second of each is too much.
@@ -102,8 +115,8 @@ def fitting(excerpts: Sequence[Excerpt], megabytes: float) -> list[Excerpt]:
     while (size := _audio_bytes(fitted)) > budget:
         if seconds <= _SHORTEST_SECONDS:
             raise EarVAEError(
-                f"a page of {megabytes:g} MB cannot hold {_counted(len(excerpts), 'excerpt')} with "
-                f"{len(excerpts[0].signals)} signals each; ask for fewer --excerpts or more --megabytes"
+                f"a page of {megabytes:g} MB cannot hold {counted(len(excerpts), 'excerpt')} with "
+                f"{len(excerpts[0].signals)} signals each; ask for fewer excerpts or for more megabytes"
             )
         # A little less than what would do if all seconds were alike.
         seconds = max(_SHORTEST_SECONDS, int(10 * seconds * min(0.97, 0.98 * budget / size)) / 10)
@@ -122,10 +135,11 @@ def write_page(
     """Writes the page, complete or not at all.
 
     Args:
-        path: Of the HTML file.
-        excerpts: Of `ear_vae.evaluation.listening.measured`, all with the same systems.
-        title: Of the page.
-        means: The table at its top; by default the means over the excerpts.
+        path: HTML file to write.
+        excerpts: Excerpts as `ear_vae.evaluation.listening.excerpts.measured` returns them, all with the same
+            systems.
+        title: Title of the page.
+        means: Table at the top of the page; by default the means over the excerpts.
         overwrite: Replace an existing file.
 
     Raises:
@@ -192,8 +206,8 @@ def _excerpt(excerpt: Excerpt) -> dict[str, Any]:
         for signal, peak, gain in zip(excerpt.signals, peaks, matched, strict=True)
     ]
     return {
-        "name": excerpt.place.name,
-        "start": excerpt.place.start_seconds,
+        "name": excerpt.span.name,
+        "start": excerpt.span.start_seconds,
         "seconds": excerpt.seconds,
         "rate": excerpt.sample_rate,
         "headroom": headroom[0],
@@ -203,24 +217,32 @@ def _excerpt(excerpt: Excerpt) -> dict[str, Any]:
 
 
 def _table(systems: Sequence[Mapping[str, float | None]]) -> list[dict[str, Any]]:
-    """A row for each metric, with a cell for each system and the best marked, all of them if they tie."""
+    """A row for each metric, with a cell for each system and the best ones marked.
+
+    All that are no real difference behind the best one are best; where that is everyone, nobody is.
+    """
     rows = []
     for metric in METRICS:
         shown = _SHOWN[metric]
+        higher = metric in HIGHER_IS_BETTER
         values = [figures.get(metric) for figures in systems]
-        texts = [_figure(value, shown) for value in values]
-        valued = [value for value in values if value is not None]
-        best = (max if metric in HIGHER_IS_BETTER else min)(valued, default=None)
-        # What looks equal is equally good.
-        best_text = None if best is None or len(systems) < 2 else _figure(best, shown)
+        valued = [value * shown.factor for value in values if value is not None]
+        leader = (max if higher else min)(valued, default=0.0)
+        best = [
+            value is not None and abs(value * shown.factor - leader) < shown.difference for value in values
+        ]
+        decided = sum(best) < len(valued)
         rows.append(
             {
                 "metric": metric,
                 "label": shown.label,
                 "unit": shown.unit,
                 "about": shown.about,
-                "higher": metric in HIGHER_IS_BETTER,
-                "cells": [{"text": text, "best": text == best_text} for text in texts],
+                "higher": higher,
+                "cells": [
+                    {"text": _figure(value, shown), "best": is_best and decided}
+                    for value, is_best in zip(values, best, strict=True)
+                ],
             }
         )
     return rows
@@ -273,7 +295,3 @@ def _sha256(text: str) -> str:
 
 def _file(folder: Any, name: str) -> str:
     return str((folder / name).read_text(encoding="utf-8"))
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" + ("" if count == 1 else "s")

@@ -13,34 +13,41 @@ from ear_vae.vae import EarVAE
 
 
 class System(Protocol):
-    """What can be evaluated.
-
-    Attributes:
-        name: What tables call it.
-        identity: Differs for other weights; results are reused for the same one only.
-        sample_rate: Of the audio it takes and returns, in Hz.
-        channels: Of that audio, 1 or 2.
-    """
+    """What can be evaluated: anything with these attributes and this method."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Name of the system in tables."""
+
     @property
-    def identity(self) -> str: ...
+    def identity(self) -> str:
+        """Text that differs for other weights."""
+
     @property
-    def sample_rate(self) -> int: ...
+    def sample_rate(self) -> int:
+        """Sample rate in Hz of the audio it takes and returns."""
+
     @property
-    def channels(self) -> int: ...
+    def channels(self) -> int:
+        """Number of channels of that audio, 1 or 2."""
 
     def reconstruct(self, audio: Tensor) -> Tensor:
-        """Audio [channels, T] at `sample_rate`, rebuilt; about as long."""
+        """Rebuilds audio.
+
+        Args:
+            audio: [channels, T] at `sample_rate`.
+
+        Returns:
+            [channels, T'] at the same rate, with T' about T.
+        """
 
 
 class EarVAESystem:
     """An `EarVAE` as a system.
 
     Args:
-        vae: The model.
-        name: What tables call it; the model's own name by default.
+        vae: Model to evaluate.
+        name: Name of the system in tables; the model's own by default.
     """
 
     def __init__(self, vae: EarVAE, *, name: str | None = None) -> None:
@@ -56,13 +63,13 @@ class EarVAESystem:
 
 
 def rebuild(system: System, audio: Tensor, sample_rate: int) -> Tensor:
-    """What a system makes of audio of any rate and one or two channels.
+    """Rebuilds audio of any rate and one or two channels.
 
     Args:
-        system: Which.
+        system: System that rebuilds it.
         audio: [C, T] with C of 1 or 2. For a stereo system mono is duplicated and the mean of what comes
             back is taken; a mono system rebuilds the channels one by one.
-        sample_rate: Of `audio`, in Hz; it is resampled to the system's rate and back.
+        sample_rate: Sample rate of `audio` in Hz; it is resampled to the system's rate and back.
 
     Returns:
         [C, T] at `sample_rate`, padded with zeros where the system returns less.

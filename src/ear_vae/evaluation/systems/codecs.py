@@ -30,7 +30,7 @@ class Codec:
 
     Attributes:
         source: Hub repository that the bare name stands for.
-        library: Where it comes from, for messages.
+        library: Name of the library that it needs, for messages.
         build: Loads it from a repository or folder.
     """
 
@@ -43,10 +43,10 @@ class CodecSystem:
     """A codec as a `System`.
 
     Args:
-        name: What tables call it.
+        name: Name of the system in tables.
         source: Folder or Hub repository.
-        codec: Which one.
-        device: Where it computes.
+        codec: Codec to load.
+        device: Device to compute on.
 
     Raises:
         EarVAEError: Its library is missing, or the weights cannot be loaded.
@@ -75,11 +75,11 @@ class CodecSystem:
 
 
 def load_codec(name: str, *, device: torch.device) -> System | None:
-    """The codec that a name or `NAME=SOURCE` stands for; None where it names none.
+    """Loads the codec that a name or `NAME=SOURCE` stands for; None where it names none.
 
     Args:
-        name: Of `CODECS`, alone or with the folder or Hub repository to load.
-        device: Where it computes.
+        name: Key of `CODECS`, alone or with `=` and the folder or Hub repository to load.
+        device: Device to compute on.
 
     Raises:
         EarVAEError: As `CodecSystem`.
@@ -174,7 +174,7 @@ def _tiled(network: Callable[[Tensor], Tensor], hop: int, sample_rate: int) -> C
     """`network` for audio [1, C, T] of any length, in tiles on the grid of its frames."""
     context = -(-_CONTEXT_SECONDS * sample_rate // hop)
 
-    def run(audio: Tensor) -> Tensor:
+    def in_tiles(audio: Tensor) -> Tensor:
         missing = -audio.shape[-1] % hop
         return run_tiled(
             network,
@@ -185,7 +185,7 @@ def _tiled(network: Callable[[Tensor], Tensor], hop: int, sample_rate: int) -> C
             tile_frames=_TILE_SECONDS * sample_rate // hop,
         )
 
-    return run
+    return in_tiles
 
 
 def _digest(network: torch.nn.Module) -> str:

@@ -50,8 +50,9 @@ function metricTable(caption, rows, captionId) {
   for (const { label, unit, about, higher, cells } of rows) {
     const direction = make("span", { class: "direction", "aria-hidden": "true" }, higher ? " ↑" : " ↓");
     const spoken = make("span", { class: "hidden" }, higher ? " (higher is better)" : " (lower is better)");
-    const name = make("th", { scope: "row", title: about }, label);
+    const name = make("th", { scope: "row" }, label);
     name.append(make("span", { class: "unit" }, unit ? ` ${unit}` : ""), direction, spoken);
+    name.append(make("span", { class: "about" }, about));
     const line = make("tr", {}, name);
     for (const { text, best } of cells) {
       const cell = make("td", best ? { class: "best" } : {}, text);
@@ -81,9 +82,10 @@ class ExcerptView {
     const head = make("div", { class: "excerpt-head" });
     head.append(make("div", {}, title, make("p", { class: "quiet" }, facts.join(" · "))), this.play);
     this.section = make("section", { class: "card excerpt", "aria-labelledby": title.id }, head);
+    this.drawing = make("p", { class: "drawing", role: "status" }, "Drawing the pictures…");
     const grid = make("div", { class: "grid" });
     grid.append(...this.columns.map((column) => column.element));
-    this.section.append(grid, metricTable(`Metrics of this excerpt: ${name}`, rows));
+    this.section.append(this.drawing, grid, metricTable(`Metrics of this excerpt: ${name}`, rows));
     const notes = this.excerpt.signals.flatMap((signal, column) =>
       signal.notes.map((note) => make("li", {}, `${data.systems[column]}: ${note}`)),
     );
@@ -208,6 +210,7 @@ class ExcerptView {
       // Between signals the page may react.
       await new Promise((resolve) => setTimeout(resolve));
     }
+    this.drawing.hidden = true;
     this.section.dataset.drawn = "";
   }
 }
@@ -324,7 +327,9 @@ function connect() {
 
 // Pictures are drawn as they come near: all at once would take seconds.
 function drawWhenNear() {
-  const redraw = (view) => view.draw().catch((error) => announce(`Pictures cannot be drawn: ${error.message}`));
+  const redraw = (view) => view.draw().catch((error) => {
+    view.drawing.textContent = `The pictures cannot be drawn: ${error.message}`;
+  });
   const observer = new IntersectionObserver(
     (entries) => {
       for (const { isIntersecting, target } of entries) {

@@ -15,14 +15,14 @@ from ear_vae.evaluation.metrics import METRICS, measure, why_undefined
 
 
 class ReconstructionMetrics(Metric):
-    """Means over all pairs seen of several metrics, by name; faster than one Metric for each.
+    """Means of several metrics over all pairs seen, by name; faster than one Metric for each.
 
     A pair for which a metric is undefined, such as SI-SDR for a silent target, is left out of that
     metric's mean; `undefined` counts them.
 
     Args:
-        sample_rate: Of the audio, in Hz.
-        names: Which of `ear_vae.evaluation.METRICS`.
+        sample_rate: Sample rate of the audio in Hz.
+        names: Names of metrics, out of `ear_vae.evaluation.METRICS`.
 
     Raises:
         EarVAEError: An unknown name or none.
@@ -43,7 +43,11 @@ class ReconstructionMetrics(Metric):
                 self.add_state(f"{name}_{state}", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, estimate: Tensor, target: Tensor) -> None:
-        """Adds one pair [C, T] or a batch of them [B, C, T].
+        """Adds one pair or a batch of them.
+
+        Args:
+            estimate: Rebuilt audio, [C, T] or [B, C, T].
+            target: Original audio, same shape but for T.
 
         Raises:
             EarVAEError: As `measure`.
@@ -87,48 +91,80 @@ class _SingleMetric(ReconstructionMetrics):
 
 
 class SiSdr(_SingleMetric):
-    """Mean of `si_sdr_db`. Args: sample_rate in Hz."""
+    """Mean of `si_sdr_db` over pairs.
+
+    Args:
+        sample_rate: Sample rate of the audio in Hz.
+    """
 
     name, higher_is_better = "si_sdr_db", True
 
 
 class MelDistance(_SingleMetric):
-    """Mean of `mel_distance`. Args: sample_rate in Hz."""
+    """Mean of `mel_distance` over pairs.
+
+    Args:
+        sample_rate: Sample rate of the audio in Hz.
+    """
 
     name, higher_is_better = "mel_distance", False
 
 
 class StftDistance(_SingleMetric):
-    """Mean of `stft_distance`. Args: sample_rate in Hz."""
+    """Mean of `stft_distance` over pairs.
+
+    Args:
+        sample_rate: Sample rate of the audio in Hz.
+    """
 
     name, higher_is_better = "stft_distance", False
 
 
 class Icpc(_SingleMetric):
-    """Mean of `icpc`. Args: sample_rate in Hz."""
+    """Mean of `icpc` over pairs.
+
+    Args:
+        sample_rate: Sample rate of the audio in Hz.
+    """
 
     name, higher_is_better = "icpc", True
 
 
 class Ccpc(_SingleMetric):
-    """Mean of `ccpc`. Args: sample_rate in Hz."""
+    """Mean of `ccpc` over pairs.
+
+    Args:
+        sample_rate: Sample rate of the audio in Hz.
+    """
 
     name, higher_is_better = "ccpc", True
 
 
 class TruePeakDistance(_SingleMetric):
-    """Mean of `true_peak_distance_db`. Args: sample_rate in Hz."""
+    """Mean of `true_peak_distance_db` over pairs.
+
+    Args:
+        sample_rate: Sample rate of the audio in Hz.
+    """
 
     name, higher_is_better = "true_peak_distance_db", False
 
 
 class LoudnessDistance(_SingleMetric):
-    """Mean of `loudness_distance_lu`. Args: sample_rate in Hz."""
+    """Mean of `loudness_distance_lu` over pairs.
+
+    Args:
+        sample_rate: Sample rate of the audio in Hz.
+    """
 
     name, higher_is_better = "loudness_distance_lu", False
 
 
 class LoudnessRangeDistance(_SingleMetric):
-    """Mean of `loudness_range_distance_lu`. Args: sample_rate in Hz."""
+    """Mean of `loudness_range_distance_lu` over pairs.
+
+    Args:
+        sample_rate: Sample rate of the audio in Hz.
+    """
 
     name, higher_is_better = "loudness_range_distance_lu", False

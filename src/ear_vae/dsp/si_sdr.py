@@ -1,4 +1,4 @@
-"""How far a rebuilt waveform is from the original."""
+"""Scale-invariant signal-to-distortion ratio of a rebuilt waveform."""
 
 from __future__ import annotations
 

@@ -1,0 +1,259 @@
+"""`ear-vae evaluate` and `report` as processes, and the Python functions that do the same."""
+
+from __future__ import annotations
+
+import html
+import json
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import soundfile
+import torch
+
+from ear_vae import EarVAE, EarVAEError
+from ear_vae.errors import in_one_line
+from ear_vae.evaluation import Progress, evaluate, measure, write_listening_report
+
+RATE = 44_100
+
+
+def write(path: Path, seconds: float = 1.0, seed: int = 0, level: float = 0.1) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    audio = level * torch.randn(2, int(seconds * RATE), generator=generator)
+    soundfile.write(path, audio.T.numpy(), RATE, "PCM_16")
+    return path
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "ear_vae", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, check=False, timeout=300)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """Three originals and unrelated noise of the same names."""
+    for index in range(3):
+        write(tmp_path / "music" / f"{index}.wav", seed=index)
+        write(tmp_path / "rebuilt" / f"{index}.wav", seed=10 + index)
+    return tmp_path / "music", tmp_path / "rebuilt"
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def data_of(page: Path) -> dict[str, Any]:
+    found = re.search(r'id="data">(.*?)</script>', page.read_text(encoding="utf-8"), re.DOTALL)
+    assert found is not None
+    return json.loads(found[1])
+
+
+def test_one_pair_has_values_and_nothing_to_average(folders: tuple[Path, Path]) -> None:
+    one, several = (
+        command("evaluate", folders[0] / "1.wav", folders[1] / "1.wav"),
+        command("evaluate", *folders),
+    )
+    assert one.returncode == 0, one.stderr
+    for word in ("std", "worst", "mean ", "median"):
+        assert word in several.stdout
+        assert word not in one.stdout
+    pair = [torch.from_numpy(soundfile.read(f / "1.wav", dtype="float32")[0].T.copy()) for f in folders[::-1]]
+    expected = float(measure(*pair, sample_rate=RATE)["si_sdr_db"])
+    (line,) = (line for line in one.stdout.splitlines() if line.startswith("si_sdr_db"))
+    assert line.split() == ["si_sdr_db", f"{expected:.2f}"]
+
+
+def test_the_function_gives_what_the_command_writes_and_prints_nothing(
+    folders: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (folders[1] / "1.wav").write_text("not audio")
+    write(folders[0] / "lonely.wav")
+    stray = write(folders[1] / "stray.wav")
+    by_command, by_function = tmp_path / "command.json", tmp_path / "function.json"
+    finished = command(
+        "evaluate", *folders, "--json", by_command, "--csv", tmp_path / "command.csv", "--align"
+    )
+    assert finished.returncode == 1
+    states: list[Progress] = []
+    capfd.readouterr()
+    found = evaluate(
+        folders[0],
+        str(folders[1]),
+        align=True,
+        json=by_function,
+        csv=tmp_path / "function.csv",
+        jobs=1,
+        progress=states.append,
+    )
+    assert capfd.readouterr() == ("", "")
+    assert by_function.read_bytes() == by_command.read_bytes()
+    assert (tmp_path / "function.csv").read_bytes() == (tmp_path / "command.csv").read_bytes()
+    assert found.as_dict() == read(by_function)
+    assert found.summaries["rebuilt"] == read(by_function)["summary"]
+    assert [row["name"] for row in found.rows] == ["0", "2"]
+    assert {failure["name"] for failure in found.failures} == {"1", "lonely"}
+    assert found.without_target == (stray,)
+    assert [(state.done, state.total) for state in states] == [(done, 4) for done in range(5)]
+    assert sorted(state.name for state in states[1:]) == ["0", "1", "2", "lonely"]
+    assert {state.name for state in states[1:] if state.error} == {"1", "lonely"}
+    assert {state.name for state in states[1:] if state.row} == {"0", "2"}
+    with pytest.raises(EarVAEError, match=r"1\.wav"):
+        evaluate(*folders, jobs=1, raise_failures=True)
+
+
+def test_the_example_in_the_documentation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = Path(__file__).parents[2] / "docs" / "evaluation.md"
+    (code,) = re.findall(r"```python\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, str(document), "exec"), {})
+    assert read(tmp_path / "figures.json")["files"][0]["si_sdr_db"] == pytest.approx(20, abs=0.1)
+    assert "si_sdr_db" in capsys.readouterr().out
+    assert data_of(tmp_path / "page.html")["systems"] == ["Original", "noisy"]
+
+
+def test_the_function_goes_on_where_the_command_was_interrupted(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out.json"
+    good = (folders[1] / "1.wav").read_bytes()
+    (folders[1] / "1.wav").write_text("not audio")
+    assert command("evaluate", *folders, "--json", out).returncode == 1
+    (folders[1] / "1.wav").write_bytes(good)
+    assert evaluate(*folders, jobs=1).reused == 0
+    found = evaluate(*folders, json=out, jobs=1)
+    assert found.reused == 2
+    assert found.failures == []
+    assert [row["name"] for row in read(out)["files"]] == ["0", "1", "2"]
+    assert not list(tmp_path.glob("*.partial*"))
+
+
+class Half:
+    """A system that halves what it is given."""
+
+    name, identity, sample_rate, channels = "half", "1", RATE, 2
+
+    def reconstruct(self, audio: torch.Tensor) -> torch.Tensor:
+        return audio / 2
+
+
+def test_models_may_be_objects(folders: tuple[Path, Path], tmp_path: Path, small_model: Path) -> None:
+    vae = EarVAE.from_pretrained(small_model)
+    target = folders[0] / "0.wav"
+    found = evaluate(target, models=[vae, Half()])
+    assert [row["system"] for row in found.rows] == [vae.name, "half"]
+    by_name = evaluate(target, models=[str(small_model)])
+    assert found.rows[0]["mel_distance"] == pytest.approx(by_name.rows[0]["mel_distance"])
+    assert found.rows[1]["loudness_distance_lu"] == pytest.approx(6.02, abs=0.01)
+    report = write_listening_report(tmp_path / "page.html", target, models=[Half()], seconds=0.5, excerpts=1)
+    assert data_of(report.path)["excerpts"][0]["signals"][1]["gainDb"] == pytest.approx(6.02, abs=0.02)
+    for models, message in (([vae, vae], "same name"), (["x", "x"], "given twice"), ([], "give either")):
+        with pytest.raises(EarVAEError, match=message):
+            evaluate(target, models=models)
+    with pytest.raises(EarVAEError, match="device"):
+        evaluate(target, models=[str(small_model)], device="toaster")
+
+
+def test_the_function_writes_the_page_of_the_command(
+    folders: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out, other = tmp_path / "out.html", tmp_path / "other.html"
+    (folders[1] / "0.wav").unlink()
+    options = ("--system", f"Ours={folders[1]}", "--excerpts", 3, "--seconds", 0.6)
+    finished = command("report", out, folders[0], *options)
+    assert finished.returncode == 0, finished.stderr
+    assert "the originals hold 2 excerpts of 0.6 s, not 3" in finished.stderr
+    capfd.readouterr()
+    report = write_listening_report(other, folders[0], systems={"Ours": folders[1]}, excerpts=3, seconds=0.6)
+    assert capfd.readouterr() == ("", "")
+    assert other.read_bytes() == out.read_bytes()
+    assert (report.path, report.excerpts, report.failures) == (other, 2, [])
+    assert report.seconds == pytest.approx(0.6)
+    assert report.num_bytes == len(other.read_bytes())
+    assert report.notes == ["the originals hold 2 excerpts of 0.6 s, not 3"]
+    assert data_of(other)["title"] == "Ours beside the originals of music"
+    with pytest.raises(EarVAEError, match=r"other.html: exists already.*overwrite=True"):
+        write_listening_report(other, folders[0], systems={"Ours": folders[1]})
+    for arguments, message in (
+        ({}, "give the originals"),
+        ({"targets": folders[0]}, "at least one system"),
+        ({"targets": folders[0], "evaluations": ["x.json"]}, "give no originals"),
+    ):
+        with pytest.raises(EarVAEError, match=message):
+            write_listening_report(tmp_path / "new.html", **arguments)
+
+
+def test_a_page_is_small_unless_asked_otherwise_and_counts_one_excerpt(tmp_path: Path) -> None:
+    """Noise compresses worst: three signals of 50 s are some 30 MB."""
+    for name, seed in (("music", 0), ("one", 1), ("two", 2)):
+        write(tmp_path / name / "song.wav", 50, seed)
+    out = tmp_path / "out.html"
+    systems = ("--system", tmp_path / "one", "--system", tmp_path / "two")
+    finished = command("report", out, tmp_path / "music", *systems)
+    assert finished.returncode == 0, finished.stderr
+    assert 8e6 < out.stat().st_size < 10e6
+    assert re.search(r"excerpts were shortened to \d\.\d s to keep the page below 10 MB", finished.stderr)
+    more = ("--seconds", 30, "--megabytes", 3, "--force")
+    finished = command("report", out, tmp_path / "music", *systems, *more)
+    assert "the originals hold 1 excerpt of 30 s, not 4" in finished.stderr
+    assert f"{out}: 1 excerpt of up to " in finished.stderr
+
+
+def test_no_name_gets_out_of_the_page(tmp_path: Path) -> None:
+    hostile = "a\"b'c\n<script>alert(1)<"
+    music = tmp_path / hostile
+    # With the slash a name ends a script, as far as HTML is concerned.
+    song = music / "x</script><script>alert(2)</script>&quot;\n{{audio}}.wav"
+    write(song)
+    write(tmp_path / "rebuilt" / song.relative_to(music), seed=1)
+    out = tmp_path / "out.html"
+    system = "</script><img src onerror>\n\"--'\u2028"
+    options = ("--system", f"{system}={tmp_path / 'rebuilt'}", "--seconds", 0.5, "--excerpts", 1)
+    finished = command("report", out, music, *options)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr.count("\n") == 1
+    text = out.read_text(encoding="utf-8")
+    assert text.count("<script") == text.count("</script") == 4  # data, two signals, the script
+    assert "<img" not in text
+    data = data_of(out)
+    assert data["systems"] == ["Original", system]
+    assert data["excerpts"][0]["name"] == song.relative_to(music).with_suffix("").as_posix()
+    assert data["title"] == f"{system} beside the originals of {hostile}"
+    assert f"<title>{html.escape(data['title'])}" in text
+    assert f'<h1 id="title">{html.escape(data["title"])}' in text
+
+
+def test_a_command_never_names_an_argument_of_python(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    files = [tmp_path / f"there.{extension}" for extension in ("html", "safetensors", "pyt")]
+    for file in files:
+        file.write_text("precious")
+    page, latents, official = files
+    music, rebuilt = folders
+    for arguments in (
+        ("evaluate", *folders, "--json", page),
+        ("report", page, music, "--system", rebuilt),
+        ("encode", music / "0.wav", latents),
+        ("convert", "ear-vae-tiny", official),
+    ):
+        finished = command(*arguments)
+        assert finished.returncode == 1
+        assert "exists" in finished.stderr, arguments
+        assert finished.stderr.rstrip().endswith("overwrite it (--force)"), arguments
+        assert "=True" not in finished.stderr
+    assert {file.read_text() for file in files} == {"precious"}
+
+
+def test_an_error_names_the_argument_to_callers_and_the_option_to_commands() -> None:
+    error = EarVAEError("x: exists already", argument="overwrite")
+    for same in (error, pickle.loads(pickle.dumps(error))):
+        assert str(same) == "x: exists already (overwrite=True)"
+        assert in_one_line(same) == str(same)
+        assert in_one_line(same, {"overwrite": "--force"}) == "x: exists already (--force)"
+    assert in_one_line(EarVAEError("y"), {"overwrite": "--force"}) == str(EarVAEError("y")) == "y"
