@@ -48,7 +48,7 @@ def atomic_path(destination: str | os.PathLike[str], overwrite: bool) -> Iterato
                 raise EarVAEError(f"{destination}: is a folder, expected the path of a file to write")
             if destination.exists() and not overwrite:
                 raise EarVAEError(
-                    f"{destination}: exists already; remove it, or overwrite it (overwrite=True, --force)"
+                    f"{destination}: exists already; remove it, or overwrite it (overwrite=True)"
                 )
             if destination.is_symlink() and not destination.exists():
                 raise EarVAEError(

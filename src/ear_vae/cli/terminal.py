@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import sys
 import traceback
 import unicodedata
@@ -12,7 +13,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from ear_vae.errors import in_one_line
+
 _LONGEST_LINE = 2_000
+# What the library's messages call by its Python name is an option here.
+_OPTIONS = (
+    (re.compile(r"\boverwrite=True"), "--force"),
+    (re.compile(r"\bforce_download=True"), "--force-download"),
+    (re.compile(r"\b(variant|revision)=\.\.\."), r"--\1"),
+    (re.compile(r"\b(variant|revision)=(?=')"), r"--\1 "),
+)
 
 
 def escaped(text: str) -> str:
@@ -37,6 +47,14 @@ def say(text: str) -> None:
     """One line on standard error; where nobody takes it, it is lost, and the work goes on."""
     with suppress(OSError):
         print(shortened(escaped(text), _LONGEST_LINE), file=sys.stderr)  # noqa: T201
+
+
+def what_went_wrong(error: BaseException) -> str:
+    """An error in a line, with the options of the command line in place of Python's parameters."""
+    text = in_one_line(error)
+    for parameter, option in _OPTIONS:
+        text = parameter.sub(option, text)
+    return text
 
 
 def say_traceback(error: BaseException) -> None:
@@ -84,6 +102,46 @@ def usable_streams() -> Iterator[None]:
             with suppress(OSError, ValueError):
                 stream.reconfigure(errors=errors)
         sys.stdin, sys.stdout, sys.stderr = streams
+
+
+@contextmanager
+def silent_libraries() -> Iterator[None]:
+    """Keeps out what libraries in C write to standard error past Python, such as the mp3 decoder's remarks.
+
+    Python's own standard error gets a descriptor of its own meanwhile. Where it is none of the system's, as
+    under a test or in a notebook, nothing changes.
+    """
+    try:
+        own = os.dup(2) if sys.stderr.fileno() == 2 else None
+    except (OSError, ValueError):
+        own = None
+    if own is None:
+        yield
+        return
+    before = sys.stderr
+    _flush(before)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    # Unbuffered: what could not be written must not be written later, to whatever has the descriptor then.
+    sys.stderr = io.TextIOWrapper(
+        io.FileIO(own, "w", closefd=False),  # type: ignore[arg-type]
+        encoding=before.encoding,
+        errors="backslashreplace",
+        write_through=True,
+    )
+    try:
+        yield
+    finally:
+        _flush(sys.stderr)
+        sys.stderr = before
+        os.dup2(own, 2)
+        os.close(own)
+
+
+def _flush(stream: Any) -> None:
+    with suppress(OSError):
+        stream.flush()
 
 
 def discard_unwritten_output() -> None:

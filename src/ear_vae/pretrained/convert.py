@@ -138,9 +138,7 @@ def _require_free(destination: Path, overwrite: bool) -> None:
     if destination.exists() and not destination.is_dir():
         raise EarVAEError(f"{destination}: is a file, expected the path of a folder to write")
     if destination.is_dir() and not overwrite and any(destination.iterdir()):
-        raise EarVAEError(
-            f"{destination}: exists already; remove it, or overwrite it (overwrite=True, --force)"
-        )
+        raise EarVAEError(f"{destination}: exists already; remove it, or overwrite it (overwrite=True)")
 
 
 @contextmanager
