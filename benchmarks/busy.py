@@ -63,9 +63,9 @@ def start(name: str, arguments: argparse.Namespace) -> Contender:
                 os.environ[variable] = value
 
 
-def spin() -> None:
-    """Computes for ever."""
-    while True:
+def spin(parent: int) -> None:
+    """Computes for as long as the benchmark lives."""
+    while os.getppid() == parent:
         pass
 
 
@@ -73,7 +73,7 @@ def spin() -> None:
 def load(count: int) -> Iterator[None]:
     """That many processes that compute beside the block."""
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=spin, daemon=True) for _ in range(count)]
+    processes = [context.Process(target=spin, args=(os.getpid(),), daemon=True) for _ in range(count)]
     for process in processes:
         process.start()
     try:
