@@ -410,18 +410,20 @@ def test_names_that_are_not_utf8_stop_nothing(tmp_path: Path, small_model: Path,
     music = tmp_path / "in"
     write(music / "a.wav")
     strange = os.fsencode(music) + b"/caf\xe9\n\x1b[31m.wav"
-    (music / "z.wav").write_text("not audio")
-    os.rename(music / "z.wav", strange)
+    os.rename(write(music / "z.wav"), strange)
     write(music / "ü.wav")
+    (music / "junk.wav").write_text("not audio")
     environment = {**os.environ, "LC_ALL": locale, "PYTHONIOENCODING": "ascii"}
     arguments = ["encode", music, tmp_path / "out", "--model", small_model]
     result = process(*arguments, "--progress", env=environment)
     assert result.returncode == 1
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.safetensors", "ü.safetensors"]
+    names = [b"a.safetensors", b"caf\xe9\n\x1b[31m.safetensors", "ü.safetensors".encode()]
+    assert sorted(os.listdir(os.fsencode(tmp_path / "out"))) == names
     errors = result.stderr.decode("ascii")
     assert "\x1b[31m" not in errors
-    assert r"caf\xe9\n\x1b[31m.wav: " in errors
-    assert "1 of 3 files failed" in errors
+    assert r"caf\xe9\n\x1b[31m.safetensors: 0.2 s in " in errors
+    assert "junk.wav: " in errors
+    assert "1 of 4 files failed" in errors
     assert "Unicode" not in errors.replace("UnicodeEncodeError", "")
 
 
