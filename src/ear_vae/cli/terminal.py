@@ -125,7 +125,7 @@ def silent_libraries() -> Iterator[None]:
     os.close(nowhere)
     # Unbuffered: what could not be written must not be written later, to whatever has the descriptor then.
     sys.stderr = io.TextIOWrapper(
-        io.FileIO(own, "w", closefd=False),  # type: ignore[arg-type]
+        io.FileIO(own, "w", closefd=False),
         encoding=before.encoding,
         errors="backslashreplace",
         write_through=True,
