@@ -12,7 +12,6 @@ from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from typing import Any, NoReturn
 
-from ear_vae.cli.options import parse
 from ear_vae.cli.terminal import (
     discard_unwritten_output,
     say,
@@ -72,6 +71,9 @@ def _run(arguments: list[str]) -> int:
         from ear_vae.cli.fit import main as fit
 
         return fit([argument for argument in arguments[1:] if argument != "--debug"])
+    # Not before OpenMP's way of waiting is set: the formats that options offer come with torch.
+    from ear_vae.cli.options import parse
+
     try:
         options = parse(arguments)
     except SystemExit as left:
