@@ -254,6 +254,12 @@ class Contender:
         if self._answer() != "ready":
             raise SystemExit(f"{implementation} does not start")
 
+    @property
+    def process_id(self) -> int:
+        """That of the system."""
+        assert self._process.pid is not None
+        return self._process.pid
+
     def run(self, *order: Any) -> tuple[float, int | None, Any]:
         self._pipe.send(order)
         return self._answer()

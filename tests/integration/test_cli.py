@@ -180,7 +180,7 @@ def test_convert_to_half_the_size(
         main(["convert", str(small_model), str(tmp_path / "o"), "--to", "official", "--dtype", "float16"])
         == 1
     )
-    assert "official weights are float32" in capsys.readouterr().err
+    assert "in the official layout weights are always float32" in capsys.readouterr().err
 
 
 def test_convert_there_and_back(tmp_path: Path, small_model: Path) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import soundfile
 import torch
 from safetensors.torch import save_file
 
-from ear_vae.cli import main
+from ear_vae.limits import pack_facts
 
 RATE = 44_100
 POSIX = pytest.mark.skipif(os.name != "posix", reason="signals, links and file descriptors of POSIX")
@@ -54,18 +55,81 @@ def shell(line: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 def latent_file(path: Path, model_name: str, **tensors: torch.Tensor) -> Path:
     numbers = {"sample_rate": RATE, "downsampling_ratio": 1024, "num_samples": 10, "audio_channels": 2}
     numbers |= {"source_sample_rate": RATE, "source_num_samples": 10}
-    metadata = {"format": "ear-vae-latents", "format_version": "1", "weights_sha256": "0" * 64}
-    metadata |= {"model_name": model_name, "sampled": "false", **{k: str(v) for k, v in numbers.items()}}
+    facts = {"format": "ear-vae-latents", "format_version": 1, "weights_sha256": "0" * 64, **numbers}
+    metadata = pack_facts({**facts, "model_name": model_name, "sampled": False})
     save_file(tensors or {"mean": torch.zeros(64, 1)}, path, metadata)
     return path
 
 
+# Forks for every line that it is sent, so that each runs `python -m ear_vae` as a process of its own without
+# the seconds that torch takes to load.
+SERVER = """
+import json, os, runpy, sys
+import ear_vae.cli.reconstruct, ear_vae.cli.info, ear_vae.cli.encode, ear_vae.cli.decode, ear_vae.cli.convert
+for name in [name for name in sys.modules if name == "ear_vae.__main__"]:
+    del sys.modules[name]
+for line in sys.stdin:
+    order = json.loads(line)
+    child = os.fork()
+    if not child:
+        os.chdir(order["folder"])
+        for descriptor, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
+            flags = os.O_RDONLY if name == "stdin" else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+            os.dup2(os.open(order[name], flags, 0o600), descriptor)
+        sys.argv = ["ear-vae", *order["arguments"]]
+        runpy.run_module("ear_vae", run_name="__main__")
+    _, status = os.waitpid(child, 0)
+    print(os.waitstatus_to_exitcode(status), flush=True)
+"""
+
+
+class Commands:
+    """Runs command lines one after the other, each as a process of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._server = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", SERVER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, arguments: Sequence[object], folder: Path, stdin: str = os.devnull) -> tuple[int, str, str]:
+        """Exit code, standard output and standard error of `ear-vae ARGUMENTS` in a folder."""
+        out, err = self._folder / "out", self._folder / "err"
+        order = {"arguments": list(map(str, arguments)), "folder": str(folder)}
+        order |= {"stdin": stdin, "stdout": str(out), "stderr": str(err)}
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.write(json.dumps(order) + "\n")
+        self._server.stdin.flush()
+        code = int(self._server.stdout.readline())
+        return code, out.read_text(errors="surrogateescape"), err.read_text(errors="surrogateescape")
+
+    def close(self) -> None:
+        self._server.communicate()
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    server = Commands(tmp_path_factory.mktemp("output"))
+    yield server
+    server.close()
+
+
 # What each gets: the exit code, and a part of its last line.
 BAD_LINES = [
-    ("", 2, "required: COMMAND"),
-    ("nonsense", 2, "invalid choice: 'nonsense'"),
-    ("--nonsense", 2, "required: COMMAND"),
-    ("info", 2, "required: THING"),
+    ("", 2, "give a command; ear-vae --help lists them"),
+    ("nonsense", 2, "there is no command 'nonsense'; choose one of reconstruct, encode"),
+    ("recontruct wav", 2, "there is no command 'recontruct'; did you mean reconstruct?"),
+    ("Decode wav", 2, "did you mean decode?"),
+    ("song.mp3", 2, "to rebuild it: ear-vae reconstruct song.mp3"),
+    ("song.safetensors", 2, "to decode it: ear-vae decode song.safetensors OUTPUT.wav"),
+    ("folder", 2, "to rebuild it: ear-vae reconstruct folder"),
+    ("model", 2, "to describe it: ear-vae info model"),
+    ("--nonsense", 2, "give a command first, and --nonsense after it"),
+    ("info", 2, "required: MODEL_OR_FILE"),
     ("info wav --variant v", 2, "--variant is for models"),
     ("info wav --revision main", 2, "--revision is for models"),
     ("info wav --force-download", 2, "--force-download is for models"),
@@ -76,7 +140,23 @@ BAD_LINES = [
     ("info tensors.safetensors", 1, "not a latent file of ear-vae"),
     ("info loop", 1, "loop"),
     ("info empty", 1, "is empty"),
-    ("reconstruct wav", 2, "required: OUT"),
+    ("reconstruct -", 1, "standard input has no name to call the output after"),
+    ("encode wav", 2, "required: OUTPUT"),
+    ("encode wav out.npy", 1, "out.npy: latent files are in the safetensors format; call it out.safetensors"),
+    ("encode wav out", 1, "call it out.safetensors"),
+    ("reconstruct wav out", 1, "out: has no extension to tell the format by; call it out.wav"),
+    ("decode latents out", 1, "call it out.wav"),
+    ("reconstruct wav out.flac --format mp3", 1, "is named .flac, but --format asks for mp3"),
+    ("decode song.wav out.wav", 1, "song.wav: is audio, and decode takes latent files; ear-vae encode"),
+    ("encode latents out.safetensors", 1, "latents: is a latent file; ear-vae decode turns it into audio"),
+    ("reconstruct latents out.wav", 1, "latents: is a latent file; ear-vae decode turns it into audio"),
+    ("reconstruct tensors.safetensors out.wav", 1, "is a .safetensors file, expected audio"),
+    ("reconstruct album out.wav", 1, "album is a folder, and so its output must be one, such as out"),
+    ("decode album out", 1, "album: holds no latent files (.safetensors)"),
+    ("convert model old", 1, "old: exists already; remove it, or overwrite it (--force)"),
+    ("convert model o --variant x", 1, "leave out --variant 'x'"),
+    ("convert model o.pyt --dtype float16", 1, "--dtype is for --to folder"),
+    ("info ear_vae_44k --variant x", 1, "ear_vae_44k: names a variant already; leave out --variant 'x'"),
     ("reconstruct wav out.wav extra", 2, "unrecognized arguments: extra"),
     ("reconstruct wav out.wav --dev cpu", 2, "unrecognized arguments: --dev"),
     ("reconstruct wav out.wav --device gpu", 1, "write cuda"),
@@ -88,14 +168,14 @@ BAD_LINES = [
     ("reconstruct wav out.wav --variant x", 1, "holds one model and no variants"),
     ("reconstruct wav out.wav --force-download", 2, "--force-download is for models on the Hub"),
     ("reconstruct wav out.xyz", 1, "cannot write format 'xyz'"),
-    ("reconstruct wav folder", 1, "is a folder; give a file"),
+    ("reconstruct wav folder", 1, "is a folder; for one file name the file to write, such as folder/wav.wav"),
     ("reconstruct wav no/out.wav", 1, "does not exist"),
-    ("reconstruct wav other --format wav", 1, "exists already"),
+    ("reconstruct wav other --format wav", 1, "choose another name, or replace it with --force"),
     ("reconstruct wav loop.wav", 1, "is a link that leads nowhere"),
     ("reconstruct wav loop.wav --force", 1, "is a link that leads nowhere"),
     ("reconstruct wav loop/out.wav", 1, "loop"),
     ("reconstruct wav /dev/full", 1, "is not an ordinary file"),
-    ("reconstruct folder out", 1, "holds no files of a kind"),
+    ("reconstruct folder out", 1, "folder: holds no audio files"),
     ("reconstruct folder -", 1, "is no folder"),
     ("reconstruct missing out.wav", 1, "no such file or folder"),
     ("reconstruct wav wav --force", 1, "is the input itself"),
@@ -126,7 +206,7 @@ BAD_LINES = [
     ("report o.html --from e.json --variant x", 2, "--variant is not for --from"),
     ("report o.html --from e.json --align", 2, "--align is not for --from"),
     ("report o.html --from e.json", 1, "cannot be read"),
-    ("convert ear-vae-tiny", 2, "required: DESTINATION"),
+    ("convert ear-vae-tiny", 2, "required: FOLDER_OR_FILE"),
     ("convert model model --force --dtype float16", 1, "would replace the model"),
     ("convert model model/model.safetensors --to official --force", 1, "would replace the model"),
     ("release junk.safetensors out", 1, "not a checkpoint"),
@@ -139,7 +219,11 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Pa
     folder = tmp_path_factory.mktemp("place")
     write(folder / "wav.wav").rename(folder / "wav")
     write(folder / "other.wav").rename(folder / "other")
+    write(folder / "song.wav")
+    write(folder / "album" / "song.wav")
     (folder / "folder").mkdir()
+    (folder / "old").mkdir()
+    (folder / "old" / "notes.txt").touch()
     (folder / "empty").touch()
     (folder / "junk.safetensors").write_bytes(b"x")
     latent_file(folder / "latents.safetensors", "somebody's")
@@ -162,23 +246,109 @@ def test_bad_lines(
     line: str,
     code: int,
     message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    commands: Commands,
 ) -> None:
-    monkeypatch.chdir(workplace)
     before = {path: path.read_bytes() for path in workplace.iterdir() if path.is_file()}
-    try:
-        found: object = main(line.split())
-    except SystemExit as left:
-        found = left.code
-    printed = capfd.readouterr()
-    assert found == code, printed.err
-    lines = printed.err.splitlines()
+    found, out, err = commands.run(line.split(), workplace)
+    assert found == code, err
+    lines = err.splitlines()
     assert message in lines[-1]
     # Before the line itself usage errors show how it is done.
     assert [text.startswith("ear-vae") for text in lines if not text.startswith(("usage:", " "))] == [True]
-    assert printed.out == ""
+    assert "=True" not in err  # what Python says
+    assert out == ""
     assert before == {path: path.read_bytes() for path in workplace.iterdir() if path.is_file()}
+
+
+@POSIX
+def test_one_argument_is_enough_to_rebuild(commands: Commands, tmp_path: Path, small_model: Path) -> None:
+    source = write(tmp_path / "in" / "song.flac")
+    write(tmp_path / "in" / "more" / "b.wav")
+    here, model = tmp_path / "in", ("--model", small_model)
+    code, out, err = commands.run(["reconstruct", "song.flac", *model], here)
+    assert (code, out) == (0, ""), err
+    assert err.startswith("song.rebuilt.wav: 0.2 s in ")
+    before = (here / "song.rebuilt.wav").read_bytes()
+    assert len(before) > 4 * 2 * 0.2 * RATE
+    code, _, err = commands.run(["reconstruct", "song.flac", *model], here)
+    assert code == 1
+    assert "song.rebuilt.wav: exists already" in err
+    assert (here / "song.rebuilt.wav").read_bytes() == before
+    assert commands.run(["reconstruct", source, "--format", "ogg", *model], tmp_path)[0] == 0
+    assert soundfile.info(here / "song.rebuilt.ogg").format == "OGG"
+    assert commands.run(["reconstruct", ".", "--quiet", *model], here / "more")[0] == 0
+    assert os.listdir(here / "more.rebuilt") == ["b.wav"]
+
+
+@POSIX
+def test_convert_says_what_it_wrote_and_how_to_use_it(
+    commands: Commands, tmp_path: Path, small_model: Path
+) -> None:
+    code, out, err = commands.run(["convert", small_model, "my model", "--dtype", "float16"], tmp_path)
+    assert (code, out) == (0, "")
+    size = sum(path.stat().st_size for path in (tmp_path / "my model").iterdir()) / 1e6
+    assert err == (
+        f"my model: {small_model} in the folder layout, {size:.1f} MB; use it with --model 'my model'\n"
+    )
+
+
+@POSIX
+def test_pipes_are_described_and_decoded(commands: Commands, tmp_path: Path, small_model: Path) -> None:
+    """Named pipes, as the shell's <(…) makes them, and standard input; a pipe can be read only once."""
+    model = ("--model", small_model)
+    song, latents = write(tmp_path / "a.wav"), tmp_path / "a.safetensors"
+    assert commands.run(["encode", song, latents, *model], tmp_path)[0] == 0
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path, arguments in (
+        (song, ["info", "pipe", "--json"]),
+        (latents, ["info", "pipe", "--json"]),
+        (latents, ["decode", "pipe", "b.wav", *model]),
+        (song, ["reconstruct", "pipe", "c.wav", *model]),
+    ):
+        sender = subprocess.Popen(["sh", "-c", 'cat "$1" >"$2"', "sh", path, pipe])
+        code, out, err = commands.run(arguments, tmp_path)
+        assert (code, sender.wait(timeout=60)) == (0, 0), err
+        if arguments[0] == "info":
+            named = commands.run(["info", path, "--json"], tmp_path)[1]
+            assert json.loads(out) == json.loads(named)
+            assert commands.run(["info", "-", "--json"], tmp_path, stdin=str(path))[1] == out
+    for name in ("b.wav", "c.wav"):
+        assert soundfile.info(tmp_path / name).frames == soundfile.info(song).frames
+
+
+@POSIX
+def test_remarks_of_the_mp3_decoder_are_kept_out_unless_debugging(
+    commands: Commands, tmp_path: Path, small_model: Path
+) -> None:
+    """It writes them to the descriptor itself, past Python."""
+    generator = np.random.default_rng(0)
+    soundfile.write(tmp_path / "a.mp3", 0.1 * generator.standard_normal((RATE, 2)), RATE)
+    content = bytearray((tmp_path / "a.mp3").read_bytes())
+    content[3000::97] = bytes(len(content[3000::97]))
+    (tmp_path / "a.mp3").write_bytes(content)
+    arguments = ["encode", "a.mp3", "a.safetensors", "--model", small_model, "--force"]
+    assert "libmpg123" in commands.run([*arguments, "--debug"], tmp_path)[2]
+    err = commands.run(arguments, tmp_path)[2]
+    assert all(line.startswith(("ear-vae: ", "a.safetensors: ")) for line in err.splitlines()), err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks GNU's OpenMP, which torch for Linux has")
+def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(tmp_path: Path) -> None:
+    """OpenMP itself says what it was told when torch loads it."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    environment["OMP_DISPLAY_ENV"] = "verbose"
+    for chosen, policy, spins in (
+        ({}, "PASSIVE", "0"),
+        ({"OMP_WAIT_POLICY": "active"}, "ACTIVE", "30000000000"),
+        ({"GOMP_SPINCOUNT": "77"}, "PASSIVE", "77"),
+    ):
+        result = process("env", "--debug", env={**environment, **chosen})
+        lines = result.stderr.decode().split("\n")
+        said = dict(line.strip().split(" = ") for line in lines if " = " in line)
+        found = {name.split()[-1]: value.strip("'") for name, value in said.items()}
+        assert found["GOMP_SPINCOUNT"] == spins, result.stderr
+        assert found["OMP_WAIT_POLICY"] == policy or "GOMP_SPINCOUNT" in chosen
 
 
 @POSIX
@@ -240,18 +410,20 @@ def test_names_that_are_not_utf8_stop_nothing(tmp_path: Path, small_model: Path,
     music = tmp_path / "in"
     write(music / "a.wav")
     strange = os.fsencode(music) + b"/caf\xe9\n\x1b[31m.wav"
-    (music / "z.wav").write_text("not audio")
-    os.rename(music / "z.wav", strange)
+    os.rename(write(music / "z.wav"), strange)
     write(music / "ü.wav")
+    (music / "junk.wav").write_text("not audio")
     environment = {**os.environ, "LC_ALL": locale, "PYTHONIOENCODING": "ascii"}
     arguments = ["encode", music, tmp_path / "out", "--model", small_model]
     result = process(*arguments, "--progress", env=environment)
     assert result.returncode == 1
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.safetensors", "ü.safetensors"]
+    names = [b"a.safetensors", b"caf\xe9\n\x1b[31m.safetensors", "ü.safetensors".encode()]
+    assert sorted(os.listdir(os.fsencode(tmp_path / "out"))) == names
     errors = result.stderr.decode("ascii")
     assert "\x1b[31m" not in errors
-    assert r"caf\xe9\n\x1b[31m.wav: " in errors
-    assert "1 of 3 files failed" in errors
+    assert r"caf\xe9\n\x1b[31m.safetensors: 0.2 s in " in errors
+    assert "junk.wav: " in errors
+    assert "1 of 4 files failed" in errors
     assert "Unicode" not in errors.replace("UnicodeEncodeError", "")
 
 
@@ -265,10 +437,10 @@ def test_a_folder_that_cannot_be_entered_is_reported(workplace: Path) -> None:
     import tempfile
 
     script = (
-        "import os, sys\nfrom ear_vae.audio.folders import find_files\n"
-        "from ear_vae.cli.jobs import make_plan, run_jobs\n"
+        "import os, sys\n"
+        "from ear_vae.cli.jobs import Kind, make_plan, run_jobs\n"
         "os.setuid(65534)\n"
-        "what = make_plan(sys.argv[1], sys.argv[2], find=lambda f: find_files(f, {'.wav'}), extension='x',"
+        "what = make_plan(sys.argv[1], sys.argv[2], reads=Kind('', {'.wav'}), extension='.x',"
         " overwrite=False)\n"
         "print([job.relative for job in what.jobs])\n"
         "sys.exit(run_jobs(what, lambda: None, lambda shared, job: 1.0, quiet=True, debug=False))"
@@ -301,13 +473,13 @@ def test_control_characters_in_names_are_shown_not_sent(tmp_path: Path) -> None:
     shown = process("info", path)
     assert shown.returncode == 0
     (line,) = (line for line in shown.stdout.decode().splitlines() if line.startswith("model_name"))
-    assert r"x\x1b[31m\ny" in line
+    assert "\x1b" not in line
     assert "…" in line
     assert len(line) < 200
-    assert json.loads(process("info", path, "--json").stdout)["model_name"] == name
+    assert json.loads(process("info", path, "--json").stdout)["model_name"].startswith("x [31m yzzz")
     refused = process("decode", path, tmp_path / "b.wav").stderr.decode()
     assert len(refused.splitlines()) == 1
-    assert r"made by x\x1b[31m\ny" in refused
+    assert "made by x [31m yzzz" in refused
     assert len(refused) < 600
 
 

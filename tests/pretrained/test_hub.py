@@ -729,3 +729,30 @@ def test_a_refused_push(hub: LoopbackHub) -> None:
     hub.refusal = 403
     with pytest.raises(EarVAEError, match=r"someone/new: the upload failed: .*403.*a token with the right"):
         random_model(30).push_to_hub("someone/new", token="hf_secret")
+
+
+def test_the_authors_models_have_short_names(
+    official: dict[str, EarVAE], hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = EarVAE.from_pretrained("ear_vae_v2_48k")
+    assert_same(loaded, official["ear_vae_v2_48k"])
+    assert loaded.name == f"{OFFICIAL}:ear_vae_v2_48k"
+    with pytest.raises(EarVAEError, match="names a variant already; leave out variant='ear_vae_44k'"):
+        EarVAE.from_pretrained("ear_vae_v2_48k", variant="ear_vae_44k")
+    monkeypatch.chdir(tmp_path)
+    mine = random_model(9)
+    mine.save_pretrained("ear_vae_44k")
+    assert_same(EarVAE.from_pretrained("ear_vae_44k"), mine)
+    assert hub.downloads("ear_vae_44k.pyt") == 0
+
+
+def test_the_command_line_takes_short_names_and_downloads_again_when_asked(
+    official: dict[str, EarVAE], hub: LoopbackHub, tmp_path: Path
+) -> None:
+    environment = {**os.environ, "HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "another home")}
+    command = [sys.executable, "-m", "ear_vae", "info", "ear_vae_44k", "--json"]
+    for options, downloads in (([], 1), ([], 1), (["--force-download"], 2)):
+        result = subprocess.run([*command, *options], capture_output=True, env=environment, check=False)
+        assert result.returncode == 0, result.stderr
+        assert json.loads(result.stdout)["name"] == f"{OFFICIAL}:ear_vae_44k"
+        assert hub.downloads("ear_vae_44k.pyt") == downloads

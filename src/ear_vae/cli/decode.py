@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from ear_vae.cli.files import at_work, each_file, find_latents
-from ear_vae.cli.jobs import Job
+from ear_vae.cli.files import at_work, each_file
+from ear_vae.cli.jobs import AUDIO, LATENTS, Job
 from ear_vae.cli.models import fingerprints
 from ear_vae.cli.streams import decode_to_file, source_of
 from ear_vae.errors import EarVAEError
@@ -45,4 +45,4 @@ def run(options: argparse.Namespace) -> int:
             )
         return latents.duration_seconds
 
-    return each_file(options, work, find=find_latents, extension=options.format or "wav")
+    return each_file(options, work, reads=LATENTS, writes=AUDIO)

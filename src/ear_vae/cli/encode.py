@@ -9,8 +9,8 @@ import sys
 import torch
 
 from ear_vae.audio import stream_audio
-from ear_vae.cli.files import LATENT_EXTENSION, at_work, each_file, find_audio
-from ear_vae.cli.jobs import STREAM, Job
+from ear_vae.cli.files import at_work, each_file
+from ear_vae.cli.jobs import AUDIO, LATENTS, STREAM, Job
 from ear_vae.cli.models import fingerprints
 from ear_vae.cli.streams import CountedBlocks, flush, source_of
 from ear_vae.latents import Latents, save_latents
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
             save_latents(job.destination, latents, overwrite=options.force)
         return num_samples / sample_rate
 
-    return each_file(options, work, find=find_audio, extension=LATENT_EXTENSION)
+    return each_file(options, work, reads=AUDIO, writes=LATENTS)
 
 
 def _generator(seed: int | None, job: Job) -> torch.Generator | None:

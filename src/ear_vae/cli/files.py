@@ -9,28 +9,41 @@ from pathlib import Path
 
 import torch
 
-from ear_vae.audio.folders import Found, find_files
-from ear_vae.audio.formats import AUDIO_EXTENSIONS
-from ear_vae.cli.jobs import STREAM, Job, make_plan, progress, run_jobs
+from ear_vae.audio.formats import AUDIO_EXTENSIONS, WRITTEN_FORMATS
+from ear_vae.cli.jobs import (
+    AUDIO,
+    LATENT_EXTENSION,
+    LATENTS,
+    STREAM,
+    Job,
+    Kind,
+    make_plan,
+    progress,
+    run_jobs,
+)
 from ear_vae.cli.models import load_model
 from ear_vae.cli.streams import require_free, require_writable_format
 from ear_vae.cli.terminal import is_watched
+from ear_vae.errors import EarVAEError
+from ear_vae.latents import is_latent_file
 from ear_vae.vae import EarVAE
-
-LATENT_EXTENSION = "safetensors"
 
 
 def each_file(
     options: argparse.Namespace,
     work: Callable[[EarVAE, Job], float],
     *,
-    find: Callable[[Path], Found],
-    extension: str,
+    reads: Kind,
+    writes: Kind,
 ) -> int:
     """Plans, refuses what is bound to fail, then loads the model once and works on every file."""
-    what = make_plan(options.input, options.output, find=find, extension=extension, overwrite=options.force)
+    extension = LATENT_EXTENSION if writes is LATENTS else f".{options.format or 'wav'}"
+    _require_kind(Path(options.input), reads)
+    what = make_plan(options.input, options.output, reads=reads, extension=extension, overwrite=options.force)
     for job in what.jobs[:1]:
-        if extension != LATENT_EXTENSION:
+        if not job.relative and job.destination != STREAM:
+            _require_extension(Path(job.destination), writes, None if writes is LATENTS else options.format)
+        if writes is AUDIO:
             require_writable_format(job, options)
         if not job.relative and job.destination != STREAM:
             require_free(job.destination, overwrite=options.force)
@@ -45,11 +58,38 @@ def at_work(options: argparse.Namespace, job: Job, audio_seconds: float, vae: Ea
         yield
 
 
-def find_audio(folder: Path) -> Found:
-    """The audio files of a folder."""
-    return find_files(folder, AUDIO_EXTENSIONS)
+def _require_kind(path: Path, kind: Kind) -> None:
+    """Refuses latents where audio is read and the reverse, and names the command for them."""
+    if not path.is_file():
+        return  # the plan takes care of it, and a pipe can be looked into only once
+    extension = path.suffix.lower()
+    if kind is AUDIO and is_latent_file(path):
+        raise EarVAEError(f"{path}: is a latent file; ear-vae decode turns it into audio")
+    if kind is AUDIO and extension == LATENT_EXTENSION:
+        raise EarVAEError(f"{path}: is a {LATENT_EXTENSION} file, expected audio")
+    if kind is LATENTS and extension in AUDIO_EXTENSIONS and not is_latent_file(path):
+        raise EarVAEError(
+            f"{path}: is audio, and decode takes latent files; ear-vae encode makes them of audio, and "
+            "ear-vae reconstruct goes from audio to audio"
+        )
 
 
-def find_latents(folder: Path) -> Found:
-    """The latent files of a folder."""
-    return find_files(folder, {f".{LATENT_EXTENSION}"})
+def _require_extension(output: Path, kind: Kind, format: str | None) -> None:
+    """Refuses a name for an output that says something else than what is in it, or nothing."""
+    extension = output.suffix.lower()
+    if kind is LATENTS and extension != LATENT_EXTENSION:
+        raise EarVAEError(
+            f"{output}: latent files are in the safetensors format; call it "
+            f"{output.with_suffix(LATENT_EXTENSION).name}"
+        )
+    if kind is AUDIO and format is None and not extension:
+        choices = ", ".join(f".{format}" for format in WRITTEN_FORMATS)
+        raise EarVAEError(
+            f"{output}: has no extension to tell the format by; call it {output.name}.wav (or "
+            f"another of {choices}), or choose one with --format"
+        )
+    if format is not None and extension[1:] in WRITTEN_FORMATS and extension != f".{format}":
+        raise EarVAEError(
+            f"{output}: is named {extension}, but --format asks for {format}; make them agree or leave out "
+            "--format"
+        )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ear_vae.audio import AUDIO_EXTENSIONS, audio_info
-from ear_vae.cli.files import LATENT_EXTENSION
+from ear_vae.cli.jobs import LATENT_EXTENSION
 from ear_vae.cli.models import pretrained
+from ear_vae.cli.streams import content_of_pipe, is_pipe
 from ear_vae.cli.terminal import put_facts
 from ear_vae.errors import EarVAEError
 from ear_vae.latents import is_latent_file, load_latents
@@ -18,20 +19,37 @@ _LONGEST_FACT = 120
 
 def run(options: argparse.Namespace) -> int:
     """Facts about a model, a latent file or an audio file, on standard output."""
-    path = Path(options.thing)
+    path = Path(options.subject)
+    is_file = path.is_file() or is_pipe(options.subject)
     given = [name for name in ("variant", "revision", "force_download") if getattr(options, name)]
-    if path.is_file() and given:
-        options.refuse(f"--{given[0].replace('_', '-')} is for models; {options.thing} is a file")
-    facts = _file_facts(path) if path.is_file() else _model_facts(path, options)
+    if is_file and given:
+        options.refuse(f"--{given[0].replace('_', '-')} is for models; {options.subject} is a file")
+    facts = _file_facts(options.subject) if is_file else _model_facts(path, options)
     put_facts(facts, as_json=options.json, longest=_LONGEST_FACT)
     return 0
 
 
-def _file_facts(path: Path) -> dict[str, Any]:
-    if not is_latent_file(path) and path.suffix.lower() != f".{LATENT_EXTENSION}":
-        audio = audio_info(path)
-        return {"kind": "audio", **vars(audio), "duration_seconds": audio.duration_seconds}
-    latents = load_latents(path)
+def _file_facts(name: str) -> dict[str, Any]:
+    if is_pipe(name):
+        content = content_of_pipe(name)
+        return _latent_facts(content) if _is_safetensors(content.getvalue()) else _audio_facts(content)
+    if is_latent_file(name) or Path(name).suffix.lower() == LATENT_EXTENSION:
+        return _latent_facts(name)
+    return _audio_facts(name)
+
+
+def _is_safetensors(content: bytes) -> bool:
+    """Whether bytes begin with the length of a header, and the header."""
+    return content[8:9] == b"{" and int.from_bytes(content[:8], "little") <= len(content) - 8
+
+
+def _audio_facts(source: str | IO[bytes]) -> dict[str, Any]:
+    audio = audio_info(source)
+    return {"kind": "audio", **vars(audio), "duration_seconds": audio.duration_seconds}
+
+
+def _latent_facts(source: str | IO[bytes]) -> dict[str, Any]:
+    latents = load_latents(source)
     names = ["model_name", "weights_sha256", "sample_rate", "downsampling_ratio", "num_samples"]
     names += ["audio_channels", "source_sample_rate", "source_num_samples", "sampled"]
     return {
@@ -45,9 +63,9 @@ def _file_facts(path: Path) -> dict[str, Any]:
 
 
 def _model_facts(path: Path, options: argparse.Namespace) -> dict[str, Any]:
-    if not path.exists() and path.suffix.lower() in {*AUDIO_EXTENSIONS, f".{LATENT_EXTENSION}"}:
+    if not path.exists() and path.suffix.lower() in {*AUDIO_EXTENSIONS, LATENT_EXTENSION}:
         raise EarVAEError(f"{path}: no such file")
-    vae = pretrained(options.thing, options)
+    vae = pretrained(options.subject, options)
     return {
         "kind": "model",
         "name": vae.name,

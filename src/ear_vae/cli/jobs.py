@@ -13,16 +13,39 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from ear_vae._atomic import same_file
-from ear_vae.audio.folders import Found
+from ear_vae.audio.folders import Found, find_files
+from ear_vae.audio.formats import AUDIO_EXTENSIONS
 from ear_vae.cli.terminal import reason, say, say_traceback
 from ear_vae.errors import EarVAEError
 from ear_vae.inference.tiling import observe_tiles
 from ear_vae.limits import name_in_a_line
 
 STREAM = "-"
+LATENT_EXTENSION = ".safetensors"
 _LONGEST_IN_BAR = 40
 
 _T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file that commands read and write.
+
+    Attributes:
+        plural: What messages call such files.
+        extensions: By which a folder's files are recognised, in lower case and with the dot.
+    """
+
+    plural: str
+    extensions: frozenset[str]
+
+    def find(self, folder: Path) -> Found:
+        """The files of this kind below a folder."""
+        return find_files(folder, self.extensions)
+
+
+AUDIO = Kind("audio files", AUDIO_EXTENSIONS)
+LATENTS = Kind(f"latent files ({LATENT_EXTENSION})", frozenset({LATENT_EXTENSION}))
 
 
 @dataclass(frozen=True)
@@ -68,9 +91,9 @@ class Plan:
 
 def make_plan(
     source: str,
-    destination: str,
+    destination: str | None,
     *,
-    find: Callable[[Path], Found],
+    reads: Kind,
     extension: str,
     overwrite: bool,
 ) -> Plan:
@@ -78,45 +101,77 @@ def make_plan(
 
     Args:
         source: A file, a folder or `-`.
-        destination: A file for a file, a folder for a folder, or `-`.
-        find: Lists the inputs of a folder.
-        extension: Of the outputs in a folder, without the dot.
+        destination: A file for a file, a folder for a folder, or `-`; None for `NAME.rebuilt` beside the
+            input.
+        reads: Kind of the inputs.
+        extension: Extension of the outputs, with the dot; of a single file that is named, the name counts.
         overwrite: Redo outputs that exist.
 
     Raises:
-        EarVAEError: A missing input, a folder for a file or the reverse, an output that is no ordinary
-            file, nothing to do in a folder, two inputs that would have the same output, or an output that
-            would replace an input.
+        EarVAEError: A missing input, a folder for a file or the reverse, an output that exists or is no
+            ordinary file, nothing to do in a folder, two inputs that would have the same output, or an output
+            that would replace an input.
     """
-    if not source or not destination:
+    if not source or destination == "":
         raise EarVAEError("the name of the input or of the output is empty; give a file, a folder or -")
     if source != STREAM and not Path(source).exists():
         raise EarVAEError(f"{source}: no such file or folder")
+    if destination is None:
+        destination = _beside(source, extension)
     if source != STREAM and Path(source).is_dir():
-        return _plan_folder(Path(source), destination, find=find, extension=extension, overwrite=overwrite)
-    output = Path(destination)
-    if destination != STREAM and output.is_dir():
-        raise EarVAEError(f"{destination}: is a folder; give a file for the output of one file")
-    if destination != STREAM and output.exists() and not output.is_file():
-        raise EarVAEError(f"{destination}: is not an ordinary file; write to - and redirect it there")
-    if STREAM not in (source, destination) and same_file(source, destination):
-        raise EarVAEError(f"{destination}: is the input itself; choose another name for the output")
+        return _plan_folder(Path(source), destination, reads=reads, extension=extension, overwrite=overwrite)
+    if destination != STREAM:
+        _require_output_of_a_file(source, destination, extension, overwrite=overwrite)
     return Plan((Job(source, destination),))
+
+
+def _beside(source: str, extension: str) -> str:
+    """The output of an input for which none is named: beside it, and called after it."""
+    if source == STREAM:
+        raise EarVAEError("standard input has no name to call the output after; name it, or write to -")
+    path = Path(source)
+    # A folder such as . or .. has its name elsewhere.
+    path = path if path.name not in ("", "..") else path.resolve()
+    if path.is_dir():
+        return str(path.with_name(f"{path.name}.rebuilt"))
+    return str(path.with_name(f"{path.stem}.rebuilt{extension}"))
+
+
+def _require_output_of_a_file(source: str, destination: str, extension: str, *, overwrite: bool) -> None:
+    """Refuses an output that one file cannot have."""
+    output = Path(destination)
+    if output.is_dir():
+        named = "output" if source == STREAM else Path(source).stem
+        raise EarVAEError(
+            f"{destination}: is a folder; for one file name the file to write, such as "
+            f"{output / (named + extension)}"
+        )
+    if output.exists() and not output.is_file():
+        raise EarVAEError(f"{destination}: is not an ordinary file; write to - and redirect it there")
+    if source != STREAM and same_file(source, destination):
+        raise EarVAEError(f"{destination}: is the input itself; choose another name for the output")
+    if output.exists() and not overwrite:
+        raise EarVAEError(f"{destination}: exists already; choose another name, or replace it with --force")
 
 
 def _plan_folder(
     source: Path,
     destination: str,
     *,
-    find: Callable[[Path], Found],
+    reads: Kind,
     extension: str,
     overwrite: bool,
 ) -> Plan:
     folder = Path(destination)
     if destination == STREAM or (folder.exists() and not folder.is_dir()):
         name = "standard output" if destination == STREAM else destination
-        raise EarVAEError(f"{name}: is no folder; give a folder for the output of the folder {source}")
-    found = find(source)
+        raise EarVAEError(f"{name}: is no folder; {source} is one, and so its output must be one")
+    if not folder.exists() and folder.suffix.lower() in AUDIO_EXTENSIONS | {LATENT_EXTENSION}:
+        raise EarVAEError(
+            f"{destination}: is the name of a file; {source} is a folder, and so its output must be one, "
+            f"such as {folder.with_suffix('')}"
+        )
+    found = reads.find(source)
     inputs = list(found.files)
     inner = folder.resolve()
     if inner != source.resolve() and inner.is_relative_to(source.resolve()):
@@ -124,11 +179,11 @@ def _plan_folder(
         inputs = [path for path in inputs if not path.resolve().is_relative_to(inner)]
     if not inputs:
         unseen = f"; {found.unreadable[0]}" if found.unreadable else ""
-        raise EarVAEError(f"{source}: holds no files of a kind that this command reads{unseen}")
+        raise EarVAEError(f"{source}: holds no {reads.plural}{unseen}")
     originals = {path.resolve() for path in inputs} | {_identity(path) for path in inputs}
     outputs: dict[Path, Path] = {}
     for path in inputs:
-        output = (folder / path.relative_to(source)).with_suffix(f".{extension}")
+        output = (folder / path.relative_to(source)).with_suffix(extension)
         if output in outputs:
             raise EarVAEError(f"{outputs[output]} and {path} would both become {output}; rename one of them")
         if output.resolve() in originals or (output.exists() and _identity(output) in originals):
@@ -185,7 +240,7 @@ def run_jobs(
             if debug:
                 say_traceback(error)
             failed += 1
-            say(f"ear-vae: {_failure(job.source_name, error)}")
+            say(f"ear-vae: {_failure(job, error)}")
             continue
         elapsed = time.monotonic() - started
         speed = f"{seconds / max(elapsed, 1e-3):.1f}x real time"
@@ -220,9 +275,10 @@ def progress(name: str, audio_seconds: float, latent_rate: float, *, shown: bool
         yield
 
 
-def _failure(source: str, error: BaseException) -> str:
+def _failure(job: Job, error: BaseException) -> str:
     text = reason(error)
-    return text if text.startswith(source) else f"{source}: {text}"
+    named = text.startswith((f"{job.source_name}: ", f"{job.destination_name}: "))
+    return text if named else f"{job.source_name}: {text}"
 
 
 def _report(text: str, quiet: bool) -> None:

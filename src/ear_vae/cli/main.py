@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -11,11 +12,19 @@ from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from typing import Any, NoReturn
 
-from ear_vae.cli.options import command_parser
-from ear_vae.cli.terminal import discard_unwritten_output, reason, say, say_traceback, usable_streams
+from ear_vae.cli.terminal import (
+    discard_unwritten_output,
+    reason,
+    say,
+    say_traceback,
+    silent_libraries,
+    usable_streams,
+)
 from ear_vae.errors import EarVAEError
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+# With any of these the user has chosen how OpenMP's threads wait: in GNU's and in Intel's.
+_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,8 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Training ends its step and writes a checkpoint when it is terminated.
-    cleaning_up = nullcontext() if arguments[:1] == ["fit"] else _terminated_like_interrupted()
-    with usable_streams():
+    trains = arguments[:1] == ["fit"]
+    cleaning_up = nullcontext() if trains else _terminated_like_interrupted()
+    libraries = nullcontext() if trains or "--debug" in arguments else silent_libraries()
+    _wait_without_spinning()
+    with usable_streams(), libraries:
         try:
             with cleaning_up, warnings.catch_warnings():
                 warnings.showwarning = _show_warning
@@ -59,8 +71,11 @@ def _run(arguments: list[str]) -> int:
         from ear_vae.cli.fit import main as fit
 
         return fit([argument for argument in arguments[1:] if argument != "--debug"])
+    # Not before OpenMP's way of waiting is set: the formats that options offer come with torch.
+    from ear_vae.cli.options import parse
+
     try:
-        options = command_parser().parse_args(arguments)
+        options = parse(arguments)
     except SystemExit as left:
         if not left.code:  # help that did not get through is no success
             sys.stdout.flush()
@@ -71,6 +86,15 @@ def _run(arguments: list[str]) -> int:
 def _command(name: str) -> Any:
     """What runs a command; only that one is imported, because torch takes seconds."""
     return import_module(f"ear_vae.cli.{name}").run
+
+
+def _wait_without_spinning() -> None:
+    """Has OpenMP's threads sleep while they wait for each other: spinning slows down all that is not idle.
+
+    It reads its environment when torch is loaded. docs/speed.md has the figures.
+    """
+    if "torch" not in sys.modules and not any(variable in os.environ for variable in _WAITING):
+        os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
 @contextmanager

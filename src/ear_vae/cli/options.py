@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
+import shlex
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ear_vae import __version__
-from ear_vae.audio.formats import WRITTEN_FORMATS
+from ear_vae.audio.formats import AUDIO_EXTENSIONS, WRITTEN_FORMATS
 from ear_vae.limits import escaped
 
 _LARGEST_SEED = 2**63 - 1
+_MODEL = "a folder, ear-vae-tiny (bundled), ear_vae_44k or ear_vae_v2_48k (the authors'), or a Hub repository"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -29,9 +34,54 @@ class _Parser(argparse.ArgumentParser):
         super().error(escaped(message))
 
 
-def command_parser() -> argparse.ArgumentParser:
-    """The parser of all commands but `fit`; a command's name is in `name`, its usage error in `refuse`."""
-    parser = _Parser(prog="ear-vae", description="Encode, decode and rebuild music with εar-VAE.")
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """What the arguments of all commands but `fit` say.
+
+    Args:
+        arguments: Without the program's name.
+
+    Returns:
+        The options; the command's name is in `name`, its usage error in `refuse`.
+
+    Raises:
+        SystemExit: With 2 on wrong usage, with 0 after `--help` or `--version`.
+    """
+    parser, commands = _command_parser()
+    first = arguments[0] if arguments else ""
+    if not first:
+        parser.error("give a command; ear-vae --help lists them")
+    if first.startswith("-") and first not in ("-h", "--help", "--version"):
+        parser.error(f"give a command first, and {first} after it; ear-vae --help lists the commands")
+    if not first.startswith("-") and first not in commands:
+        parser.error(_no_command(first, commands))
+    return parser.parse_args(arguments)
+
+
+def _no_command(word: str, commands: Sequence[str]) -> str:
+    """What to say of a word that stands where a command should, by what it seems to be."""
+    path, extension = Path(word), Path(word).suffix.lower()
+    quoted = shlex.quote(word)
+    if extension == ".safetensors":
+        return f"{word} is not a command; to decode it: ear-vae decode {quoted} OUTPUT.wav"
+    if extension in AUDIO_EXTENSIONS:
+        return f"{word} is not a command; to rebuild it: ear-vae reconstruct {quoted}"
+    if path.is_dir():
+        what, command = (
+            ("describe", "info") if (path / "config.json").exists() else ("rebuild", "reconstruct")
+        )
+        return f"{word} is not a command; to {what} it: ear-vae {command} {quoted}"
+    if near := difflib.get_close_matches(word.lower(), commands, n=1):
+        return f"there is no command {word!r}; did you mean {near[0]}?"
+    return f"there is no command {word!r}; choose one of {', '.join(commands)}"
+
+
+def _command_parser() -> tuple[argparse.ArgumentParser, list[str]]:
+    """The parser and the names of the commands."""
+    parser = _Parser(
+        prog="ear-vae",
+        description="Encode, decode and rebuild music with εar-VAE.",
+        epilog="To begin: ear-vae reconstruct song.mp3",
+    )
     parser.add_argument("--version", action="version", version=f"ear-vae {__version__}")
     subparsers = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
 
@@ -41,20 +91,49 @@ def command_parser() -> argparse.ArgumentParser:
         return added
 
     files, weights, download, model, audio, debug = _shared_options()
-    add("reconstruct", "rebuild audio", files, weights, download, model, audio)
-
-    command = add("encode", "audio to latent files", files, weights, download, model)
-    command.add_argument("--std", action="store_true", help="store the standard deviations too")
+    command = add("reconstruct", "rebuild audio through the model", files, weights, download, model, audio)
+    command.description = "The output has the sample rate, length and channels of the input."
     command.add_argument(
-        "--sample", action="store_true", help="store a draw from the posterior, not its mean"
+        "output",
+        metavar="OUTPUT",
+        nargs="?",
+        help="an audio file for a file, a folder for a folder, or - for standard output; by default "
+        "song.rebuilt.wav beside song.mp3, and album.rebuilt beside the folder album",
     )
-    command.add_argument("--seed", type=_seed, help="makes the draws of --sample repeatable, file by file")
 
-    command = add("decode", "latent files to audio", files, weights, download, model, audio)
-    command.description = "--force also decodes latents that another model made."
+    command = add("encode", "turn audio into latent files", files, weights, download, model)
+    command.add_argument(
+        "output",
+        metavar="OUTPUT",
+        help="a .safetensors file for a file, a folder for a folder, or - for standard output",
+    )
+    command.add_argument(
+        "--std", action="store_true", help="store the posterior's standard deviations as well as its means"
+    )
+    command.add_argument(
+        "--sample", action="store_true", help="store a draw from the posterior instead of its mean"
+    )
+    command.add_argument(
+        "--seed",
+        type=_seed,
+        metavar="N",
+        help="makes the draws of --sample repeatable, file by file",
+    )
 
-    command = add("info", "describe a model, latent file or audio file", weights, download)
-    command.add_argument("thing", metavar="THING", help="a path, a bundled name or a Hub repository")
+    command = add("decode", "turn latent files into audio", files, weights, download, model, audio)
+    command.description = "With --force, latents that another model made are decoded too."
+    command.add_argument(
+        "output",
+        metavar="OUTPUT",
+        help="an audio file for a file, a folder for a folder, or - for standard output",
+    )
+
+    command = add("info", "describe a model, a latent file or an audio file", weights, download)
+    command.add_argument(
+        "subject",
+        metavar="MODEL_OR_FILE",
+        help=f"{_MODEL}, an audio file, a latent file, or - for standard input",
+    )
     command.add_argument("--json", action="store_true", help="print JSON")
 
     command = add("evaluate", "measure rebuilt audio against its originals", download)
@@ -63,19 +142,26 @@ def command_parser() -> argparse.ArgumentParser:
     command = add("report", "a page to listen to originals and rebuilt audio", download)
     _add_report(command)
 
-    command = add("convert", "official weights to our folder, and back", weights)
-    command.add_argument("source", metavar="SOURCE", help="folder, bundled name or Hub repository")
-    command.add_argument("destination", metavar="DESTINATION", help="a folder, or a .pyt file")
+    command = add("convert", "write a model in the layout of this package, or in the authors'", weights)
+    command.add_argument("source", metavar="MODEL", help=_MODEL)
     command.add_argument(
-        "--to", choices=("folder", "official"), help="layout; official for a .pyt file, else folder"
+        "destination",
+        metavar="FOLDER_OR_FILE",
+        help="a folder, or a .pyt file for the weights alone",
+    )
+    command.add_argument(
+        "--to",
+        choices=("folder", "official"),
+        help="layout to write: folder is this package's, official the authors'; by default official for a "
+        ".pyt file, else folder",
     )
     command.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
         default="float32",
-        help="to store (%(default)s)",
+        help="dtype in which a folder's weights are stored (%(default)s)",
     )
-    command.add_argument("--force", action="store_true", help="replace what exists")
+    command.add_argument("--force", action="store_true", help="replace a model that is already there")
 
     command = add("release", "training checkpoint to a folder for users")
     command.add_argument("checkpoint", metavar="CHECKPOINT", help="a .ckpt file of ear-vae fit")
@@ -87,11 +173,11 @@ def command_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--force", action="store_true", help="replace what exists")
 
-    command = add("env", "what is installed here, what does not fit, and the cure")
+    command = add("env", "show what is installed, what does not fit together, and the cure")
     command.add_argument("--json", action="store_true", help="print JSON")
 
-    subparsers.add_parser("fit", add_help=False, help="train; see ear-vae fit --help")
-    return parser
+    subparsers.add_parser("fit", add_help=False, help="train a model; see ear-vae fit --help")
+    return parser, list(subparsers.choices)
 
 
 def _add_evaluation(command: argparse.ArgumentParser) -> None:
@@ -193,44 +279,69 @@ def _count(text: str) -> int:
 def _shared_options() -> tuple[_Parser, ...]:
     """Parsers of the options that several commands have: files, weights, Hub, model, audio output, debug."""
     files, weights, download, model, audio, debug = (_Parser(add_help=False) for _ in range(6))
-    files.add_argument("input", metavar="IN", help="a file, a folder, or - for standard input")
-    files.add_argument("output", metavar="OUT", help="a file for a file, a folder for a folder, or -")
-    files.add_argument("--force", action="store_true", help="rewrite outputs that exist")
+    files.add_argument("input", metavar="INPUT", help="a file, a folder, or - for standard input")
+    files.add_argument("--force", action="store_true", help="replace outputs that exist")
     group = files.add_mutually_exclusive_group()
     group.add_argument("--quiet", action="store_true", help="report failures only")
-    group.add_argument("--progress", action="store_true", help="show bars even when this is no terminal")
-
-    weights.add_argument("--variant", help="which model of a repository that holds several")
-    weights.add_argument("--revision", help="branch, tag or commit on the Hub")
-
-    download.add_argument("--force-download", action="store_true", help="fetch the model from the Hub again")
-
-    model.add_argument(
-        "--model", default="ear-vae-tiny", help="folder, bundled name or Hub repository (%(default)s)"
+    group.add_argument(
+        "--progress",
+        action="store_true",
+        help="show progress bars even if this is not a terminal",
     )
-    model.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N or mps (%(default)s)")
+
+    weights.add_argument(
+        "--variant", metavar="NAME", help="name of the model in a repository that holds several"
+    )
+    weights.add_argument(
+        "--revision", metavar="REVISION", help="branch, tag or commit of the Hub repository to take"
+    )
+
+    download.add_argument(
+        "--force-download", action="store_true", help="download the model from the Hub again"
+    )
+
     model.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="to compute in (%(default)s)"
+        "--model", metavar="MODEL", default="ear-vae-tiny", help=f"{_MODEL} (default: %(default)s)"
+    )
+    model.add_argument(
+        "--device",
+        metavar="DEVICE",
+        default="cpu",
+        help="where to compute: cpu, cuda, cuda:N or mps (default: %(default)s)",
+    )
+    model.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="dtype to compute in (default: %(default)s)",
     )
     model.add_argument(
         "--optimize",
         action="store_true",
-        help="optimize the model for speed first: some seconds once, then faster on a CPU",
+        help="optimize the model for speed first, which takes some seconds and makes a CPU faster afterwards",
     )
 
     audio.add_argument(
         "--format",
         choices=tuple(WRITTEN_FORMATS),
-        help="by default what OUT's extension says, wav in folders and on standard output",
+        help="audio format to write; by default what the extension of OUTPUT says, and wav in folders and on "
+        "standard output",
     )
-    audio.add_argument("--subtype", help="encoding such as PCM_16; by default float32 for wav")
+    audio.add_argument(
+        "--subtype", metavar="SUBTYPE", help="sample encoding such as PCM_16; by default float32 for wav"
+    )
     audio.add_argument(
         "--peak",
         choices=("keep", "scale", "clip"),
         default="keep",
-        help="what to do with peaks above full scale (%(default)s)",
+        help="what to do with peaks above full scale: keep them where the format can, scale the whole file "
+        "down, or clip them (default: %(default)s)",
     )
-    debug.add_argument("--debug", action="store_true", help="show tracebacks")
+    debug.add_argument(
+        "--debug",
+        action="store_true",
+        help="show tracebacks, and what libraries in C have to say",
+    )
     return files, weights, download, model, audio, debug
 
 

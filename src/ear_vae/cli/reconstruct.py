@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 from ear_vae.audio import stream_audio
-from ear_vae.cli.files import at_work, each_file, find_audio
-from ear_vae.cli.jobs import Job
+from ear_vae.cli.files import at_work, each_file
+from ear_vae.cli.jobs import AUDIO, Job
 from ear_vae.cli.streams import CountedBlocks, decode_to_file, source_of
 from ear_vae.vae import EarVAE
 
@@ -34,4 +34,4 @@ def run(options: argparse.Namespace) -> int:
                 )
         return counted.num_samples / info.sample_rate
 
-    return each_file(options, work, find=find_audio, extension=options.format or "wav")
+    return each_file(options, work, reads=AUDIO, writes=AUDIO)

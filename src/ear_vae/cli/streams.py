@@ -35,8 +35,23 @@ class CountedBlocks:
 
 def source_of(job: Job) -> Any:
     """What to read the input of a job from."""
-    # Decoders seek, pipes cannot.
-    return _NamedBytes(sys.stdin.buffer.read()) if job.source == STREAM else job.source
+    return content_of_pipe(job.source) if is_pipe(job.source) else job.source
+
+
+def is_pipe(source: str) -> bool:
+    """Whether it is standard input or a named pipe, such as the shell's `<(…)`: readable only once."""
+    return source == STREAM or Path(source).is_fifo()
+
+
+def content_of_pipe(source: str) -> NamedBytes:
+    """All that comes out of a pipe, because decoders seek and pipes cannot.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    content = NamedBytes(sys.stdin.buffer.read() if source == STREAM else Path(source).read_bytes())
+    content.name = "standard input" if source == STREAM else source
+    return content
 
 
 def flush() -> None:
@@ -93,7 +108,7 @@ def _first_samples(blocks: Iterable[torch.Tensor], num_samples: int) -> Iterator
 
 def require_writable_format(job: Job, options: argparse.Namespace) -> None:
     """Refuses a format and subtype that cannot be written, by writing a little of it to nowhere."""
-    trial = _NamedBytes()
+    trial = NamedBytes()
     trial.name = job.destination_name
     write_audio(trial, torch.zeros(2, 4096), 44_100, format=format_of(job, options), subtype=options.subtype)
 
@@ -108,10 +123,14 @@ class _OnlyLooking(Exception):
     """Leaves `atomic_path` without writing."""
 
 
-class _NamedBytes(io.BytesIO):
-    """Bytes in memory that error messages have a name for."""
+class NamedBytes(io.BytesIO):
+    """Bytes in memory that error messages have a name for.
 
-    name = "standard input"
+    Attributes:
+        name: That name.
+    """
+
+    name = ""
 
 
 def format_of(job: Job, options: argparse.Namespace) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -17,11 +18,20 @@ from ear_vae.limits import escaped, shortened
 _LONGEST_LINE = 2_000
 # Options for the arguments that errors name.
 _OPTIONS = {"overwrite": "--force"}
+# And for those that stand in the text of a message.
+_OPTIONS_IN_TEXT = (
+    (re.compile(r"\bforce_download=True"), "--force-download"),
+    (re.compile(r"\b(variant|revision)=\.\.\."), r"--\1"),
+    (re.compile(r"\b(variant|revision)=(?=')"), r"--\1 "),
+)
 
 
 def reason(error: BaseException) -> str:
     """What went wrong in a line, with the command line's options for the arguments that it names."""
-    return in_one_line(error, _OPTIONS)
+    text = in_one_line(error, _OPTIONS)
+    for argument, option in _OPTIONS_IN_TEXT:
+        text = argument.sub(option, text)
+    return text
 
 
 def say(text: str) -> None:
@@ -75,6 +85,46 @@ def usable_streams() -> Iterator[None]:
             with suppress(OSError, ValueError):
                 stream.reconfigure(errors=errors)
         sys.stdin, sys.stdout, sys.stderr = streams
+
+
+@contextmanager
+def silent_libraries() -> Iterator[None]:
+    """Keeps out what libraries in C write to standard error past Python, such as the mp3 decoder's remarks.
+
+    Python's own standard error gets a descriptor of its own meanwhile. Where it is none of the system's, as
+    under a test or in a notebook, nothing changes.
+    """
+    try:
+        own = os.dup(2) if sys.stderr.fileno() == 2 else None
+    except (OSError, ValueError):
+        own = None
+    if own is None:
+        yield
+        return
+    before = sys.stderr
+    _flush(before)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    # Unbuffered: what could not be written must not be written later, to whatever has the descriptor then.
+    sys.stderr = io.TextIOWrapper(
+        io.FileIO(own, "w", closefd=False),
+        encoding=before.encoding,
+        errors="backslashreplace",
+        write_through=True,
+    )
+    try:
+        yield
+    finally:
+        _flush(sys.stderr)
+        sys.stderr = before
+        os.dup2(own, 2)
+        os.close(own)
+
+
+def _flush(stream: Any) -> None:
+    with suppress(OSError):
+        stream.flush()
 
 
 def discard_unwritten_output() -> None:

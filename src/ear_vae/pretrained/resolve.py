@@ -28,6 +28,7 @@ _COMMIT = _GIT_SHA1 = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 # The two published models, as recorded by a public downstream project; width tells them from others.
+_PUBLISHED_REPOSITORY = "earlab/EAR_VAE"
 _PUBLISHED_CHANNELS = 128
 _PUBLISHED_SHA256 = {
     "ear_vae_44k": "0362dc7e96566869747dbe079b0a6d71c090b0a3a5d5077779e7be17c096d9d5",
@@ -65,8 +66,9 @@ def resolve(
     """The local folder, in our layout, of a model: an existing folder, else a bundled one, else the Hub's.
 
     Args:
-        name_or_path: A folder in our layout or in the official one, the name of a bundled checkpoint,
-            or a Hub repository id `owner/name`.
+        name_or_path: A folder in our layout or in the official one, the name of a bundled checkpoint, a
+            Hub repository id `owner/name`, or `ear_vae_44k` or `ear_vae_v2_48k` for the authors' model of
+            that name in `earlab/EAR_VAE`.
         variant: Which model of an official repository.
         revision: Branch, tag or commit on the Hub.
         local_files_only: Do not go to the network.
@@ -80,6 +82,11 @@ def resolve(
     """
     text = os.path.expanduser(os.fspath(name_or_path))
     bundled = bundled_checkpoints()
+    if text in _PUBLISHED_SHA256 and not os.path.exists(text):
+        if variant not in (None, text):
+            raise EarVAEError(f"{text}: names a variant already; leave out variant={variant!r}")
+        variant, name_or_path = text, _PUBLISHED_REPOSITORY
+        text = name_or_path
     if os.path.isdir(text):
         source = _local_source(Path(text), Path(text).resolve().name, _hub_cache(cache_dir))
     elif isinstance(name_or_path, str) and name_or_path in bundled:
@@ -98,8 +105,8 @@ def resolve(
         problem = "is a file, not a model's folder" if os.path.exists(text) else "is no folder that exists"
         raise EarVAEError(
             f"{text}: {problem}; expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE} (or in the official "
-            f"layout), a bundled checkpoint ({', '.join(sorted(bundled)) or 'there are none'}), or a Hub "
-            "repository 'owner/name'"
+            f"layout), a bundled checkpoint ({', '.join(sorted(bundled)) or 'there are none'}), one of the "
+            f"authors' ({', '.join(_PUBLISHED_SHA256)}), or a Hub repository 'owner/name'"
         )
     if revision is not None:
         raise EarVAEError(f"{text}: revision={shown(revision)} is for Hub repositories only; leave it out")
