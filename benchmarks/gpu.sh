@@ -63,7 +63,7 @@ run() {
   case $stage in
     correct)
       marker=gpu tests=()
-      if [ "$device" = cpu ]; then marker="not gpu and not slow" tests=("$here/../tests/test_gpu.py"); fi
+      if [ "$device" = cpu ]; then marker="not gpu and not slow" tests=("$here/../tests/inference/test_gpu.py"); fi
       (cd "$here/.." && within 10 "$python" -m pytest -m "$marker" --junitxml "$out/correct.xml" \
         ${tests[@]+"${tests[@]}"})
       ;;
