@@ -11,18 +11,14 @@ from ear_vae.pretrained.bundled import bundled_checkpoints
 nbclient = pytest.importorskip("nbclient")
 nbformat = pytest.importorskip("nbformat")
 pytest.importorskip("matplotlib")
-NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
-
-
 pytestmark = [
     pytest.mark.skipif("ear-vae-tiny" not in bundled_checkpoints(), reason="needs the bundled checkpoint"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 
 
-def printed_by(name: str) -> list[str]:
+def printed_by(path: Path) -> list[str]:
     """The lines that a notebook prints when it is run from top to bottom."""
-    path = NOTEBOOKS / name
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
         assert not cell.get("outputs"), "notebooks are committed without outputs"
@@ -36,26 +32,28 @@ def si_sdr_of(lines: list[str]) -> list[float]:
     return [float(line.split("SI-SDR")[1].split()[0]) for line in lines]
 
 
-def test_reconstruct() -> None:
+def test_reconstruct(repository: Path) -> None:
     """More noise on the latents, less of the song in the output."""
-    ratios = si_sdr_of([line for line in printed_by("01_reconstruct.ipynb") if "noise 0" in line])
+    ratios = si_sdr_of(
+        [line for line in printed_by(repository / "notebooks" / "01_reconstruct.ipynb") if "noise 0" in line]
+    )
     assert len(ratios) == 5
     assert ratios[0] > 3
     assert ratios == sorted(ratios, reverse=True)
 
 
-def test_finetune() -> None:
+def test_finetune(repository: Path) -> None:
     """A few careful steps change the model a little, and do not break it."""
-    lines = printed_by("02_finetune.ipynb")
+    lines = printed_by(repository / "notebooks" / "02_finetune.ipynb")
     assert "10 steps, 0 of them left out" in lines
     before, after = si_sdr_of([line for line in lines if "SI-SDR" in line])
     assert before != after
     assert after == pytest.approx(before, abs=1.0)
 
 
-def test_evaluate() -> None:
+def test_evaluate(repository: Path) -> None:
     """Low notes are kept better than high ones; 8 bits and little noise cost little, much noise much."""
-    lines = printed_by("03_evaluate.ipynb")
+    lines = printed_by(repository / "notebooks" / "03_evaluate.ipynb")
     low, high = (float(line.split(":")[1].split()[0]) for line in lines if line.startswith("residual below"))
     assert low > high + 6
     (sine,) = (line for line in lines if line.startswith("THD+N"))
@@ -72,6 +70,6 @@ def test_evaluate() -> None:
     assert much < clean - 3
 
 
-def test_every_notebook_is_tested() -> None:
-    names = {path.name for path in NOTEBOOKS.glob("*.ipynb")}
+def test_every_notebook_is_tested(repository: Path) -> None:
+    names = {path.name for path in (repository / "notebooks").glob("*.ipynb")}
     assert names == {"01_reconstruct.ipynb", "02_finetune.ipynb", "03_evaluate.ipynb"}

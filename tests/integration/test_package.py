@@ -14,9 +14,6 @@ import pytest
 
 import ear_vae
 
-ROOT = Path(__file__).parents[2]
-in_checkout = pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="needs the source checkout")
-
 
 def run(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
@@ -64,9 +61,8 @@ def test_resampling_works_beside_a_torch_that_torchaudio_does_not_fit() -> None:
         assert run(code).split() == ["480", "torchaudio.functional"]
 
 
-@in_checkout
-def test_one_version() -> None:
-    head = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+def test_one_version(repository: Path) -> None:
+    head = re.search(r"^## (\S+)", (repository / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert head is not None
     assert head[1] == ear_vae.__version__
 
@@ -86,13 +82,12 @@ def files_in(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-@in_checkout
-def test_distributions_are_complete(tmp_path: Path) -> None:
+def test_distributions_are_complete(repository: Path, tmp_path: Path) -> None:
     """Built without network: the sdist holds all that its tests need, the wheel made of it the package."""
     pytest.importorskip("setuptools", minversion="77")
     # A build leaves its own folders behind, which have no place in the checkout.
     source = tmp_path / "source"
-    shutil.copytree(ROOT, source, ignore=not_source)
+    shutil.copytree(repository, source, ignore=not_source)
     expected = files_in(source)
     assert {"README.md", "tests/conftest.py", "examples/piece.ogg", "scripts/test"} <= expected
     build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Fails on a test that every run skipped for a reason that is not listed here.
 
-    .ci/skips [--without NAME ...] REPORT.xml ...
+    .ci/skips.py [--without NAME ...] REPORT.xml ...
 
 Reports are pytest's JUnit XML. A test that one run skips and another passes is not skipped. `--without` names
 what could not be installed on this machine.
@@ -53,7 +53,7 @@ def main() -> int:
         if name not in passed and not any(re.search(pattern, reason) for pattern in listed)
     }
     for name, reason in unlisted.items():
-        print(f"skipped, and not listed in .ci/skips: {name}: {reason}", file=sys.stderr)
+        print(f"skipped, and not listed in .ci/skips.py: {name}: {reason}", file=sys.stderr)
     print(f"{len(passed)} tests ran, {len(skipped.keys() - passed)} were skipped for listed reasons", end="")
     print(f", {len(unlisted)} for others" if unlisted else "")
     return bool(unlisted)
