@@ -107,20 +107,25 @@ class Excerpt(io.RawIOBase):
         self._position = 0
 
     def readable(self) -> bool:
+        """Always."""
         return True
 
     def seekable(self) -> bool:
+        """Always."""
         return True
 
     def tell(self) -> int:
+        """Bytes from the beginning of the part."""
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Moves within the part, or beyond its end, and returns the new position."""
         origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._begins[-1]}[whence]
         self._position = max(0, origin + offset)
         return self._position
 
     def readinto(self, buffer: Any) -> int:
+        """Fills the buffer as far as the part goes and returns the number of bytes, 0 at the end."""
         view = memoryview(buffer).cast("B")
         filled = 0
         while filled < len(view) and self._position < self._begins[-1]:

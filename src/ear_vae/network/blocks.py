@@ -26,6 +26,7 @@ class Conv1d(nn.Conv1d):
     """`torch.nn.Conv1d` that also takes [B, C, 1, N]."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, I, N] or [B, I, 1, N] to [B, O, M] or [B, O, 1, M]."""
         if x.ndim == 3:
             return super().forward(x)
         (kernel,), (stride,), (dilation,), padding = (
@@ -55,6 +56,7 @@ class ConvTranspose1d(nn.ConvTranspose1d):
     """`torch.nn.ConvTranspose1d` that also takes [B, C, 1, N]."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """[B, I, N] or [B, I, 1, N] to [B, O, M] or [B, O, 1, M]."""
         if x.ndim == 3:
             return super().forward(x)
         (kernel,), (stride,), padding = self.kernel_size, self.stride, self.padding
@@ -109,6 +111,7 @@ class Snake(nn.Module):
         self.compiled = False
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, N] or [B, C, 1, N] to the same shape."""
         return snake(x, self.log_alpha, self.log_beta, compiled=self.compiled)
 
 
@@ -128,6 +131,7 @@ class ResidualUnit(nn.Module):
         self.conv_pointwise = Conv1d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, N] or [B, C, 1, N] to the same shape."""
         y = self.conv_dilated(self.snake(x))
         return x + self.conv_pointwise(self.snake(y))
 

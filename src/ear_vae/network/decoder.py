@@ -21,6 +21,7 @@ class DecoderBlock(nn.Module):
         self.residual_units = residual_units(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, I, N] to [B, O, N * stride]."""
         return self.residual_units(self.conv(self.snake(x)))
 
 
@@ -45,6 +46,7 @@ class Decoder(nn.Module):
         )
 
     def forward(self, latents: Tensor) -> Tensor:
+        """[B, D, N] to [B, C, N * downsampling_ratio]."""
         return self.conv_out(self.snake_out(self.blocks(self.conv_in(latents))))
 
     def stages(self) -> list[nn.Sequential]:

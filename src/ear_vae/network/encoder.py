@@ -21,6 +21,7 @@ class EncoderBlock(nn.Module):
         self.conv = Conv1d(in_channels, out_channels, 2 * stride, stride=stride, padding=stride // 2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, I, N * stride] to [B, O, N]."""
         return self.conv(self.snake(self.residual_units(x)))
 
 
@@ -43,6 +44,7 @@ class Encoder(nn.Module):
         self.conv_out = Conv1d(last, 2 * config.latent_dim, OUT_KERNEL_SIZE, padding=OUT_KERNEL_SIZE // 2)
 
     def forward(self, audio: Tensor) -> Tensor:
+        """[B, C, N * downsampling_ratio] to [B, 2 D, N]."""
         return self.conv_out(self.snake_out(self.blocks(self.conv_in(audio))))
 
     def stages(self) -> list[nn.Sequential]:

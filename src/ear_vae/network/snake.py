@@ -41,7 +41,7 @@ switches = Switches()
 
 
 def snake(x: Tensor, log_alpha: Tensor, log_beta: Tensor, *, compiled: bool = False) -> Tensor:
-    """x + sin²(αx)/β, the sine in at least float32 whatever the dtype of `x`.
+    """Snake activation x + sin²(αx)/β, the sine in at least float32 whatever the dtype of `x`.
 
     Args:
         x: [B, C, N], or [B, C, 1, N] with channels first or last in memory.

@@ -30,6 +30,7 @@ class LatentTransformer(nn.Module):
         )
 
     def forward(self, latents: Tensor) -> Tensor:
+        """[B, D, N] to the same shape."""
         x = rearrange(latents, "b d n -> b n d")
         cos, sin = rotary_table(x.shape[1], self.head_dim, x)
         for layer in self.layers:
@@ -48,6 +49,7 @@ class TransformerLayer(nn.Module):
         self.feed_forward = FeedForward(dim)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[B, N, D] to the same shape, with the rotary cosines and sines [N, head_dim]."""
         x = x + self.attention(self.attention_norm(x), cos, sin)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
@@ -62,6 +64,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[B, N, D] to the same shape, with the rotary cosines and sines [N, head_dim]."""
         # Thirds in the order q, k, v; each third is head-major.
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, d=self.head_dim)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -81,6 +84,7 @@ class FeedForward(nn.Module):
         self.out = nn.Linear(FEED_FORWARD_MULTIPLE * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, N, D] to the same shape."""
         # Every frame goes through alone. Together those of hours would take gigabytes in the wide middle.
         return torch.cat([self._of_some(frames) for frames in x.split(_FRAMES_AT_ONCE, dim=1)], dim=1)
 
