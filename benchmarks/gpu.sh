@@ -1,20 +1,22 @@
 #!/usr/bin/env bash
-# Everything that is to be known of a GPU, in stages that each keep to their minutes:
-#   benchmarks/gpu.sh correct|micro|profile|infer|train [--device cpu] [--out FOLDER] [--music FOLDER]
+# Everything that is to be known of a GPU, in stages of at most ten minutes each:
+#   benchmarks/gpu.sh correct|micro|profile|infer|train|deterministic
+#     [--device cpu] [--out FOLDER] [--music FOLDER] [--batch 1]
 # Results go to FOLDER/STAGE*.json (default gpu-results; correct writes JUnit's XML), what is printed to
-# FOLDER/STAGE.log. `train` needs music, else it makes noise of its own. `--device cpu` goes through the same
-# with small sizes, to see that all of it runs. PYTHON chooses the interpreter; the package and what
+# FOLDER/STAGE.log. `train`, with `--batch` items a step, and `deterministic` train on music, else on noise
+# that they make. `--device cpu` goes through the same with tiny sizes, to see that all of it runs. PYTHON chooses the interpreter; the package and what
 # `pip install .[test]` brings is all that is needed.
 set -euo pipefail
-stage=${1:?"one of correct, micro, profile, infer, train"}
+stage=${1:?"one of correct, micro, profile, infer, train, deterministic"}
 shift
-device=cuda out=gpu-results music=
+device=cuda out=gpu-results music= batch=1
 while [ $# -gt 0 ]; do
   case $1 in
     --device) device=$2 ;;
     --out) out=$2 ;;
     --music) music=$2 ;;
-    *) echo "unknown option $1: expected --device, --out or --music" >&2; exit 2 ;;
+    --batch) batch=$2 ;;
+    *) echo "unknown option $1: expected --device, --out, --music or --batch" >&2; exit 2 ;;
   esac
   shift 2
 done
@@ -56,42 +58,45 @@ train_step() {
   local name=$1
   shift
   within 4 "$python" "$here/training_step.py" "$@" --data.folder "$music" --json "$out/train-$name.json" ||
-    echo "train-$name: ended with $?, see above"
+    { status=$?; echo "train-$name: ended with $status, see above"
+      echo "{\"exit_status\": $status}" >"$out/train-$name.json"; }
 }
 
 run() {
   case $stage in
     correct)
       marker=gpu tests=()
-      if [ "$device" = cpu ]; then marker="not gpu and not slow" tests=("$here/../tests/test_gpu.py"); fi
-      (cd "$here/.." && within 10 "$python" -m pytest -m "$marker" --junitxml "$out/correct.xml" \
+      if [ "$device" = cpu ]; then marker="not gpu and not slow" tests=("$here/../tests/inference/test_gpu.py"); fi
+      (cd "$here/.." && within 9 "$python" -m pytest -m "$marker" --junitxml "$out/correct.xml" \
         ${tests[@]+"${tests[@]}"})
       ;;
     micro | profile)
-      if [ "$device" = cpu ]; then small+=(--frames 2 --minutes 0.5); fi
+      if [ "$device" = cpu ]; then small+=(--frames 16 --blocks 1); fi
       within 9 "$python" "$here/gpu_kernels.py" "$stage" --device "$device" ${small[@]+"${small[@]}"} \
         --json "$out/$stage.json"
       ;;
     infer)
-      if [ "$device" = cpu ]; then small+=(--seconds 1 --batch 1 --matrix-sizes 256); else small=(--seconds 10 60 600 --batch 1 16); fi
-      within 10 "$python" "$here/inference.py" --device "$device" --optimize "${small[@]}" --json "$out/infer.json"
+      if [ "$device" = cpu ]; then small+=(--seconds 0.2 --batch 1 --matrix-sizes 256); else small=(--seconds 10 60 600 --batch 1 16); fi
+      within 9 "$python" "$here/inference.py" --device "$device" --optimize "${small[@]}" --json "$out/infer.json"
       ;;
-    train)
+    train | deterministic)
       if [ -z "$music" ]; then music=$out/noise && noise "$music"; fi
       if [ "$device" = cpu ]; then
-        train_step smoke --config smoke --steps 1 --warmup 1
+        settings=(--config smoke --data.segment_seconds 0.1 --steps 1 --warmup 1)
+      else
+        settings=(--config adversarial --config one_gpu --steps 5 --warmup 3)
+      fi
+      settings+=(--data.batch_size "$batch")
+      if [ "$stage" = deterministic ]; then
+        train_step deterministic "${settings[@]}" --trainer.deterministic true
         return
       fi
-      for batch in 1 4 16; do
-        for checkpointing in false true; do
-          train_step "$batch-checkpointing-$checkpointing" --config adversarial --config one_gpu \
-            --steps 5 --warmup 3 --data.batch_size "$batch" --model.gradient_checkpointing "$checkpointing"
-        done
+      for checkpointing in false true; do
+        train_step "$batch-checkpointing-$checkpointing" "${settings[@]}" \
+          --model.gradient_checkpointing "$checkpointing"
       done
-      train_step deterministic --config adversarial --config one_gpu --steps 2 --warmup 2 \
-        --data.batch_size 1 --trainer.deterministic true
       ;;
-    *) echo "no stage $stage: expected correct, micro, profile, infer or train" >&2; exit 2 ;;
+    *) echo "no stage $stage: expected correct, micro, profile, infer, train or deterministic" >&2; exit 2 ;;
   esac
 }
 

@@ -1,7 +1,7 @@
 """What the kernels of the network reach on a device, one by one and in the whole.
 
     python benchmarks/gpu_kernels.py micro|profile [--device cuda] [--channels 128] [--frames 512]
-        [--repeats 20] [--minutes 8] --json OUT.json
+        [--blocks 5] [--repeats 20] [--minutes 8] --json OUT.json
 
 `micro`: every shape of convolution of encoder and decoder, in float32, TF32 and bfloat16, with plain and with
 channels-last memory; the Snake with either sine, and what it reads and writes per second; and the networks
@@ -60,9 +60,19 @@ def allow_tf32(allowed: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
 
+def config_of(arguments: argparse.Namespace) -> EarVAEConfig:
+    """The published network, or narrower, or its first blocks only."""
+    published = EarVAEConfig()
+    return EarVAEConfig(
+        channels=arguments.channels,
+        channel_multipliers=published.channel_multipliers[: arguments.blocks],
+        strides=published.strides[: arguments.blocks],
+    )
+
+
 def networks(arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, tuple[nn.Module, Tensor]]:
     """Encoder and decoder with random weights, and input as inference gives it to them."""
-    config = EarVAEConfig(channels=arguments.channels)
+    config = config_of(arguments)
     vae = EarVAE(config).eval().requires_grad_(False).to(device=arguments.device, dtype=dtype)
     shapes = {
         "encoder": (1, config.audio_channels, 1, arguments.frames * config.downsampling_ratio),
@@ -167,7 +177,7 @@ def micro(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def roofline(arguments: argparse.Namespace) -> dict[str, Any]:
     """Seconds of the residual units of each block at the assumed rates, for one direction in bfloat16."""
-    config = EarVAEConfig(channels=arguments.channels)
+    config = config_of(arguments)
     positions, blocks = arguments.frames * config.downsampling_ratio, []
     for (width, _), stride in zip(config.block_widths, config.strides, strict=True):
         flops = UNITS_A_BLOCK * 2 * (7 + 1) * width**2 * positions
@@ -215,6 +225,7 @@ def main() -> None:
     parser.add_argument("stage", choices=("micro", "profile"))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--channels", type=int, default=128, help="narrower than published")
+    parser.add_argument("--blocks", type=int, default=5, help="only the first blocks of the published five")
     parser.add_argument("--frames", type=int, default=512, help="latent frames of the input")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--minutes", type=float, default=8)
@@ -230,16 +241,19 @@ def main() -> None:
         "rows": [],
     }
     ends = time.monotonic() + 60 * arguments.minutes
-    with torch.no_grad():
-        for row in {"micro": micro, "profile": profiled}[arguments.stage](arguments):
-            result["rows"].append(row)
-            print(json.dumps(row)[:200], flush=True)
-            if time.monotonic() > ends:
-                break
-        else:
-            result["complete"] = True
-    with atomic_path(arguments.json, overwrite=True) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    try:
+        with torch.no_grad():
+            for row in {"micro": micro, "profile": profiled}[arguments.stage](arguments):
+                result["rows"].append(row)
+                print(json.dumps(row)[:200], flush=True)
+                if time.monotonic() > ends:
+                    break
+            else:
+                result["complete"] = True
+    finally:
+        # The rows that there are outlive an error in the next.
+        with atomic_path(arguments.json, overwrite=True) as temporary:
+            temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

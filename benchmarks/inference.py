@@ -392,11 +392,12 @@ def main() -> None:
                 for row in compare(able, direction, seconds, batch, arguments):
                     print("| " + " | ".join(cell(row[column]) for column in COLUMNS) + " |", flush=True)
                     rows.append(row)
+                if arguments.json:
+                    # After each clip, so that a run that is ended keeps what it has measured.
+                    with atomic_path(arguments.json, overwrite=True) as temporary:
+                        temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     for contender in contenders:
         contender.close()
-    if arguments.json:
-        with atomic_path(arguments.json, overwrite=True) as temporary:
-            temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

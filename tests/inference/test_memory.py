@@ -33,7 +33,7 @@ def write_noise(path: Path, seconds: int) -> None:
             file.write(minute)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_three_hours_need_the_memory_of_ten_minutes(tmp_path: Path) -> None:
     """But for the latents, which are held in some copies, and for what the transformer makes of them."""
     peaks = {}

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,19 +23,14 @@ from ear_vae.network.discriminator import DiscriminatorConfig
 from ear_vae.training import EarVAEModule
 from ear_vae.training.module import ObjectiveConfig
 
-TINY = EarVAEConfig(channels=4, channel_multipliers=(1, 2, 2, 2, 2))
-JUDGE = DiscriminatorConfig(window_sizes=(512, 128), channels=4)
-
-
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
 ]
 
 
-def script(name: str) -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
-    specification = importlib.util.spec_from_file_location(f"benchmark_{name}", path)
+def load(path: Path) -> ModuleType:
+    specification = importlib.util.spec_from_file_location(f"benchmark_{path.stem}", path)
     assert specification is not None
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
@@ -42,8 +38,14 @@ def script(name: str) -> ModuleType:
     return module
 
 
+@pytest.fixture(scope="module")
+def script(repository: Path) -> Callable[[str], ModuleType]:
+    """A benchmark by its name."""
+    return lambda name: load(repository / "benchmarks" / f"{name}.py")
+
+
 @pytest.fixture
-def ablation(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def ablation(script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script with a training that only says what it was asked to do."""
     module = script("ablation")
     monkeypatch.setattr(module, "train", lambda settings: (settings, None))
@@ -141,17 +143,23 @@ class _Busy(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("balanced", [False, True])
-def test_the_parts_of_a_step(balanced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_parts_of_a_step(
+    balanced: bool,
+    script: Callable[[str], ModuleType],
+    tiny_config: EarVAEConfig,
+    tiny_discriminator: DiscriminatorConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Time that only data, generator, losses and discriminator take is booked where it belongs."""
     benchmark = script("training_step")
     clock = [0.0]
     monkeypatch.setattr(benchmark, "now", lambda: clock[0])
     module = EarVAEModule(
-        TINY,
+        tiny_config,
         objective=ObjectiveConfig(
             weights={"instantaneous_frequency": 0, "group_delay": 0, "log_magnitude": 0}, balanced=balanced
         ),
-        discriminator=JUDGE,
+        discriminator=tiny_discriminator,
     )
 
     def busy(owner: nn.Module, name: str, before: float, after: float) -> None:
@@ -195,18 +203,22 @@ def test_the_parts_of_a_step(balanced: bool, monkeypatch: pytest.MonkeyPatch) ->
     assert measure.plain_seconds == sum(expected.values())
 
 
-def test_paper_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_paper_table(
+    script: Callable[[str], ModuleType],
+    noise: Callable[..., Tensor],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     table = script("paper_table")
     rate = 44_100
-    audio = torch.randn(2, 4 * rate, generator=torch.Generator().manual_seed(0)) / 10
-    noise = torch.randn(2, 4 * rate, generator=torch.Generator().manual_seed(1)) / 10
+    audio, error = noise(2, 4 * rate, seed=0), noise(2, 4 * rate, seed=1)
     layouts = {"{system}/{name}": "by_system", "{name}/{system}": "by_name"}
     for layout, folder in layouts.items():
         for name in ("a", "b"):
             for system, level in {"gt": 0, "near": 0.1, "far": 1}.items():
                 path = tmp_path / folder / (layout.format(system=system, name=name) + ".wav")
                 path.parent.mkdir(parents=True, exist_ok=True)
-                soundfile.write(path, (audio + level * noise).T.numpy(), rate, subtype="FLOAT")
+                soundfile.write(path, (audio + level * error).T.numpy(), rate, subtype="FLOAT")
     tables = []
     for layout, folder in layouts.items():
         assert table.main([str(tmp_path / folder), "--layout", layout]) == 0
@@ -240,7 +252,9 @@ def test_paper_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert reason in capsys.readouterr().err
 
 
-def test_reconstruction_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reconstruction_figures(
+    script: Callable[[str], ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Of estimates whose faults are known: treble 6 dB too low, noise in silence, a click at the end."""
     benchmark = script("reconstruction")
     rate = 44_100

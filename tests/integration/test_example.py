@@ -14,13 +14,10 @@ import soundfile
 
 from ear_vae.errors import EarVAEError
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-PIECE = EXAMPLES / "piece.ogg"
-
 
 @pytest.fixture(scope="module")
-def compose() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("compose", EXAMPLES / "compose.py")
+def compose(repository: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("compose", repository / "examples" / "compose.py")
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -30,8 +27,8 @@ def compose() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def audio() -> np.ndarray:
-    samples, sample_rate = soundfile.read(PIECE, always_2d=True)
+def audio(piece: Path) -> np.ndarray:
+    samples, sample_rate = soundfile.read(piece, always_2d=True)
     assert sample_rate == 44_100
     return samples
 
@@ -82,10 +79,10 @@ def parse_midi(midi: bytes) -> list[list[Event]]:
     return tracks
 
 
-def test_piece_format(audio: np.ndarray) -> None:
+def test_piece_format(piece: Path, audio: np.ndarray) -> None:
     assert audio.shape[1] == 2
     assert 15 <= len(audio) / 44_100 <= 30
-    assert PIECE.stat().st_size < 1_000_000
+    assert piece.stat().st_size < 1_000_000
 
 
 def test_piece_is_not_clipped_and_not_faint(audio: np.ndarray) -> None:
@@ -112,9 +109,9 @@ def test_piece_ends_in_silence(audio: np.ndarray) -> None:
     assert np.abs(audio[-441:]).max() < 1e-3
 
 
-def test_midi_is_the_same_in_another_process(compose: ModuleType) -> None:
+def test_midi_is_the_same_in_another_process(repository: Path, compose: ModuleType) -> None:
     code = "import sys, compose; sys.stdout.buffer.write(compose.midi_bytes())"
-    path = [str(EXAMPLES), *filter(None, sys.path)]
+    path = [str(repository / "examples"), *filter(None, sys.path)]
     setup = f"import sys; sys.path[:0] = {path!r}; "
     other = subprocess.run([sys.executable, "-c", setup + code], check=True, capture_output=True).stdout
     assert other == compose.midi_bytes() == compose.midi_bytes()

@@ -13,18 +13,14 @@ from ear_vae.pretrained.bundled import bundled_checkpoints
 nbclient = pytest.importorskip("nbclient")
 nbformat = pytest.importorskip("nbformat")
 pytest.importorskip("matplotlib")
-NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
-
-
 pytestmark = [
     pytest.mark.skipif("ear-vae-tiny" not in bundled_checkpoints(), reason="needs the bundled checkpoint"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 
 
-def printed_by(name: str, song: Path | None = None) -> list[str]:
+def printed_by(path: Path, song: Path | None = None) -> list[str]:
     """The lines that a notebook prints when it is run from top to bottom, if need be with another song."""
-    path = NOTEBOOKS / name
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
         assert not cell.get("outputs"), "notebooks are committed without outputs"
@@ -41,26 +37,28 @@ def si_sdr_of(lines: list[str]) -> list[float]:
     return [float(line.split("SI-SDR")[1].split()[0]) for line in lines]
 
 
-def test_reconstruct() -> None:
+def test_reconstruct(repository: Path) -> None:
     """More noise on the latents, less of the song in the output."""
-    ratios = si_sdr_of([line for line in printed_by("01_reconstruct.ipynb") if "noise 0" in line])
+    ratios = si_sdr_of(
+        [line for line in printed_by(repository / "notebooks" / "01_reconstruct.ipynb") if "noise 0" in line]
+    )
     assert len(ratios) == 5
     assert ratios[0] > 3
     assert ratios == sorted(ratios, reverse=True)
 
 
-def test_finetune() -> None:
+def test_finetune(repository: Path) -> None:
     """A few careful steps change the model a little, and do not break it."""
-    lines = printed_by("02_finetune.ipynb")
+    lines = printed_by(repository / "notebooks" / "02_finetune.ipynb")
     assert "10 steps, 0 of them left out" in lines
     before, after = si_sdr_of([line for line in lines if "SI-SDR" in line])
     assert before != after
     assert after == pytest.approx(before, abs=1.0)
 
 
-def test_evaluate() -> None:
+def test_evaluate(repository: Path) -> None:
     """Low notes are kept better than high ones; 8 bits and little noise cost little, much noise much."""
-    lines = printed_by("03_evaluate.ipynb")
+    lines = printed_by(repository / "notebooks" / "03_evaluate.ipynb")
     low, high = (float(line.split(":")[1].split()[0]) for line in lines if line.startswith("residual below"))
     assert low > high + 6
     (sine,) = (line for line in lines if line.startswith("THD+N"))
@@ -80,15 +78,17 @@ def test_evaluate() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["01_reconstruct.ipynb", "02_finetune.ipynb", "03_evaluate.ipynb"])
 @pytest.mark.parametrize(("song", "rate", "channels"), [("a.mp3", 48_000, 2), ("a.wav", 44_100, 1)])
-def test_your_own_file(tmp_path: Path, name: str, song: str, rate: int, channels: int) -> None:
+def test_your_own_file(
+    tmp_path: Path, repository: Path, name: str, song: str, rate: int, channels: int
+) -> None:
     """A low tone under little noise comes back as well as the bundled model rebuilds such a thing."""
     time = np.arange(3 * rate)[:, None] / rate
     noise = np.random.default_rng(0).standard_normal((3 * rate, channels))
     soundfile.write(tmp_path / song, 0.3 * np.sin(2 * np.pi * 220 * time) + 0.001 * noise, rate)
-    lines = printed_by(name, tmp_path / song)
+    lines = printed_by(repository / "notebooks" / name, tmp_path / song)
     assert max(si_sdr_of([line for line in lines if "SI-SDR" in line])) > 3
 
 
-def test_every_notebook_is_tested() -> None:
-    names = {path.name for path in NOTEBOOKS.glob("*.ipynb")}
+def test_every_notebook_is_tested(repository: Path) -> None:
+    names = {path.name for path in (repository / "notebooks").glob("*.ipynb")}
     assert names == {"01_reconstruct.ipynb", "02_finetune.ipynb", "03_evaluate.ipynb"}

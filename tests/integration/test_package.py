@@ -6,15 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
 import ear_vae
-
-ROOT = Path(__file__).parents[2]
-in_checkout = pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="needs the source checkout")
 
 
 def run(code: str) -> str:
@@ -63,34 +61,55 @@ def test_resampling_works_beside_a_torch_that_torchaudio_does_not_fit() -> None:
         assert run(code).split() == ["480", "torchaudio.functional"]
 
 
-@in_checkout
-def test_one_version() -> None:
-    head = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+def test_one_version(repository: Path) -> None:
+    head = re.search(r"^## (\S+)", (repository / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert head is not None
     assert head[1] == ear_vae.__version__
 
 
-@in_checkout
-def test_wheel_is_complete(tmp_path: Path) -> None:
-    """Built from the checkout without network: everything in src, the configs, the bundled checkpoints."""
+# What a checkout holds that is nobody's work, and what is about the repository alone.
+NOT_SOURCE = ("__pycache__", ".ipynb_checkpoints", "*.egg-info", "build", "dist", "runs", "lightning_logs")
+OF_THE_REPOSITORY = (".git", ".github", ".gitignore", ".*_cache", ".coverage*", "PKG-INFO", "rebuilt.wav")
+
+
+def not_source(folder: str, names: list[str]) -> set[str]:
+    """Virtual environments as well, whatever they are called."""
+    environments = {name for name in names if (Path(folder) / name / "pyvenv.cfg").exists()}
+    return environments | shutil.ignore_patterns(*NOT_SOURCE, *OF_THE_REPOSITORY)(folder, names)
+
+
+def files_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_distributions_are_complete(repository: Path, tmp_path: Path) -> None:
+    """Built without network: the sdist holds all that its tests need, the wheel made of it the package."""
     pytest.importorskip("setuptools", minversion="77")
     # A build leaves its own folders behind, which have no place in the checkout.
     source = tmp_path / "source"
-    source.mkdir()
-    for folder in ("src", "checkpoints"):
-        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("*.egg-info"))
-    for file in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
-        shutil.copy2(ROOT / file, source / file)
+    shutil.copytree(repository, source, ignore=not_source)
+    expected = files_in(source)
+    assert {"README.md", "tests/conftest.py", "examples/piece.ogg", "scripts/test"} <= expected
+    build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=source, check=True, capture_output=True)
+    name = f"ear_vae-{ear_vae.__version__}"
+    with tarfile.open(tmp_path / f"{name}.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    unpacked = tmp_path / name
+    assert expected - files_in(unpacked) == set()
+    assert not any("__pycache__" in file for file in files_in(unpacked))
+
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*command, "-w", str(tmp_path), str(source)], check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
-    sources = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src" / "ear_vae").rglob("*.py")}
-    assert sources <= names
-    for model in (path.parent for path in (ROOT / "checkpoints").glob("*/model.safetensors")):
-        for file in ("config.json", "model.safetensors", "README.md"):
-            assert f"ear_vae/checkpoints/{model.name}/{file}" in names
-    assert {"ear_vae/py.typed", "ear_vae/training/configs/tiny.yaml"} <= names
-    metadata = zipfile.ZipFile(wheel).read(f"ear_vae-{ear_vae.__version__}.dist-info/METADATA").decode()
+    subprocess.run([*command, "-w", str(tmp_path), str(unpacked)], check=True, capture_output=True)
+    wheel = zipfile.ZipFile(next(tmp_path.glob("*.whl")))
+    names = set(wheel.namelist())
+    package = {file.removeprefix("src/") for file in expected if file.startswith("src/ear_vae/")}
+    checkpoints = {
+        f"ear_vae/{file}" for file in expected if file.startswith("checkpoints/") and file.count("/") == 2
+    }
+    assert len(checkpoints) >= 3
+    assert (package | checkpoints) - names == set()
+    assert {file.split("/")[0] for file in names} == {"ear_vae", f"{name}.dist-info"}
+    metadata = wheel.read(f"{name}.dist-info/METADATA").decode()
     assert "Requires-Dist: torch>=2.7\n" in metadata
-    assert not any(name.startswith(("tests/", "examples/")) for name in names)
+    assert "Classifier: Typing :: Typed\n" in metadata

@@ -19,7 +19,6 @@ from ear_vae.training.module import ObjectiveConfig
 from ear_vae.training.optimization import OptimizerConfig
 
 TINY = EarVAEConfig(channels=4, channel_multipliers=(1, 2, 2, 2, 2))
-MUSIC = Path(__file__).parents[2] / ".." / "shared" / "music" / "train"
 
 
 @pytest.fixture
@@ -105,15 +104,14 @@ def test_training_moves_every_weight_and_exports_what_it_reached(folder: Path, t
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not MUSIC.is_dir(), reason="needs the licensed music in ../shared")
-def test_a_hundred_steps_on_one_batch_lower_every_term() -> None:
+def test_a_hundred_steps_on_one_batch_lower_every_term(training_music: Path) -> None:
     """From a random start, on real music."""
     torch.manual_seed(0)
     module = EarVAEModule(
         EarVAEConfig(channels=8),
         objective=ObjectiveConfig(weights={"waveform": 1.0}),
     )
-    datamodule = AudioDataModule(MUSIC, segment_seconds=0.37)
+    datamodule = AudioDataModule(training_music, segment_seconds=0.37)
     datamodule.setup("fit")
     segments = datamodule.segments()
     batch = torch.stack([segments[index] for index in range(4)])

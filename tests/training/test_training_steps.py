@@ -26,7 +26,6 @@ TINY = EarVAEConfig(channels=4, channel_multipliers=(1, 2, 2, 2, 2))
 JUDGE = DiscriminatorConfig(window_sizes=(512, 128), channels=4)
 FAST = OptimizerConfig(learning_rate=1e-3, warmup_steps=0)
 STILL = OptimizerConfig(learning_rate=0.0, warmup_steps=0)
-PARITY = Path(__file__).parents[3] / "shared" / "parity"
 
 
 def segments(count: int, batch_size: int = 2) -> list[Tensor]:
@@ -344,13 +343,12 @@ def test_mixed_precision_trains() -> None:
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in module.parameters())
 
 
-@pytest.mark.skipif(not PARITY.is_dir(), reason="the parity fixtures are not here")
 @pytest.mark.parametrize("train_encoder", [True, False])
-def test_fine_tuning_starts_from_the_official_model(train_encoder: bool) -> None:
-    module = EarVAEModule(pretrained=str(PARITY), variant="ear_vae_44k", train_encoder=train_encoder)
-    audio = load_file(PARITY / "ear_vae_44k.expected.safetensors")["audio"]
+def test_fine_tuning_starts_from_the_official_model(train_encoder: bool, parity: Path) -> None:
+    module = EarVAEModule(pretrained=str(parity), variant="ear_vae_44k", train_encoder=train_encoder)
+    audio = load_file(parity / "ear_vae_44k.expected.safetensors")["audio"]
     audio = audio if audio.ndim == 3 else audio[None]
-    expected = EarVAE.from_pretrained(PARITY, variant="ear_vae_44k")(audio).audio
+    expected = EarVAE.from_pretrained(parity, variant="ear_vae_44k")(audio).audio
     with torch.no_grad():
         error = (module.reconstruct(audio).audio - expected).abs().max()
     assert error <= 1e-5 * max(1.0, float(expected.abs().max()))

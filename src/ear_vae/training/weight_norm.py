@@ -19,9 +19,11 @@ class WeightNorm(nn.Module):
     """
 
     def forward(self, g: Tensor, v: Tensor) -> Tensor:
+        """The weight of the lengths `g` and the directions `v`."""
         return v * (g / _norm(v))
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Lengths and directions of a weight."""
         g = _norm(weight)
         direction = torch.where(g == 0, torch.randn_like(weight), weight)
         return g, direction / _norm(direction)
