@@ -37,6 +37,7 @@ def si_sdr_of(lines: list[str]) -> list[float]:
     return [float(line.split("SI-SDR")[1].split()[0]) for line in lines]
 
 
+@pytest.mark.slow
 def test_reconstruct(repository: Path) -> None:
     """More noise on the latents, less of the song in the output."""
     ratios = si_sdr_of(
@@ -47,6 +48,7 @@ def test_reconstruct(repository: Path) -> None:
     assert ratios == sorted(ratios, reverse=True)
 
 
+@pytest.mark.slow
 def test_finetune(repository: Path) -> None:
     """A few careful steps change the model a little, and do not break it."""
     lines = printed_by(repository / "notebooks" / "02_finetune.ipynb")
@@ -56,6 +58,7 @@ def test_finetune(repository: Path) -> None:
     assert after == pytest.approx(before, abs=1.0)
 
 
+@pytest.mark.slow
 def test_evaluate(repository: Path) -> None:
     """Low notes are kept better than high ones; 8 bits and little noise cost little, much noise much."""
     lines = printed_by(repository / "notebooks" / "03_evaluate.ipynb")

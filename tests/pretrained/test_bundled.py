@@ -15,7 +15,6 @@ from safetensors import safe_open
 from ear_vae import EarVAE
 from ear_vae.audio import read_audio
 from ear_vae.dsp.si_sdr import si_sdr_db
-from ear_vae.inference.runner import Runner
 from ear_vae.pretrained.bundled import bundled_checkpoints
 
 PIECE = Path(__file__).parents[2] / "examples" / "piece.ogg"
@@ -35,7 +34,7 @@ def test_it_is_small_and_whole(vae: EarVAE) -> None:
     assert (vae.name, vae.sample_rate, vae.downsampling_ratio, vae.latent_dim) == (
         "ear-vae-tiny",
         44_100,
-        1024,
+        256,
         64,
     )
     # What the file says of its weights is what they are, and in every dtype.
@@ -49,7 +48,7 @@ def test_it_is_small_and_whole(vae: EarVAE) -> None:
 def test_it_rebuilds_the_example(vae: EarVAE) -> None:
     audio, sample_rate = read_audio(PIECE)
     rebuilt = vae.reconstruct(audio, sample_rate=sample_rate)
-    assert si_sdr_db(rebuilt, audio) > 5
+    assert si_sdr_db(rebuilt, audio) > 12
 
 
 def test_latents_have_a_usable_scale_and_survive_a_draw(vae: EarVAE) -> None:
@@ -86,11 +85,3 @@ def test_bfloat16_keeps_30_db(vae: EarVAE) -> None:
     expected = vae.decode(latents)
     assert si_sdr_db(half.decode(latents), expected) > 36
     assert si_sdr_db(half.decode(half.encode(audio, sample_rate=sample_rate).mode()), expected) > 36
-
-
-def test_the_transformer_computes_in_float32_whatever_the_weights(vae: EarVAE) -> None:
-    half = EarVAE.from_pretrained("ear-vae-tiny", dtype=torch.bfloat16)
-    latents = torch.randn(1, 64, 50, generator=torch.Generator().manual_seed(0))
-    expected = half.float().transformer(latents)
-    found = Runner(EarVAE.from_pretrained("ear-vae-tiny", dtype=torch.bfloat16)).transform(latents)
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)

@@ -165,7 +165,7 @@ def test_fit_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """The shipped config with overrides: a log of named terms, a checkpoint, an exported model."""
     monkeypatch.chdir(tmp_path)
     arguments = ["--config", "tiny", "--data.folder", str(folder), "--data.validation_folder", str(folder)]
-    arguments += ["--model.config.channel_multipliers", "[1,1,2,8,16]", "--data.num_workers", "0"]
+    arguments += ["--model.config.channel_multipliers", "[2,2,16,16]", "--data.num_workers", "0"]
     arguments += [
         "--data.batch_size",
         "1",
@@ -179,7 +179,7 @@ def test_fit_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert fit([*arguments, "--trainer.max_steps", "2"]) == 0
     run = tmp_path / "runs" / "tiny"
     vae = EarVAE.from_pretrained(run / "model")
-    assert (vae.name, vae.sample_rate, vae.config.channels) == ("model", 44_100, 16)
+    assert (vae.name, vae.sample_rate, vae.config.channels) == ("model", 44_100, 8)
     with next(run.glob("log/*/metrics.csv")).open() as file:
         rows = list(csv.DictReader(file))
     assert {"train/log_magnitude", "train/waveform", "validation/si_sdr_db"} <= set(rows[0])

@@ -7,6 +7,7 @@ import re
 import shutil
 import stat
 import subprocess
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -339,7 +340,7 @@ def _scratch_file(name: str) -> Iterator[_Scratch]:
             folder = stack.enter_context(temporary_folder())
             file = stack.enter_context((folder / "audio").open("xb", buffering=0))
         except OSError as error:
-            raise _no_room(name, "the temporary folder", error) from error
+            raise _no_room(name, tempfile.gettempdir(), error) from error
         yield _Scratch(file, name)
 
 

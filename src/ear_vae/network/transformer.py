@@ -6,6 +6,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ear_vae.config import EarVAEConfig
 
@@ -68,7 +69,12 @@ class Attention(nn.Module):
         # Thirds in the order q, k, v; each third is head-major.
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, d=self.head_dim)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        attended = functional.scaled_dot_product_attention(q, k, v)
+        try:
+            attended = functional.scaled_dot_product_attention(q, k, v)
+        except NotImplementedError:
+            # The fused kernels have no forward-mode derivative, which torch.func.jvp asks for.
+            with sdpa_kernel(SDPBackend.MATH):
+                attended = functional.scaled_dot_product_attention(q, k, v)
         return self.out(rearrange(attended, "b h n d -> b n (h d)"))
 
 

@@ -121,7 +121,7 @@ def write_folder(
 def model_card(config: EarVAEConfig, name: str) -> str:
     """Returns a minimal card for the Hub: what the folder holds and how to load it."""
     # The name may come from anywhere, and a card is Markdown with HTML in it.
-    heading = re.sub(r"([\\`*_{}\[\]()#+.!|~-])", r"\\\1", html.escape(name_in_a_line(name), quote=False))
+    heading = re.sub(r"([\\`*_{}\[\]()#|~])", r"\\\1", html.escape(name_in_a_line(name), quote=False))
     return (
         "---\nlibrary_name: ear-vae\ntags:\n- audio\n- music\n- vae\n---\n\n"
         f"# {heading}\n\nεar-VAE weights for the `ear-vae` package: {config.sample_rate} Hz, "
