@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from typing import Literal
 
 import torch
 
@@ -16,7 +17,7 @@ from ear_vae.pretrained.conversion import OFFICIAL_WEIGHTS_SUFFIX
 def run(options: argparse.Namespace) -> int:
     """A model from one layout to another."""
     is_file = options.destination.lower().endswith(OFFICIAL_WEIGHTS_SUFFIX)
-    layout = options.to or ("official" if is_file else "folder")
+    layout: Literal["folder", "official"] = options.to or ("official" if is_file else "folder")
     if layout == "official" and options.dtype != "float32":
         raise EarVAEError("--dtype is for --to folder; in the official layout weights are always float32")
     written = convert(
