@@ -70,6 +70,24 @@ def atomic_path(destination: str | os.PathLike[str], overwrite: bool) -> Iterato
         temporary.replace(destination)
 
 
+def require_free(destination: str | os.PathLike[str], *, overwrite: bool) -> None:
+    """Refuses an output that `atomic_path` would refuse, before hours are spent on it.
+
+    Args:
+        destination: The file to write.
+        overwrite: Replace an existing file.
+
+    Raises:
+        EarVAEError: As `atomic_path`.
+    """
+    with suppress(_OnlyLookingError), atomic_path(destination, overwrite):
+        raise _OnlyLookingError
+
+
+class _OnlyLookingError(Exception):
+    """Leaves `atomic_path` without writing."""
+
+
 @contextmanager
 def temporary_folder(parent: str | os.PathLike[str] | None = None) -> Iterator[Path]:
     """A folder for files on their way, removed at the end with all that is in it.

@@ -23,7 +23,7 @@ from ear_vae import EarVAE, EarVAEConfig, EarVAEError
 from ear_vae.pretrained import convert
 from ear_vae.pretrained.conversion import convert_to_folder, convert_to_official
 from ear_vae.pretrained.folder import write_folder
-from ear_vae.pretrained.official import from_official, to_official
+from ear_vae.pretrained.official_state_dict import from_official, to_official
 
 TINY = EarVAEConfig(
     channels=4, channel_multipliers=(1, 2), strides=(2, 4), latent_dim=32, transformer_depth=1

@@ -20,7 +20,7 @@ from typing import IO, Any
 import soundfile
 
 from ear_vae._atomic import name_of, system_path, temporary_folder, write_all
-from ear_vae.audio.parts import Bytes, Excerpt, Layout, Part, kind_of, layout_of
+from ear_vae.audio.mp3_ogg_flac import Bytes, Excerpt, Layout, Part, kind_of, layout_of
 from ear_vae.errors import EarVAEError
 
 AudioSource = str | os.PathLike[str] | IO[bytes]

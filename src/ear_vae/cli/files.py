@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ear_vae._atomic import require_free
 from ear_vae.audio.formats import AUDIO_EXTENSIONS, WRITTEN_FORMATS
 from ear_vae.cli.jobs import (
     AUDIO,
@@ -22,7 +23,7 @@ from ear_vae.cli.jobs import (
     run_jobs,
 )
 from ear_vae.cli.models import load_model
-from ear_vae.cli.streams import require_free, require_writable_format
+from ear_vae.cli.streams import require_writable_format
 from ear_vae.cli.terminal import is_watched
 from ear_vae.errors import EarVAEError
 from ear_vae.latents import is_latent_file

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from ear_vae.cli.terminal import say
 from ear_vae.errors import EarVAEError
 from ear_vae.training.callbacks import Checkpoints, ExportModel, ListeningExamples, StepProgressBar
-from ear_vae.training.checkpoint import read_checkpoint
+from ear_vae.training.checkpoint_reading import read_checkpoint
 from ear_vae.training.data import AudioDataModule
 from ear_vae.training.module import EarVAEModule
 

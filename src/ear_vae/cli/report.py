@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ear_vae._atomic import require_free
 from ear_vae.cli.models import device_of
-from ear_vae.cli.streams import require_free
 from ear_vae.cli.systems import refuse_options_of_models
 from ear_vae.cli.terminal import say
 from ear_vae.errors import EarVAEError

@@ -6,13 +6,11 @@ import argparse
 import io
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ear_vae._atomic import atomic_path
 from ear_vae.audio import write_audio, write_audio_stream
 from ear_vae.cli.jobs import STREAM, Job
 from ear_vae.dsp.resampling import resample_stream
@@ -111,16 +109,6 @@ def require_writable_format(job: Job, options: argparse.Namespace) -> None:
     trial = NamedBytes()
     trial.name = job.destination_name
     write_audio(trial, torch.zeros(2, 4096), 44_100, format=format_of(job, options), subtype=options.subtype)
-
-
-def require_free(destination: str, *, overwrite: bool) -> None:
-    """Refuses an existing or impossible output before a model is loaded and hours are spent on it."""
-    with suppress(_OnlyLooking), atomic_path(destination, overwrite):
-        raise _OnlyLooking
-
-
-class _OnlyLooking(Exception):
-    """Leaves `atomic_path` without writing."""
 
 
 class NamedBytes(io.BytesIO):

@@ -18,8 +18,8 @@ from ear_vae._atomic import atomic_path, same_file, temporary_folder
 from ear_vae.config import EarVAEConfig
 from ear_vae.errors import EarVAEError
 from ear_vae.pretrained.folder import CONFIG_FILE, read_folder, write_folder
-from ear_vae.pretrained.official import to_official, to_official_config
 from ear_vae.pretrained.official_repository import VARIANTS_KEY
+from ear_vae.pretrained.official_state_dict import to_official, to_official_config
 from ear_vae.pretrained.resolve import resolve
 
 OFFICIAL_WEIGHTS_SUFFIX = ".pyt"

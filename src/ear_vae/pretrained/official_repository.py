@@ -15,7 +15,7 @@ from ear_vae.config import EarVAEConfig
 from ear_vae.errors import EarVAEError
 from ear_vae.limits import read_json, sample_rate_of, shown
 from ear_vae.pretrained.folder import CONFIG_FILE, WEIGHTS_FILE, expected_shapes, require_fit, write_folder
-from ear_vae.pretrained.official import from_official, official_config, read_official
+from ear_vae.pretrained.official_state_dict import from_official, official_config, read_official
 
 VARIANTS_KEY = "variants"
 # Part of every key of the cache: raised when the conversion gives other tensors or another config.

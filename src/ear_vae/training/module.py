@@ -28,7 +28,13 @@ from ear_vae.losses.objective import (
 )
 from ear_vae.network.discriminator import Discriminator, DiscriminatorConfig
 from ear_vae.training import filter_bank
-from ear_vae.training.checkpoint import FACTS, changes, read_checkpoint, require_moments, require_state
+from ear_vae.training.checkpoint_reading import (
+    FACTS,
+    changes,
+    read_checkpoint,
+    require_moments,
+    require_state,
+)
 from ear_vae.training.data import AudioDataModule
 from ear_vae.training.ema import EMA
 from ear_vae.training.optimization import OptimizerConfig, SkippedSteps, skips_by_itself, trained

@@ -21,7 +21,7 @@ from ear_vae.pretrained.folder import (
     model_card,
     require_fit,
 )
-from ear_vae.training.checkpoint import FACTS, read_checkpoint, require_moments, require_state
+from ear_vae.training.checkpoint_reading import FACTS, read_checkpoint, require_moments, require_state
 from ear_vae.training.training_state import TRAINING_STATE_FILE, save_training_state
 from ear_vae.training.weight_norm import apply_weight_norm, plain_weights
 from ear_vae.vae import EarVAE

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from ear_vae._atomic import atomic_path
+from ear_vae._atomic import require_free
 from ear_vae.errors import EarVAEError, in_one_line
 from ear_vae.evaluation.files import Row
 from ear_vae.evaluation.listening.excerpts import Excerpt, ExcerptSpan, choose_spans, cut, measured
@@ -124,8 +123,7 @@ def write_listening_report(
             cannot be written.
     """
     path = Path(path)
-    with suppress(_OnlyLooking), atomic_path(path, overwrite):
-        raise _OnlyLooking  # before hours are spent
+    require_free(path, overwrite=overwrite)
     if evaluations:
         if targets is not None or systems or models:
             raise EarVAEError(
@@ -182,10 +180,6 @@ def _attempt(span: ExcerptSpan, sources: _Sources, *, raise_failures: bool) -> E
         if raise_failures:
             raise
         return in_one_line(error)
-
-
-class _OnlyLooking(Exception):
-    """Leaves `atomic_path` without writing."""
 
 
 def _from_evaluations(

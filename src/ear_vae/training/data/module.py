@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ear_vae.audio import read_audio, resample
 from ear_vae.errors import EarVAEError
-from ear_vae.training.checkpoint import changes
+from ear_vae.training.checkpoint_reading import changes
 from ear_vae.training.data.dataset import Augmentation, SegmentDataset
 from ear_vae.training.data.loader import SegmentLoader
 from ear_vae.training.data.sources import AudioFile, Policy, find_files
