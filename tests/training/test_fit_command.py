@@ -99,6 +99,8 @@ def test_a_stopped_run_leaves_a_model(music: Path, tmp_path: Path) -> None:
     script = (
         "import os, signal, sys; sys.path.insert(0, sys.argv.pop(1))\n"
         "import test_resume\n"
+        # Whoever runs the tests may have been started by nohup.
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "from ear_vae.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     arguments = ["fit", "--data.folder", music, *SHORT, "--trainer.default_root_dir", tmp_path]
