@@ -143,10 +143,10 @@ def unpack_facts(metadata: Mapping[str, str] | None) -> dict[str, Any]:
     Raises:
         ValueError: The entry is there and damaged.
     """
-    if _KEY not in (metadata or {}):
+    packed = (metadata or {}).get(_KEY)
+    if packed is None:
         return {}
-    assert metadata is not None
-    facts = parse_json(metadata[_KEY])
+    facts = parse_json(packed)
     if not isinstance(facts, dict):
         raise ValueError(f"expected an object, got {shown(facts)}")
     return facts
