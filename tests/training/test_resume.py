@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -139,17 +140,21 @@ def test_killed(folder: Path, tmp_path: Path, uninterrupted: dict[str, Any]) -> 
     assert_same_training(checkpoint_of(tmp_path), uninterrupted)
 
 
-def test_interrupted_at_the_command_line(folder: Path, tmp_path: Path) -> None:
-    """Ctrl-C reaches the workers of the data, too, and none of them falls over it."""
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM"])
+def test_interrupted_at_the_command_line(how: str, folder: Path, tmp_path: Path) -> None:
+    """Ctrl-C and a job scheduler's signal reach the workers of the data, too; none of them falls over it."""
     script = (
-        "import os, signal, sys; sys.path.insert(0, sys.argv.pop(1))\n"
+        "import os, subprocess, sys, time; sys.path.insert(0, sys.argv.pop(1))\n"
         "import test_resume\n"
-        "os.kill = lambda process, number: os.killpg(0, number)\n"
+        # As from outside, for torch's workers look who sends it; and time for them to fall over it.
+        "os.kill = lambda process, number: (\n"
+        "    subprocess.run(['kill', f'-{int(number)}', f'-{os.getpgid(0)}']), time.sleep(1))\n"
         "from ear_vae.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     arguments = ["fit", "--config", "smoke", "--data.folder", folder, "--data.num_workers", "1"]
     arguments += ["--model.config.channels", "4", "--model.config.channel_multipliers", "[1,2,2,2,2]"]
-    arguments += ["--trainer.callbacks", "[{class_path: test_resume.Stop, init_args: {how: SIGINT}}]"]
+    stop = {"class_path": "test_resume.Stop", "init_args": {"how": how}}
+    arguments += ["--trainer.callbacks", json.dumps([stop])]
     arguments += ["--trainer.default_root_dir", tmp_path, "--trainer.logger", "false"]
     result = subprocess.run(
         [sys.executable, "-c", script, Path(__file__).parent, *arguments],
@@ -158,7 +163,7 @@ def test_interrupted_at_the_command_line(folder: Path, tmp_path: Path) -> None:
         check=False,
         start_new_session=True,
     )
-    assert result.returncode == 128 + signal.SIGINT, result.stderr
+    assert result.returncode == 128 + signal.Signals[how], result.stderr
     assert "go on with: ear-vae fit" in result.stderr
     assert "KeyboardInterrupt" not in result.stderr
     assert checkpoint_of(tmp_path)["global_step"] == 3

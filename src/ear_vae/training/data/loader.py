@@ -12,6 +12,9 @@ from torch.utils.data import DataLoader, DistributedSampler
 from ear_vae.errors import EarVAEError
 from ear_vae.training.data.dataset import SegmentDataset
 
+# How long a worker goes on after SIGTERM, for the step that is under way.
+_GRACE_SECONDS = 60
+
 
 class SegmentSampler(DistributedSampler[int]):
     """Numbers of segments, without end over the epochs: each goes on where the one before ended.
@@ -82,7 +85,7 @@ class SegmentLoader(DataLoader[Tensor]):
             dataset,
             batch_size=batch_size,
             sampler=self.segments,
-            worker_init_fn=_leave_interrupts_to_the_first_process,
+            worker_init_fn=_leave_signals_to_the_first_process,
             **settings,
         )
 
@@ -105,6 +108,11 @@ class SegmentLoader(DataLoader[Tensor]):
         self.segments.position = state["segments"] // self.step_segments * self.step_segments
 
 
-def _leave_interrupts_to_the_first_process(worker: int) -> None:
-    # Ctrl-C reaches every process of the terminal; a worker that dies of it takes the last step with it.
+def _leave_signals_to_the_first_process(worker: int) -> None:
+    # Ctrl-C, a closed terminal and a job scheduler's SIGTERM reach every process of the run. A worker that
+    # dies of one takes the run with it, before its checkpoint is written.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        # With SIGTERM a first process also ends a worker that hangs.
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))
