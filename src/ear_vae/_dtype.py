@@ -38,6 +38,8 @@ def available_device(device: torch.device | str | int | None) -> torch.device | 
         return None
     try:
         found = torch.device(device)
+        if found.type == "meta":
+            raise RuntimeError("it holds no values")
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         here = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

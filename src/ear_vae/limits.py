@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import operator
 import reprlib
 import unicodedata
@@ -49,6 +50,28 @@ def integer(value: Any) -> int | None:
         return operator.index(value)
     except TypeError:
         return None
+
+
+def whole_number(value: Any, what: str, *, lowest: int) -> int:
+    """An argument that counts something, as a Python integer; those of numpy and torch are taken too.
+
+    Args:
+        value: What was given.
+        what: What messages call it.
+        lowest: Smallest number that is taken.
+
+    Raises:
+        EarVAEError: It is no integer, or too small.
+    """
+    number = integer(value)
+    if number is None or number < lowest:
+        raise EarVAEError(f"{what} must be an integer of {lowest} or more, got {shown(value)}")
+    return number
+
+
+def finite_number(value: Any) -> bool:
+    """Whether it is a number that is neither NaN nor infinite; truth values are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def shown(value: Any) -> str:

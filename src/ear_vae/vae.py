@@ -15,7 +15,7 @@ from ear_vae.config import EarVAEConfig
 from ear_vae.dsp.resampling import resample, resample_stream
 from ear_vae.errors import EarVAEError
 from ear_vae.inference.runner import Runner, optimize
-from ear_vae.limits import sample_rate_of
+from ear_vae.limits import integer, sample_rate_of, shown, whole_number
 from ear_vae.network import Autoencoder
 from ear_vae.posterior import Posterior
 from ear_vae.pretrained.folder import fingerprint, read_folder, write_folder
@@ -108,7 +108,8 @@ class EarVAE(Autoencoder):
             at the model's rate. The last frame is zero-padded on the right.
 
         Raises:
-            EarVAEError: Wrong rank, integer dtype, no samples, too many channels, unusable rate.
+            EarVAEError: Not an array of numbers, wrong rank, integer dtype, no samples, too many channels,
+                unusable rate.
         """
         rate = None if sample_rate is None else sample_rate_of(sample_rate)
         batched, squeeze = self._as_batch(audio)
@@ -131,8 +132,10 @@ class EarVAE(Autoencoder):
         """
         z, squeeze = self._as_latents(latents)
         longest = z.shape[-1] * self.downsampling_ratio
-        if num_samples is not None and not 0 < num_samples <= longest:
-            raise EarVAEError(f"num_samples is {num_samples}; these latents decode to 1 to {longest} samples")
+        if num_samples is not None and not 0 < (integer(num_samples) or 0) <= longest:
+            raise EarVAEError(
+                f"num_samples is {shown(num_samples)}; these latents decode to 1 to {longest} samples"
+            )
         audio = self._runner().decode(z)
         return (audio[0] if squeeze else audio)[..., :num_samples]
 
@@ -159,7 +162,7 @@ class EarVAE(Autoencoder):
             Posteriors with tensors [D, n] or [B, D, n].
 
         Raises:
-            EarVAEError: As for `encode`; or `tile_frames` below 1.
+            EarVAEError: As for `encode`; blocks that are not alike, or `tile_frames` below 1.
         """
         runner = self._runner(tile_frames)
         rate = None if sample_rate is None else sample_rate_of(sample_rate)
@@ -167,10 +170,9 @@ class EarVAE(Autoencoder):
 
         def batches() -> Iterator[Tensor]:
             nonlocal squeeze
-            for block in blocks:
-                if torch.as_tensor(block).shape[-1:] != (0,):
-                    batched, squeeze = self._as_batch(block)
-                    yield batched
+            for block in _alike("audio", blocks):
+                batched, squeeze = self._as_batch(block)
+                yield batched
 
         resampled = batches() if rate is None else resample_stream(batches(), rate, self.sample_rate)
         for parameters in runner.encode_stream(resampled):
@@ -194,17 +196,16 @@ class EarVAE(Autoencoder):
             Audio [C, t] or [B, C, t] at the model's rate.
 
         Raises:
-            EarVAEError: As for `decode`; or `tile_frames` below 1.
+            EarVAEError: As for `decode`; blocks that are not alike, or `tile_frames` below 1.
         """
         runner = self._runner(tile_frames)
         squeeze = False
 
         def batches() -> Iterator[Tensor]:
             nonlocal squeeze
-            for block in blocks:
-                if torch.as_tensor(block).shape[-1:] != (0,):
-                    batched, squeeze = self._as_latents(block)
-                    yield batched
+            for block in _alike("latents", blocks):
+                batched, squeeze = self._as_latents(block)
+                yield batched
 
         for audio in runner.decode_stream(batches()):
             yield audio[0] if squeeze else audio
@@ -224,11 +225,9 @@ class EarVAE(Autoencoder):
             EarVAEError: As for `encode`.
         """
         rate = None if sample_rate is None else sample_rate_of(sample_rate)
-        batched, squeeze = self._as_batch(audio)
-        num_samples, mono_in_stereo = (
-            batched.shape[-1],
-            torch.as_tensor(audio).shape[-2] < self.audio_channels,
-        )
+        x = _as_tensor("audio", audio)
+        batched, squeeze = self._as_batch(x)
+        num_samples, mono_in_stereo = batched.shape[-1], x.shape[-2] < self.audio_channels
         batched = _resampled(batched, rate, self.sample_rate)
         model_samples = batched.shape[-1]
         parameters = self._runner().encode(batched)
@@ -322,7 +321,9 @@ class EarVAE(Autoencoder):
         """Writes `config.json`, `model.safetensors` and, unless there is one, a model card `README.md`.
 
         Raises:
-            EarVAEError: The folder cannot be written to.
+            EarVAEError: The weights are not those that `from_pretrained` would take: parts of them have other
+                names, as with weight norm or under torch.compile, or they are not finite; or the folder
+                cannot be written to.
         """
         write_folder(directory, self.config, self.state_dict(), name=self.name)
 
@@ -340,7 +341,7 @@ class EarVAE(Autoencoder):
             The address of the commit.
 
         Raises:
-            EarVAEError: The Hub refused or could not be reached.
+            EarVAEError: As `save_pretrained`, or the Hub refused or could not be reached.
         """
         return push(
             self.config,
@@ -371,7 +372,7 @@ class EarVAE(Autoencoder):
 
     def _as_batch(self, audio: Tensor | np.ndarray) -> tuple[Tensor, bool]:
         """Audio as [B, C, T] with the model's channels, and whether a batch axis was added."""
-        x = torch.as_tensor(audio)
+        x = _as_tensor("audio", audio)
         if x.ndim not in (2, 3):
             cure = "; add the channel axis with audio[None]" if x.ndim == 1 else ""
             raise EarVAEError(f"audio has shape {_shape(x)}; expected [C, T] or [B, C, T]{cure}")
@@ -394,7 +395,7 @@ class EarVAE(Autoencoder):
 
     def _as_latents(self, latents: Tensor | np.ndarray) -> tuple[Tensor, bool]:
         """Latents as [B, D, N], and whether a batch axis was added."""
-        z = torch.as_tensor(latents)
+        z = _as_tensor("latents", latents)
         if z.ndim not in (2, 3) or z.shape[-2] != self.latent_dim:
             raise EarVAEError(
                 f"latents have shape {_shape(z)}; "
@@ -406,14 +407,57 @@ class EarVAE(Autoencoder):
         return (z, False) if z.ndim == 3 else (z.unsqueeze(0), True)
 
     def _runner(self, tile_frames: int | None = None) -> Runner:
-        if tile_frames is not None and tile_frames < 1:
-            raise EarVAEError(f"tile_frames is {tile_frames}; expected 1 or more")
+        if tile_frames is not None:
+            tile_frames = whole_number(tile_frames, "tile_frames", lowest=1)
         return Runner(
             self,
             gradient_checkpointing=self.gradient_checkpointing,
             cuda_graphs=self._cuda_graphs,
             tile_frames=tile_frames,
         )
+
+
+def _as_tensor(what: str, value: Tensor | np.ndarray) -> Tensor:
+    """What a caller gave, as a dense tensor.
+
+    Raises:
+        EarVAEError: It is no array of numbers, or sparse.
+    """
+    if isinstance(value, Tensor):
+        x = value
+    else:
+        try:
+            array = np.asarray(value)
+            # torch takes neither negative strides, as of a flipped array, nor a foreign byte order.
+            x = torch.as_tensor(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise EarVAEError(
+                f"{what} must be a tensor or an array of numbers, got {type(value).__name__}"
+                + (f" of {value.dtype}" if isinstance(value, np.ndarray) else "")
+            ) from error
+    if x.layout != torch.strided:
+        raise EarVAEError(f"{what} must be dense, got {x.layout}; use {what}.to_dense()")
+    return x
+
+
+def _alike(what: str, blocks: Iterable[Tensor | np.ndarray]) -> Iterator[Tensor]:
+    """The blocks that are not empty.
+
+    Raises:
+        EarVAEError: They differ in more than their length.
+    """
+    first: Tensor | None = None
+    for block in blocks:
+        x = _as_tensor(what, block)
+        if x.shape[-1:] == (0,):
+            continue
+        first = x if first is None else first
+        if x.shape[:-1] != first.shape[:-1]:
+            raise EarVAEError(
+                f"{what}: a block of shape {_shape(x)} after one of {_shape(first)}; only their lengths may "
+                "differ"
+            )
+        yield x
 
 
 def _resampled(audio: Tensor, original_rate: int | None, target_rate: int) -> Tensor:

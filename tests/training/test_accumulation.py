@@ -133,7 +133,7 @@ def test_resumed_in_the_middle_of_a_step(discriminator: DiscriminatorConfig | No
 
 
 def test_what_accumulation_cannot_do() -> None:
-    with pytest.raises(EarVAEError, match="accumulate_grad_batches must be at least 1"):
+    with pytest.raises(EarVAEError, match="accumulate_grad_batches must be an integer of 1"):
         EarVAEModule(TINY, accumulate_grad_batches=0)
     with pytest.raises(EarVAEError, match="balanced takes the gradients of a whole batch"):
         EarVAEModule(TINY, objective=ObjectiveConfig(balanced=True), accumulate_grad_batches=2)

@@ -7,8 +7,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ear_vae._dtype import upcast
 from ear_vae.dsp.weighting import k_weight
 from ear_vae.errors import EarVAEError
+from ear_vae.limits import sample_rate_of
 
 # BS.1770-4: the mean square of a full-scale 1 kHz sine after K-weighting is -3.01 + 0.691 dB.
 _OFFSET_DB = -0.691
@@ -38,7 +40,8 @@ def integrated_loudness(audio: Tensor, sample_rate: int) -> Tensor:
         A scalar or [B] in float64; -infinite where nothing is louder than -70 LUFS.
 
     Raises:
-        EarVAEError: Shorter than one gating block, more than two channels, or NaN or infinity in it.
+        EarVAEError: Shorter than one gating block, more than two channels, NaN or infinity in it, or an
+            unusable rate.
 
     Reference: ITU-R BS.1770-4, annex 1.
     """
@@ -143,6 +146,7 @@ def _step_powers(audio: Tensor, sample_rate: int) -> Tensor:
             f"loudness needs audio [C, T] or [B, C, T] with 1 or 2 channels, got shape {list(audio.shape)}"
         )
     _require_finite(audio)
+    sample_rate = sample_rate_of(sample_rate)
     step = sample_rate // _STEPS_PER_SECOND
     num_steps = audio.shape[-1] // step
     if num_steps < _GATING_STEPS:
@@ -155,7 +159,7 @@ def _step_powers(audio: Tensor, sample_rate: int) -> Tensor:
         stop = min(num_steps, first + _BLOCK_STEPS)
         # The filter forgets what lies this far back.
         warm_up = min(first, _WARM_UP_STEPS)
-        piece = k_weight(audio[..., (first - warm_up) * step : stop * step], sample_rate)
+        piece = k_weight(upcast(audio[..., (first - warm_up) * step : stop * step]), sample_rate)
         steps = piece[..., warm_up * step :].unflatten(-1, (stop - first, step))
         powers[..., first:stop] = (steps.square().mean(dim=-1)).double().sum(dim=-2)
     return powers

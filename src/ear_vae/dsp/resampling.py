@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ear_vae._dtype import upcast
 from ear_vae.dsp._torchaudio import functional
 from ear_vae.dsp.stream_buffer import StreamBuffer
 from ear_vae.errors import EarVAEError
@@ -39,14 +40,15 @@ def resample(audio: Tensor, original_rate: int, target_rate: int) -> Tensor:
         target_rate: Rate wanted in Hz.
 
     Returns:
-        [..., ceil(T * target_rate / original_rate)]; `audio` itself when the rates are equal.
+        [..., ceil(T * target_rate / original_rate)] in float32 at least; `audio` itself when the rates are
+        equal.
 
     Raises:
-        EarVAEError: A rate is not a positive integer.
+        EarVAEError: A rate is not a positive integer, or the audio is not floating point.
     """
     if audio.shape[-1] == 0 or _ratio(original_rate, target_rate) == (1, 1):
         return audio
-    return _resampler(original_rate, target_rate).whole(audio)
+    return _resampler(original_rate, target_rate).whole(_precise(audio))
 
 
 def resample_stream(blocks: Iterable[Tensor], original_rate: int, target_rate: int) -> Iterator[Tensor]:
@@ -63,12 +65,12 @@ def resample_stream(blocks: Iterable[Tensor], original_rate: int, target_rate: i
         Pieces [..., T_j], together of ceil(T * target_rate / original_rate) samples.
 
     Raises:
-        EarVAEError: A rate is not a positive integer.
+        EarVAEError: As `resample`.
     """
     if _ratio(original_rate, target_rate) == (1, 1):
         yield from blocks
     else:
-        yield from _resampler(original_rate, target_rate).stream(blocks)
+        yield from _resampler(original_rate, target_rate).stream(map(_precise, blocks))
 
 
 def resample_briefly(audio: Tensor, original_rate: int, target_rate: int) -> Tensor:
@@ -83,10 +85,10 @@ def resample_briefly(audio: Tensor, original_rate: int, target_rate: int) -> Ten
         target_rate: Rate wanted in Hz.
 
     Returns:
-        [..., ceil(T * target_rate / original_rate)]; `audio` itself when the rates are equal.
+        As `resample`.
 
     Raises:
-        EarVAEError: A rate is not a positive integer.
+        EarVAEError: As `resample`.
     """
     old, new = _ratio(original_rate, target_rate)
     if old == new or audio.shape[-1] == 0:
@@ -94,7 +96,16 @@ def resample_briefly(audio: Tensor, original_rate: int, target_rate: int) -> Ten
     context = math.ceil(_BRIEF_ZERO_CROSSINGS * old / (min(old, new) * _BRIEF_ROLLOFF))
     if new * (2 * context + old) > _MOST_TAPS:
         return resample(audio, original_rate, target_rate)
-    return _Resampler(_by_brief_filter, old, new, original_rate, context).whole(audio)
+    return _Resampler(_by_brief_filter, old, new, original_rate, context).whole(_precise(audio))
+
+
+def _precise(audio: Tensor) -> Tensor:
+    """In float32 at least: in a shorter dtype the filter itself would be wrong, or NaN."""
+    if not audio.is_floating_point():
+        raise EarVAEError(
+            f"audio to resample must be floating point, got {audio.dtype}; divide 16-bit samples by 32768"
+        )
+    return upcast(audio)
 
 
 def _ratio(original_rate: int, target_rate: int) -> tuple[int, int]:

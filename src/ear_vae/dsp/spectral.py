@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ear_vae.dsp._torchaudio import functional
 from ear_vae.errors import EarVAEError
+from ear_vae.limits import integer
 
 
 class MultiResolutionSTFT(nn.Module):
@@ -27,9 +28,10 @@ class MultiResolutionSTFT(nn.Module):
 
     def __init__(self, window_sizes: Sequence[int]) -> None:
         super().__init__()
-        if not window_sizes or any(size < 4 or size % 4 for size in window_sizes):
+        sizes = [integer(size) or 0 for size in window_sizes]
+        if not sizes or any(size < 4 or size % 4 for size in sizes):
             raise EarVAEError(f"window sizes must be positive multiples of 4, got {list(window_sizes)}")
-        self.window_sizes = tuple(window_sizes)
+        self.window_sizes = tuple(sizes)
         for size in self.window_sizes:
             window = torch.hann_window(size, dtype=torch.float64)
             self.register_buffer(

@@ -18,6 +18,7 @@ from ear_vae.dsp import loudness, si_sdr
 from ear_vae.dsp.resampling import resample_briefly
 from ear_vae.errors import EarVAEError
 from ear_vae.evaluation.spectra import SPECTRAL_RATE, compare_spectra
+from ear_vae.limits import sample_rate_of
 
 METRICS = (
     "si_sdr_db",
@@ -194,14 +195,18 @@ def measure(
         `loudness_range_lu_...` and `true_peak_dbtp_...`, -infinite for silence.
 
     Raises:
-        EarVAEError: An unknown name, wrong or different shapes, NaN or infinity in a signal, or too few
-            samples for one of the metrics.
+        EarVAEError: An unknown name, wrong or different shapes, NaN or infinity in a signal, too few
+            samples for one of the metrics, or an unusable rate.
     """
     wanted = set(names)
     if unknown := wanted - set(METRICS):
         raise EarVAEError(f"unknown metrics {sorted(unknown)}; choose from {', '.join(METRICS)}")
     _require_pair(estimate, target)
-    pair = ((estimate, estimate_sample_rate or sample_rate), (target, sample_rate))
+    rate = sample_rate_of(sample_rate)
+    estimate_rate = (
+        rate if estimate_sample_rate is None else sample_rate_of(estimate_sample_rate, "estimate_sample_rate")
+    )
+    pair = ((estimate, estimate_rate), (target, rate))
     results: dict[str, Tensor] = {}
     if wanted & _AT_44K:
         x, y = (_at_44k(audio, rate) for audio, rate in pair)
@@ -270,6 +275,8 @@ def _at_44k(audio: Tensor, sample_rate: int) -> Tensor:
 
 def _require_pair(estimate: Tensor, target: Tensor) -> None:
     for name, audio in (("estimate", estimate), ("target", target)):
+        if not isinstance(audio, Tensor):
+            raise EarVAEError(f"the {name} is a {type(audio).__name__}; expected a tensor: torch.as_tensor")
         if audio.ndim not in (2, 3) or audio.numel() == 0:
             raise EarVAEError(
                 f"the {name} has shape {list(audio.shape)}; expected [C, T] or [B, C, T] with samples in it"

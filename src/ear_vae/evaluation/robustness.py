@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -63,10 +64,12 @@ def latent_robustness(
         generator: Source of the noise, on the CPU.
 
     Raises:
-        EarVAEError: A negative level, or as `EarVAE.encode` and `measure`.
+        EarVAEError: A negative or infinite level, more than one piece, or as `EarVAE.encode` and `measure`.
     """
-    if any(level < 0 for level in noise_levels):
-        raise EarVAEError(f"noise levels must be 0 or more, got {list(noise_levels)}")
+    if not all(0 <= level < math.inf for level in noise_levels):
+        raise EarVAEError(f"noise levels must be finite and 0 or more, got {list(noise_levels)}")
+    if audio.ndim != 2:
+        raise EarVAEError(f"audio has shape {list(audio.shape)}; expected one piece, [C, T]")
     with torch.no_grad():
         latents = vae.encode(audio, sample_rate=sample_rate).mean
         spread = (latents - latents.mean(dim=-1, keepdim=True)).square().mean().sqrt()

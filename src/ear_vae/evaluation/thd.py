@@ -33,8 +33,9 @@ class ToneDistortion:
         level_dbfs: Level of the tone that went in; 0 for a sine with peaks at full scale.
         gain_db: Level of the tone that came out, relative to what went in.
         thd_n_db: All that came out but the tone, from 20 Hz to 20 kHz, relative to all that came out
-            (root mean squares).
-        thd_db: The 2nd to 10th harmonics relative to the tone; -infinite where none fits into the band.
+            (root mean squares); NaN where a channel comes out silent.
+        thd_db: The 2nd to 10th harmonics relative to the tone; -infinite where none fits into the band, NaN
+            where a channel comes out silent.
     """
 
     frequency_hz: float
@@ -88,15 +89,18 @@ def tone_distortion(
     residual, amplitudes = _without_harmonics(settled, frequency_hz, sample_rate, 1)
     heard = _band_power(residual, sample_rate)
     everything = amplitudes[:, 0].square() / 2 + heard
+    # Of silence there is no ratio; -infinity would call it free of distortion.
+    everything = everything.masked_fill(everything < _LOWEST_POWER, math.nan)
     # Harmonics are fitted jointly with the tone, and those above the band do not count.
     count = max(1, min(_HARMONICS, int(min(_BAND_HZ[1], 0.499 * sample_rate) / frequency_hz)))
     _, harmonics = _without_harmonics(settled, frequency_hz, sample_rate, count)
     overtones = harmonics[:, 1:].square().sum(dim=1) / harmonics[:, 0].square().clamp(min=_LOWEST_POWER)
+    overtones = overtones.masked_fill(everything.isnan(), math.nan)
     return ToneDistortion(
         frequency_hz=frequency_hz,
         level_dbfs=level_dbfs,
         gain_db=float(20 * amplitudes[:, 0].mean().log10()) - level_dbfs,
-        thd_n_db=float(10 * (heard / everything.clamp(min=_LOWEST_POWER)).max().log10()),
+        thd_n_db=float(10 * (heard / everything).max().log10()),
         thd_db=float(10 * overtones.max().log10()),
     )
 

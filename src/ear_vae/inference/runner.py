@@ -10,12 +10,13 @@ from itertools import chain
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from ear_vae._dtype import require_runnable, upcast
+from ear_vae.errors import EarVAEError
 from ear_vae.inference.asynchronous_copy import copy_to_device, start_copy
 from ear_vae.inference.cuda_graphs import MOST_GRAPH_FRAMES, clear_graphs, run_graph
 from ear_vae.inference.tiling import (
@@ -63,7 +64,7 @@ class Runner:
         """Computes the posterior's parameters [B, 2 D, N] of audio [B, C, T], zero-padded to whole frames.
 
         Raises:
-            EarVAEError: The weights are in a dtype that is not supported.
+            EarVAEError: The weights are in a dtype that is not supported, or in several.
         """
         missing = -audio.shape[-1] % self.model.config.downsampling_ratio
         return self._run(self.model.encoder, functional.pad(audio, (0, missing)), self._encoder_stages)
@@ -72,7 +73,7 @@ class Runner:
         """Computes audio [B, C, N * downsampling_ratio] of latents [B, D, N].
 
         Raises:
-            EarVAEError: The weights are in a dtype that is not supported.
+            EarVAEError: The weights are in a dtype that is not supported, or in several.
         """
         if self.model.transformer is not None:
             latents = self.transform(latents)
@@ -85,7 +86,7 @@ class Runner:
             The posterior's parameters, [B, 2 D, n].
 
         Raises:
-            EarVAEError: The weights are in a dtype that is not supported.
+            EarVAEError: The weights are in a dtype that is not supported, or in several.
         """
         padded = _padded(blocks, self.model.config.downsampling_ratio)
         return self._stream(self.model.encoder, padded, self._encoder_stages)
@@ -97,7 +98,7 @@ class Runner:
             Audio, [B, C, t].
 
         Raises:
-            EarVAEError: The weights are in a dtype that is not supported.
+            EarVAEError: The weights are in a dtype that is not supported, or in several.
         """
         if self.model.transformer is not None and (pieces := list(blocks)):
             blocks = [self.transform(torch.cat(pieces, dim=-1))]
@@ -111,11 +112,11 @@ class Runner:
         wrong goes into every sample.
 
         Raises:
-            EarVAEError: The weights are in a dtype that is not supported.
+            EarVAEError: The weights are in a dtype that is not supported, or in several.
         """
         transformer, device = self.model.transformer, self.model.device
         assert transformer is not None
-        self._require_runnable(transformer)
+        self._require_runnable(latents)
         weights = {name: upcast(weight) for name, weight in transformer.named_parameters()}
         x = latents.to(device=device, dtype=torch.promote_types(self.model.dtype, torch.float32))
         # Autocast would compute it in less.
@@ -129,11 +130,17 @@ class Runner:
     def _decoder_stages(self, decoder: Decoder) -> list[Stage]:
         return decoder_stages(decoder, self.model.config, self.model.device, self.stage_tiles)
 
-    def _require_runnable(self, network: nn.Module) -> None:
-        require_runnable({parameter.dtype for parameter in network.parameters()}, self.model.device)
+    def _require_runnable(self, x: Tensor) -> None:
+        """Of all parts, whichever is about to run: the dtype of the first decides how the others are fed."""
+        if x.is_meta != (self.model.device.type == "meta"):
+            raise EarVAEError(
+                f"the model is on {self.model.device} and its input on {x.device}: nothing on the meta "
+                "device has values; load the model, or make the input, on a device that computes"
+            )
+        require_runnable({parameter.dtype for parameter in self.model.parameters()}, self.model.device)
 
     def _run(self, network: _Network, x: Tensor, stages_of: _StagesOf[_Network]) -> Tensor:
-        self._require_runnable(network)
+        self._require_runnable(x)
         if torch.is_grad_enabled() and (
             x.requires_grad or any(p.requires_grad for p in network.parameters())
         ):
@@ -151,10 +158,10 @@ class Runner:
         self, network: _Network, blocks: Iterable[Tensor], stages_of: _StagesOf[_Network]
     ) -> Iterator[Tensor]:
         """As `_run`, piece by piece; results lie on the device of the input, and no gradients are kept."""
-        self._require_runnable(network)
         source = iter(blocks)
         if (first := next(source, None)) is None:
             return
+        self._require_runnable(first)
         tiles = stream_stages(
             self._with_graphs(network, stages_of(network)),
             chain((first,), source),

@@ -133,7 +133,7 @@ def load_latents(source: str | os.PathLike[str] | IO[bytes]) -> Latents:
     if facts.get("format") != FORMAT:
         raise EarVAEError(f"{name}: is a safetensors file, but not a latent file of ear-vae")
     version = facts.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise EarVAEError(
             f"{name}: latent format version {shown(version)}, this ear-vae reads {FORMAT_VERSION}; "
             "update ear-vae"
@@ -197,7 +197,14 @@ def _header_metadata(data: bytes) -> dict[str, str]:
 
 def _require_valid(latents: Latents, name: str) -> None:
     mean, std = latents.mean, latents.std
+    for key in ("model_name", "weights_sha256"):
+        if not isinstance(getattr(latents, key), str):
+            raise EarVAEError(f"{name}: {key} must be text, got {shown(getattr(latents, key))}")
     for key, tensor in (("mean", mean), ("std", std)):
+        if tensor is not None and (
+            not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta
+        ):
+            raise EarVAEError(f"{name}: {key} must be a dense tensor that holds values")
         if tensor is not None and tensor.dtype not in STORED_DTYPES:
             raise EarVAEError(
                 f"{name}: {key} is {tensor.dtype}; expected float32, float64, float16 or bfloat16"

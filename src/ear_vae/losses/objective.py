@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, get_args
 
@@ -12,8 +11,9 @@ from torch import Tensor, nn
 from ear_vae._dtype import upcast
 from ear_vae.dsp.spectral import MultiResolutionSTFT, mel_filters
 from ear_vae.dsp.stereo import mid_side_left_right
-from ear_vae.dsp.weighting import a_weight, a_weighting_taps, k_weight
+from ear_vae.dsp.weighting import a_weight, a_weighting_taps, k_weight, k_weighting_coefficients
 from ear_vae.errors import EarVAEError
+from ear_vae.limits import finite_number, sample_rate_of
 from ear_vae.losses import spectral
 from ear_vae.losses.phase import PhaseComparison
 from ear_vae.losses.spectral import Planar
@@ -77,8 +77,9 @@ class ReconstructionObjective(nn.Module):
             only (`lr`).
 
     Raises:
-        EarVAEError: An unknown term, weighting or choice of channels, a weight below 0 or not finite, or a
-            sample rate without A-weighting (see `ear_vae.dsp.weighting.a_weighting_taps`).
+        EarVAEError: An unknown term, weighting or choice of channels, a weight below 0 or not finite, a
+            window size that is no multiple of 4, or a sample rate without that weighting (see
+            `ear_vae.dsp.weighting`).
     """
 
     def __init__(
@@ -102,11 +103,15 @@ class ReconstructionObjective(nn.Module):
         if unknown:
             raise EarVAEError(f"unknown loss terms {unknown}; the terms are {list(DEFAULT_LOSS_WEIGHTS)}")
         self.weights = {**DEFAULT_LOSS_WEIGHTS, **(weights or {})}
-        refused = {name: weight for name, weight in self.weights.items() if not 0 <= weight < math.inf}
+        refused = {n: weight for n, weight in self.weights.items() if not finite_number(weight) or weight < 0}
         if refused:
-            raise EarVAEError(f"loss weights must be finite and 0 or more, got {refused}")
+            raise EarVAEError(f"loss weights must be finite numbers of 0 or more, got {refused}")
+        sample_rate = sample_rate_of(sample_rate)
+        # These refuse a rate that they have no filter for.
         if weighting == "a":
-            a_weighting_taps(sample_rate)  # refuses a rate that it has no filter for
+            a_weighting_taps(sample_rate)
+        elif weighting == "k":
+            k_weighting_coefficients(sample_rate)
         self.sample_rate = sample_rate
         self.weighting = weighting
         self.magnitude_channels = magnitude_channels
@@ -115,6 +120,8 @@ class ReconstructionObjective(nn.Module):
         for name, size in zip(self._bands, window_sizes, strict=True):
             num_bins = size // 2 + 1
             bands = mel_filters(size, sample_rate, max(1, num_bins // _BINS_PER_BAND))
+            # At very high rates the lowest bands lie between two bins.
+            bands = bands[:, bands.sum(dim=0) > 0]
             self.register_buffer(name, bands / bands.sum(dim=0), persistent=False)
 
     def terms(self, estimate: Tensor, target: Tensor, posterior: Posterior) -> dict[str, Tensor]:
@@ -129,11 +136,17 @@ class ReconstructionObjective(nn.Module):
             Scalars in float32, or float64 for such audio; spectral ones are averaged over window sizes.
 
         Raises:
-            EarVAEError: The signals differ in shape, are not stereo, or are shorter than half a window.
+            EarVAEError: The signals differ in shape, are empty, not stereo or not floating point, or are
+                shorter than half a window.
         """
-        if estimate.shape != target.shape or estimate.ndim != 3:
+        if estimate.shape != target.shape or estimate.shape[1:2] != (2,) or estimate.ndim != 3:
             raise EarVAEError(
                 f"estimate {list(estimate.shape)} and target {list(target.shape)} must both be [B, 2, T]"
+            )
+        if not estimate.numel() or not (estimate.is_floating_point() and target.is_floating_point()):
+            raise EarVAEError(
+                f"estimate ({estimate.dtype}) and target ({target.dtype}) must be floating point, with "
+                f"samples; got {list(estimate.shape)}"
             )
         # Under autocast too, spectra and logarithms of magnitudes need single precision.
         with torch.autocast(device_type=estimate.device.type, enabled=False):

@@ -117,7 +117,8 @@ def safe_sqrt(power: Tensor) -> Tensor:
 
 
 def _band_log_level(spectrum: Tensor, bands: Tensor) -> Tensor:
-    return (bands.T @ magnitude(spectrum).square()).clamp(min=MAGNITUDE_FLOOR**2).log() / 2
+    power = magnitude(spectrum).square()
+    return (bands.T.to(power.dtype) @ power).clamp(min=MAGNITUDE_FLOOR**2).log() / 2
 
 
 def _relative_norm(difference: Tensor, target: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from ear_vae._dtype import upcast
 from ear_vae.dsp.spectral import MultiResolutionSTFT
 from ear_vae.errors import EarVAEError
+from ear_vae.limits import finite_number, integer, shown
 
 _KERNEL = (3, 9)
 _LAST_KERNEL = (3, 3)
@@ -44,9 +45,12 @@ class DiscriminatorConfig:
     def __post_init__(self) -> None:
         if not self.window_sizes or not self.dilations:
             raise EarVAEError("discriminator: window_sizes and dilations must not be empty")
-        if min(self.channels, self.frequency_stride, *self.dilations) < 1:
-            raise EarVAEError("discriminator: channels, frequency_stride and dilations must be at least 1")
-        if not 0 <= self.negative_slope < 1:
+        if any((integer(n) or 0) < 1 for n in (self.channels, self.frequency_stride, *self.dilations)):
+            raise EarVAEError(
+                "discriminator: channels, frequency_stride and dilations must be integers of at least 1, got "
+                f"{shown(self.channels)}, {shown(self.frequency_stride)} and {shown(list(self.dilations))}"
+            )
+        if not finite_number(self.negative_slope) or not 0 <= self.negative_slope < 1:
             raise EarVAEError(f"discriminator: negative_slope must be in [0, 1), got {self.negative_slope}")
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ear_vae._atomic import atomic_path, same_file, temporary_folder
 from ear_vae.config import EarVAEConfig
 from ear_vae.errors import EarVAEError
+from ear_vae.limits import shown
 from ear_vae.pretrained.folder import CONFIG_FILE, read_folder, write_folder
 from ear_vae.pretrained.official_repository import VARIANTS_KEY
 from ear_vae.pretrained.official_state_dict import to_official, to_official_config
@@ -55,8 +56,11 @@ def convert(
 
     Raises:
         EarVAEError: There is no such model, the destination exists, cannot be written to or would replace
-            the source, or a dtype is given for the official layout, which is float32.
+            the source; an unknown layout; a dtype that cannot hold the weights, or any for the official
+            layout, which is float32.
     """
+    if to not in (None, "folder", "official"):
+        raise EarVAEError(f"to must be 'folder' or 'official', got {shown(to)}")
     _require_elsewhere(Path(source), Path(destination))
     is_official_file = Path(destination).suffix.lower() == OFFICIAL_WEIGHTS_SUFFIX
     origin: dict[str, Any] = {"variant": variant, "revision": revision, "cache_dir": cache_dir}
@@ -93,7 +97,8 @@ def convert_to_folder(
         The folder.
 
     Raises:
-        EarVAEError: As for `resolve`, or the destination exists or cannot be written to.
+        EarVAEError: As for `resolve`, the destination exists or cannot be written to, or the dtype cannot
+            hold the weights.
     """
     destination = Path(destination)
     _require_free(destination, overwrite)

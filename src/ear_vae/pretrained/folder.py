@@ -20,7 +20,7 @@ from ear_vae._atomic import atomic_path
 from ear_vae._dtype import STORED_DTYPES
 from ear_vae.config import EarVAEConfig
 from ear_vae.errors import EarVAEError
-from ear_vae.limits import name_in_a_line, pack_facts, shown, unpack_facts
+from ear_vae.limits import escaped, name_in_a_line, pack_facts, shown, unpack_facts
 from ear_vae.network import Autoencoder
 
 CONFIG_FILE = "config.json"
@@ -94,12 +94,23 @@ def write_folder(
             values.
 
     Raises:
-        EarVAEError: The folder cannot be written to.
+        EarVAEError: The tensors are not those of the config, as of a network with weight norm or one that
+            torch.compile has wrapped; they are not finite, or not in this dtype; the dtype is none that
+            weights are stored in; or the folder cannot be written to.
     """
     directory = Path(directory)
+    if dtype not in (None, *STORED_DTYPES):
+        names = ", ".join(str(known).removeprefix("torch.") for known in STORED_DTYPES)
+        raise EarVAEError(f"weights cannot be stored as {shown(dtype)}; choose one of torch's {names}")
+    shapes = expected_shapes(config, path=directory)
+    # What could not be loaded again is not written.
+    _require_writable(directory, state, shapes)
     stored = {
         key: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for key, tensor in state.items()
     }
+    if dtype is not None:
+        _require_writable(directory, stored, shapes)
+    card = model_card(config, name)
     facts = {
         "format": _FORMAT,
         "format_version": _FORMAT_VERSION,
@@ -113,15 +124,14 @@ def write_folder(
             temporary.write_text(config.to_json(), encoding="utf-8")
         if not (directory / CARD_FILE).exists():
             with atomic_path(directory / CARD_FILE, overwrite=False) as temporary:
-                temporary.write_text(model_card(config, name), encoding="utf-8")
+                temporary.write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise EarVAEError(f"{directory}: cannot write the model: {error}") from error
 
 
 def model_card(config: EarVAEConfig, name: str) -> str:
     """Returns a minimal card for the Hub: what the folder holds and how to load it."""
-    # The name may come from anywhere, and a card is Markdown with HTML in it.
-    heading = re.sub(r"([\\`*_{}\[\]()#|~])", r"\\\1", html.escape(name_in_a_line(name), quote=False))
+    heading = re.sub(r"([*_{}()#~])", r"\\\1", markdown_text(name_in_a_line(name)))
     return (
         "---\nlibrary_name: ear-vae\ntags:\n- audio\n- music\n- vae\n---\n\n"
         f"# {heading}\n\nεar-VAE weights for the `ear-vae` package: {config.sample_rate} Hz, "
@@ -129,6 +139,11 @@ def model_card(config: EarVAEConfig, name: str) -> str:
         f"{config.latent_rate:.2f} Hz.\n\n```python\nfrom ear_vae import EarVAE\n\n"
         'vae = EarVAE.from_pretrained("path/to/this/folder")\n```\n'
     )
+
+
+def markdown_text(text: str) -> str:
+    """Returns text from anywhere for a line of a card, without the tags, links or cells it might make."""
+    return re.sub(r"([\\`\[\]|])", r"\\\1", html.escape(escaped(text), quote=False))
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -180,6 +195,16 @@ def require_fit(path: Path, state: Mapping[str, Tensor], shapes: Mapping[str, to
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise EarVAEError(f"{path}: the weights do not fit the config: {shown}")
+
+
+def _require_writable(directory: Path, state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+    try:
+        require_fit(directory, state, shapes)
+    except EarVAEError as error:
+        raise EarVAEError(
+            f"{error}; nothing was written: a model in training is written by EarVAEModule.export, any other "
+            "needs plain, finite weights"
+        ) from None
 
 
 def expected_shapes(config: EarVAEConfig, *, path: Path) -> dict[str, torch.Size]:

@@ -41,7 +41,7 @@ def push(
         The address of the commit.
 
     Raises:
-        EarVAEError: The Hub refused or could not be reached.
+        EarVAEError: As `write_folder`, or the Hub refused or could not be reached.
     """
     # Takes a second to import, and `EarVAE` is to be there without.
     from huggingface_hub import CommitOperationAdd, HfApi

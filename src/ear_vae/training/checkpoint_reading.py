@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import pickle
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
 from ear_vae.errors import EarVAEError
+from ear_vae.limits import escaped, finite_number
 from ear_vae.pretrained.folder import require_fit
 
 # What our module adds to Lightning's content.
@@ -62,7 +66,26 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise
     except Exception as error:  # torch has many ways to say it, some of which advise to run what is there
         raise EarVAEError(f"{path}: {_what_it_is(path, error)}") from error
-    if not _has(content, _CONTENT) or not _has(content[FACTS], _FACTS):
+    require_content(path, content)
+    return dict(content)
+
+
+def require_content(path: Path | str, content: Any) -> None:
+    """Refuses what `ear-vae fit` does not write.
+
+    Args:
+        path: Path of the checkpoint, for messages.
+        content: Content of the checkpoint.
+
+    Raises:
+        EarVAEError: Something is missing, of another type, or names a class.
+    """
+    if (
+        not _has(content, _CONTENT)
+        or not _has(content[FACTS], _FACTS)
+        # Older ones Lightning would rewrite, which ours are not made for.
+        or not re.fullmatch(r"[2-9]\d*\.\d+[\w.+]*", content["pytorch-lightning_version"])
+    ):
         raise EarVAEError(f"{path}: is not a checkpoint of ear-vae fit")
     facts = content[FACTS]
     data = content.get("AudioDataModule", {})
@@ -75,7 +98,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     listed = [content["state_dict"].values(), counts, facts["validation"].values()]
     if (
         not isinstance(data, dict)
+        or not isinstance(content["loops"].get("fit_loop"), dict)
         or not _is_accumulation(facts["accumulated"])
+        or not all(
+            isinstance(names, list) and all(isinstance(name, str) for name in names)
+            for names in facts["trained"].values()
+        )
         or not all(
             isinstance(value, kind)
             for values, kind in zip(listed, (Tensor, int, float), strict=True)
@@ -83,7 +111,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         )
     ):
         raise EarVAEError(f"{path}: damaged: its values are not of the types that ear-vae fit writes")
-    return content
 
 
 def require_moments(path: Path | str, content: Mapping[str, Any]) -> None:
@@ -94,7 +121,8 @@ def require_moments(path: Path | str, content: Mapping[str, Any]) -> None:
         content: Content of the checkpoint.
 
     Raises:
-        EarVAEError: An optimizer lacks a parameter, has one too many, or its moments are of another shape.
+        EarVAEError: An optimizer lacks a parameter, has one too many, or its moments are of another shape or
+            not finite.
     """
     trained, states = content[FACTS]["trained"], content["optimizer_states"]
     kinds, weights = content[FACTS]["optimizers"], content["state_dict"]
@@ -135,11 +163,65 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         before: Values by name, as in a checkpoint.
         now: Values by name.
     """
-    return "; ".join(
-        f"{name}: {before[name]} there, {value} here"
-        for name, value in now.items()
-        if name in before and before[name] != value
+    return escaped(
+        "; ".join(
+            f"{name}: {before[name]} there, {value} here"
+            for name, value in now.items()
+            if name in before and before[name] != value
+        )
     )
+
+
+def require_own_files(
+    path: Path | str, callbacks: Mapping[str, Any], folders: Collection[str | os.PathLike[str] | None]
+) -> None:
+    """Refuses names of earlier checkpoints that are not where this run writes its own.
+
+    Lightning removes the earlier ones when better ones come, whatever stands there. Of a run in another
+    folder it only remembers the best one; that is forgotten here.
+
+    Args:
+        path: Path of the checkpoint, for messages.
+        callbacks: States of the callbacks in it.
+        folders: Folders in which the callbacks of this run write checkpoints.
+
+    Raises:
+        EarVAEError: The state of a callback is damaged, or names something outside of its folder.
+    """
+    damaged = EarVAEError(
+        f"{path}: damaged: it names earlier checkpoints outside of its folder, which training would remove"
+    )
+    if not isinstance(callbacks, Mapping):
+        raise damaged
+    for state in callbacks.values():
+        if not isinstance(state, dict) or "best_model_path" not in state:
+            continue
+        best, others = state["best_model_path"], state.get("best_k_models", {})
+        names = [best, state.get("kth_best_model_path", ""), state.get("last_model_path", "")]
+        if not isinstance(others, dict) or not all(isinstance(name, str) for name in (*names, *others)):
+            raise damaged
+        if state.get("dirpath") not in folders:
+            state["best_model_path"] = ""
+        elif not all(name == "" or _lies_in(state["dirpath"], name) for name in (*names, *others)):
+            raise damaged
+
+
+def require_like(path: Path | str, state: Any, schedule: LRScheduler) -> None:
+    """Refuses the state of another kind of schedule, with values missing or with some that replace methods.
+
+    Args:
+        path: Path of the checkpoint, for messages.
+        state: State of a schedule in the checkpoint.
+        schedule: Schedule of this run.
+
+    Raises:
+        EarVAEError: The state is not one of such a schedule.
+    """
+    if not _is_like(state, schedule.state_dict(), type(schedule)):
+        raise EarVAEError(
+            f"{path}: its learning-rate schedule is of another kind than this run's, or damaged; resume with "
+            "the schedule it was made with, or start from the model it exported"
+        )
 
 
 def _has(content: Any, fields: Mapping[str, type | tuple[type, ...]]) -> bool:
@@ -174,17 +256,64 @@ def _fits_optimizer(weights: Sequence[Tensor | None], state: Any, kind: str) -> 
             return False
         if kind != "AdamW":
             return moments.keys() <= set(range(len(weights)))
+        rates = [group[name] for group in groups for name in ("lr", "eps", "weight_decay")]
+        rates += [beta for group in groups for beta in group["betas"]]
+        if not all(map(finite_number, rates)):
+            return False
         return not moments or (
             moments.keys() == set(range(len(weights)))
             and all(
-                weight is not None
-                and moments[index]["exp_avg"].shape == moments[index]["exp_avg_sq"].shape == weight.shape
-                and moments[index]["step"].numel() == 1
+                weight is not None and are_moments(moments[index], weight.shape)
                 for index, weight in enumerate(weights)
             )
         )
     except (TypeError, KeyError, AttributeError):
         return False
+
+
+def are_moments(moments: Mapping[str, Tensor], shape: torch.Size) -> bool:
+    """Whether AdamW can go on with these as the moments of a weight.
+
+    Raises:
+        TypeError, KeyError, AttributeError: They are nothing like it.
+    """
+    step, first, second = (moments[name] for name in ("step", "exp_avg", "exp_avg_sq"))
+    return (
+        step.numel() == 1
+        and first.shape == second.shape == shape
+        and all(bool(x.is_floating_point() and x.isfinite().all()) for x in (step, first, second))
+        and float(step) >= 0
+        and bool((second >= 0).all())
+    )
+
+
+def _lies_in(folder: str, name: str) -> bool:
+    """Whether a path names a checkpoint in a folder itself, without looking at what is there."""
+    return (
+        "://" not in name
+        and "::" not in name
+        and (os.path.dirname(os.path.abspath(name)) == os.path.abspath(folder) and name.endswith(".ckpt"))
+    )
+
+
+def _is_like(state: Any, like: Any, owner: type = object) -> bool:
+    """Whether plain values have the structure of others; of other versions, switches may be more or fewer."""
+    if type(like) is dict:
+        return (
+            isinstance(state, dict)
+            and all(
+                _is_like(state[name], value) if name in state else isinstance(value, (bool, type(None)))
+                for name, value in like.items()
+            )
+            and not any(hasattr(owner, str(name)) for name in state.keys() - like.keys())
+        )
+    if isinstance(like, (list, tuple)):
+        if not isinstance(state, (list, tuple)):
+            return False
+        return len(state) != len(like) or all(map(_is_like, state, like))
+    if isinstance(like, (int, float)) and not isinstance(like, bool):
+        return finite_number(state)
+    return True
 
 
 def _named_class(values: Any) -> str:

@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from ear_vae.errors import EarVAEError
 from ear_vae.training.weight_norm import plain_weights
 
 
@@ -46,5 +47,11 @@ class EMA(nn.Module):
         return torch.tensor(self.updates)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Takes the number of updates from a state dict."""
+        """Takes the number of updates from a state dict.
+
+        Raises:
+            EarVAEError: The number is negative.
+        """
+        if state < 0:
+            raise EarVAEError(f"the average of the weights cannot have had {int(state)} updates")
         self.updates = int(state)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ear_vae._dtype import available_device
 from ear_vae.config import EarVAEConfig
 from ear_vae.errors import EarVAEError
 from ear_vae.evaluation import ReconstructionMetrics
+from ear_vae.limits import escaped, finite_number, whole_number
 from ear_vae.losses import ReconstructionObjective, adversarial
 from ear_vae.losses.balancer import LossBalancer
 from ear_vae.losses.objective import (
@@ -32,7 +34,10 @@ from ear_vae.training.checkpoint_reading import (
     FACTS,
     changes,
     read_checkpoint,
+    require_content,
+    require_like,
     require_moments,
+    require_own_files,
     require_state,
 )
 from ear_vae.training.data import AudioDataModule
@@ -47,6 +52,8 @@ _FILTER_BANK_SEGMENTS = 192
 _FILTER_BANK_FRAMES = 96
 # Terms that are no function of the rebuilt audio; the balancer leaves them as they are.
 _PENALTIES = ("kl",)
+# Arguments that say where the model comes from.
+_ORIGINS = {"config", "pretrained", "variant", "training_state", "initialization"}
 _VALIDATION_METRICS = ("si_sdr_db", "mel_distance", "stft_distance", "icpc", "ccpc")
 
 
@@ -160,16 +167,16 @@ class EarVAEModule(L.LightningModule):
         self.automatic_optimization = False
         if initialization not in (None, "random", "filter_bank"):
             raise EarVAEError(f"initialization must be random or filter_bank, got {initialization!r}")
-        if not 0 <= ema_decay < 1:
+        if not finite_number(ema_decay) or not 0 <= ema_decay < 1:
             raise EarVAEError(f"ema_decay must be in [0, 1), got {ema_decay}")
-        if accumulate_grad_batches < 1:
-            raise EarVAEError(f"accumulate_grad_batches must be at least 1, got {accumulate_grad_batches}")
+        lowest = {"accumulate_grad_batches": 1, "adversarial_after": 0, "max_skipped_steps": 1, "seed": 0}
+        given = (accumulate_grad_batches, adversarial_after, max_skipped_steps, seed)
+        for (name, least), value in zip(lowest.items(), given, strict=True):
+            whole_number(value, name, lowest=least)
         if accumulate_grad_batches > 1 and objective.balanced:
             raise EarVAEError(
                 "objective.balanced takes the gradients of a whole batch: accumulate_grad_batches must be 1"
             )
-        if adversarial_after < 0 or max_skipped_steps < 1 or seed < 0:
-            raise EarVAEError("adversarial_after and seed must be 0 or more and max_skipped_steps at least 1")
         if _vae is not None:
             pass  # of a checkpoint, which was made with arguments that fitted
         elif pretrained is None:
@@ -194,6 +201,10 @@ class EarVAEModule(L.LightningModule):
             self.vae = EarVAE(config)
         else:
             self.vae = EarVAE.from_pretrained(pretrained, variant=variant)
+        if self.vae.audio_channels != 2:
+            raise EarVAEError(
+                f"training compares left and right: audio_channels must be 2, got {self.vae.audio_channels}"
+            )
         self.vae.train().requires_grad_(True)
         self.vae.gradient_checkpointing = gradient_checkpointing
         self.ema = EMA(self.vae, ema_decay) if ema_decay else None
@@ -211,6 +222,10 @@ class EarVAEModule(L.LightningModule):
         )
         self.discriminator = None if discriminator is None else Discriminator(discriminator)
         self.metrics = ReconstructionMetrics(self.vae.sample_rate, _VALIDATION_METRICS)
+        if objective.balanced and not self._terms_of_output():
+            raise EarVAEError(
+                f"objective.balanced has nothing to balance: only {', '.join(_PENALTIES)} has a weight"
+            )
         self.balancer = LossBalancer(self._terms_of_output()) if objective.balanced else None
         self.optimizer_config = optimizer
         self.discriminator_optimizer_config = discriminator_optimizer
@@ -261,12 +276,16 @@ class EarVAEModule(L.LightningModule):
             checkpoint_path: A `.ckpt` file that `ear-vae fit` or a Trainer wrote.
             map_location: Device to put the module on.
             weights_only: Must not be false: a checkpoint is never unpickled.
-            settings: Arguments of the constructor to use instead of those in the checkpoint.
+            settings: Arguments of the constructor to use instead of those in the checkpoint, but for where
+                the model comes from, which is the checkpoint.
 
         Raises:
             EarVAEError: The checkpoint is unreadable, damaged, names classes to import, is of another
-                program, or does not fit the settings.
+                program, or does not fit the settings; or there is no such device.
         """
+        if elsewhere := sorted(settings.keys() & _ORIGINS):
+            raise EarVAEError(f"{', '.join(elsewhere)}: the model is that of the checkpoint; leave it out")
+        device = available_device(map_location)
         if weights_only is False:
             raise EarVAEError("weights_only must not be false: a checkpoint is never unpickled")
         path = Path(checkpoint_path)
@@ -274,13 +293,13 @@ class EarVAEModule(L.LightningModule):
         try:
             given = _from_plain(content["hyper_parameters"])
             module = cls(**{**given, **settings}, _vae=EarVAE(given.pop("config")))
-        except TypeError as error:
+        except (TypeError, KeyError, AttributeError) as error:
             raise EarVAEError(f"{path}: does not fit this version or the settings: {error}") from error
         except EarVAEError as error:
             raise EarVAEError(f"{path}: {error}") from error
         require_state(path, content["state_dict"], module.state_dict())
         module.load_state_dict(content["state_dict"])
-        return module.to(map_location)
+        return module.to(device)
 
     def setup(self, stage: str) -> None:
         """Starts a new model from the filter bank or a training state, unless a checkpoint is resumed from.
@@ -304,7 +323,7 @@ class EarVAEModule(L.LightningModule):
         ]
         if self._moments is not None:
             for (name, network), (optimizer, _) in zip(self._networks().items(), built, strict=True):
-                restore_moments(optimizer, network, self._moments[name])
+                restore_moments(optimizer, network, self._moments.get(name, {}))
         return [optimizer for optimizer, _ in built], [schedule for _, schedule in built]
 
     def forward(self, audio: Tensor) -> Reconstruction:
@@ -399,6 +418,11 @@ class EarVAEModule(L.LightningModule):
 
     def _evaluate(self, stage: str, batch: Tensor) -> None:
         estimate, posterior = self.reconstruct(batch)
+        if not bool(estimate.isfinite().all()):
+            raise EarVAEError(
+                f"the model rebuilds a {stage} excerpt as NaN or infinity: training has diverged; go on from "
+                "an earlier checkpoint with a lower learning rate"
+            )
         terms = self.objective.terms(estimate, batch, posterior)
         terms["total"] = self.objective.total(terms)
         self._log_values(stage, terms)
@@ -460,6 +484,32 @@ class EarVAEModule(L.LightningModule):
         vae.load_state_dict(plain_weights(source, vae.state_dict()))
         return vae.eval().requires_grad_(False)
 
+    def on_fit_start(self) -> None:
+        """Refuses a precision that keeps the weights in too few bits.
+
+        Raises:
+            EarVAEError: The Trainer's precision is `bf16-true`, `16-true` or the like.
+        """
+        self._require_full_weights()
+
+    def on_validation_start(self) -> None:
+        """As `on_fit_start`."""
+        self._require_full_weights()
+
+    def on_test_start(self) -> None:
+        """As `on_fit_start`."""
+        self._require_full_weights()
+
+    def _require_full_weights(self) -> None:
+        # A step of one part in ten thousand rounds away in 8 bits, in the average most of all, and with the
+        # weights Lightning converts the windows of the transforms.
+        short = {p.dtype for p in self.parameters()} - {torch.float32, torch.float64}
+        if short:
+            raise EarVAEError(
+                f"the Trainer's precision keeps the weights in {', '.join(map(str, short))}, in which small "
+                "steps are lost; use precision bf16-mixed, or 32-true"
+            )
+
     def export(self, directory: str | Path) -> None:
         """Writes the trained model as a folder that `EarVAE.from_pretrained` loads.
 
@@ -499,12 +549,16 @@ class EarVAEModule(L.LightningModule):
         if different:
             raise EarVAEError(
                 "the checkpoint is of another architecture or training: "
-                + "; ".join(_difference(name, saved.get(name), facts[name]) for name in different)
+                + escaped("; ".join(_difference(name, saved.get(name), facts[name]) for name in different))
                 + "; resume with the config it was made with, or start from the model it exported"
             )
         where = self.trainer.ckpt_path or "the checkpoint"
+        require_content(where, checkpoint)
         require_state(where, checkpoint["state_dict"], self.state_dict())
         require_moments(where, checkpoint)
+        folders = [callback.dirpath for callback in self.trainer.checkpoint_callbacks]  # type: ignore[attr-defined]
+        require_own_files(where, checkpoint.get("callbacks", {}), folders)
+        self._require_schedules(where, checkpoint["lr_schedulers"])
         counts = zip(self.skipped.values(), saved["skipped"], saved["skipped in a row"], strict=False)
         for counter, total, in_a_row in counts:
             counter.total, counter.in_a_row = total, in_a_row
@@ -516,6 +570,13 @@ class EarVAEModule(L.LightningModule):
                 "betas and weight_decay stay as they are in the checkpoint",
                 changed,
             )
+
+    def _require_schedules(self, where: str | Path, saved: Sequence[Any]) -> None:
+        settings = (self.optimizer_config, self.discriminator_optimizer_config)
+        for config, state in zip(settings, saved, strict=False):
+            # Of one weight: only what its state looks like is wanted.
+            _, schedule = config.build([nn.Parameter(torch.zeros(1, 1))], 1)
+            require_like(where, state, schedule)
 
     def _facts(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be resumed from."""
@@ -637,6 +698,8 @@ class EarVAEModule(L.LightningModule):
         """A scalar whose gradient is the balanced one; its value means nothing."""
         assert self.balancer is not None
         of_output = {name: value for name, value in terms.items() if name not in _PENALTIES}
+        if not of_output:  # the discriminator's terms do not count yet
+            return self.objective.total(terms)
         gradient = self.balancer(of_output, self.objective.weights, estimate)
         penalties = {name: value for name, value in terms.items() if name in _PENALTIES}
         loss = (estimate * gradient).sum()

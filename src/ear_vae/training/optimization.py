@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau, SequentialLR
 
 from ear_vae.errors import EarVAEError
+from ear_vae.limits import finite_number, shown, whole_number
 
 
 @dataclass(frozen=True)
@@ -52,17 +53,19 @@ class OptimizerConfig:
     schedule: Callable[[Optimizer], LRScheduler] | None = None
 
     def __post_init__(self) -> None:
-        if not (0 <= self.learning_rate < math.inf and 0 <= self.weight_decay < math.inf):
+        if not all(finite_number(v) and v >= 0 for v in (self.learning_rate, self.weight_decay)):
             raise EarVAEError(
                 "learning_rate and weight_decay must be finite and 0 or more, "
                 f"got {self.learning_rate} and {self.weight_decay}"
             )
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise EarVAEError(f"betas must be in [0, 1), got {list(self.betas)}")
-        if self.warmup_steps < 0 or not 0 <= self.final_fraction <= 1 or not self.gradient_clip > 0:
+        betas = self.betas if isinstance(self.betas, (list, tuple)) else ()
+        if len(betas) != 2 or not all(finite_number(beta) and 0 <= beta < 1 for beta in betas):
+            raise EarVAEError(f"betas must be two numbers in [0, 1), got {shown(self.betas)}")
+        whole_number(self.warmup_steps, "warmup_steps", lowest=0)
+        if not 0 <= self.final_fraction <= 1 or not self.gradient_clip > 0:
             raise EarVAEError(
-                "warmup_steps must be 0 or more, final_fraction within [0, 1] and gradient_clip above 0, "
-                f"got {self.warmup_steps}, {self.final_fraction} and {self.gradient_clip}"
+                "final_fraction must be within [0, 1] and gradient_clip above 0, "
+                f"got {self.final_fraction} and {self.gradient_clip}"
             )
         optimizer, schedule = self._example()
         if isinstance(optimizer, torch.optim.LBFGS):
@@ -123,14 +126,23 @@ class OptimizerConfig:
     def _example(self) -> tuple[Optimizer, LRScheduler | None]:
         """The optimizer of one weight, with the schedule that replaces the cosine decay, if any."""
         optimizer = self._optimizer([nn.Parameter(torch.zeros(1, 1))])
-        return optimizer, None if self.schedule is None else self.schedule(optimizer)
+        if self.schedule is None:
+            return optimizer, None
+        try:
+            schedule = self.schedule(optimizer)
+        except (TypeError, ValueError) as error:
+            raise EarVAEError(f"the schedule cannot be made: {error}") from error
+        return optimizer, schedule
 
     def _optimizer(self, parameters: list[nn.Parameter]) -> Optimizer:
         if self.algorithm is not None:
             try:
-                return self.algorithm(parameters)
+                optimizer = self.algorithm(parameters)
             except (TypeError, ValueError) as error:
                 raise EarVAEError(f"the optimizer cannot be made: {error}") from error
+            if not isinstance(optimizer, Optimizer):
+                raise EarVAEError(f"algorithm must give an optimizer of torch, got {shown(optimizer)}")
+            return optimizer
         return torch.optim.AdamW(
             parameters,
             lr=self.learning_rate,

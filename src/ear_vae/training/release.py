@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,11 +14,13 @@ import torch
 
 from ear_vae.config import EarVAEConfig
 from ear_vae.errors import EarVAEError
+from ear_vae.limits import escaped
 from ear_vae.pretrained.folder import (
     CARD_FILE,
     CONFIG_FILE,
     WEIGHTS_FILE,
     expected_shapes,
+    markdown_text,
     model_card,
     require_fit,
 )
@@ -156,7 +159,13 @@ def _card(vae: EarVAE, content: Mapping[str, Any], which: str) -> str:
         "encoder trained": "yes" if facts["train_encoder"] else "no",
         "steps left out": sum(facts["skipped"]),
         **facts["settings"],
-        **{f"`{name}`": f"{value:.4g}" for name, value in facts["validation"].items()},
     }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    # A checkpoint may come from anywhere.
+    # A checkpoint may come from anywhere.
+    lines = [(markdown_text(str(name)), markdown_text(str(value))) for name, value in rows.items()]
+    lines += [
+        (f"`{re.sub('[`|]', '', escaped(name))}`", f"{value:.4g}")
+        for name, value in facts["validation"].items()
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in lines)
     return f"{model_card(vae.config, vae.name)}\n## Training\n\n| | |\n|---|---|\n{table}\n"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ear_vae._atomic import atomic_path
 from ear_vae.errors import EarVAEError
 from ear_vae.pretrained.folder import read_safetensors
+from ear_vae.training.checkpoint_reading import are_moments, require_state
 
 TRAINING_STATE_FILE = "training_state.safetensors"
 _FORMAT = "ear-vae-training-state"
@@ -43,7 +44,8 @@ def load_training_state(module: nn.Module, path: Path) -> dict[str, dict[str, di
         For each optimizer the moments of each of its parameters by name.
 
     Raises:
-        EarVAEError: The file is unreadable, no training state, or of another architecture.
+        EarVAEError: The file is unreadable, no training state, of another architecture, or holds values that
+            are not finite.
     """
     tensors, _ = read_safetensors(path)
     with safe_open(path, framework="pt") as file:
@@ -62,6 +64,7 @@ def load_training_state(module: nn.Module, path: Path) -> dict[str, dict[str, di
             f"{path}: is of another architecture: {len(different)} tensors do not fit, "
             f"such as {min(different)}"
         )
+    require_state(path, found, own)
     module.load_state_dict(found, strict=False)
     moments: dict[str, dict[str, dict[str, Tensor]]] = {}
     for key, tensor in tensors.items():
@@ -78,17 +81,33 @@ def restore_moments(
     """Gives an optimizer of a network's trained parameters the moments it had.
 
     Raises:
-        EarVAEError: A parameter has none.
+        EarVAEError: The optimizer is not AdamW, or a parameter has none, or other ones.
     """
+    if type(optimizer) is not torch.optim.AdamW:
+        raise EarVAEError(
+            f"the training state holds the moments of AdamW, not of {type(optimizer).__name__}; leave out "
+            "training_state, or the algorithm"
+        )
     names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
     missing = [name for name in names if name not in moments]
     if missing:
         raise EarVAEError(
             f"the training state has no moments of {len(missing)} weights, such as {missing[0]}"
         )
+    shapes = {name: parameter.shape for name, parameter in network.named_parameters()}
+    wrong = [name for name in names if not _fit(moments[name], shapes[name])]
+    if wrong:
+        raise EarVAEError(
+            f"the training state is damaged: the moments of {len(wrong)} weights do not fit, "
+            f"such as {wrong[0]}"
+        )
     state = optimizer.state_dict()
     state["state"] = {index: dict(moments[name]) for index, name in enumerate(names)}
     optimizer.load_state_dict(state)
+
+
+def _fit(moments: Mapping[str, Tensor], shape: torch.Size) -> bool:
+    return set(moments) == set(_MOMENTS) and are_moments(moments, shape)
 
 
 def _tensors(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ class Augmentation:
         swap_channels: Probability of exchanging left and right.
         invert_polarity: Probability of turning both channels over.
         speed: Play faster or slower by up to this fraction, in steps of one per cent, as a tape does:
-            pitch and tempo together.
+            pitch and tempo together; 0 for never, at least 0.01 otherwise.
 
     Raises:
         EarVAEError: A value is out of range.
@@ -52,12 +52,13 @@ class Augmentation:
         for name in ("swap_channels", "invert_polarity"):
             if not 0 <= getattr(self, name) <= 1:
                 raise EarVAEError(f"{name} must be a probability, got {getattr(self, name)}")
-        if not 0 <= self.speed <= 0.5:
-            raise EarVAEError(f"speed must be in [0, 0.5], got {self.speed}")
+        if self.speed and not 0.01 <= self.speed <= 0.5:
+            raise EarVAEError(f"speed must be 0, or from 0.01 to 0.5, got {self.speed}")
 
     def speed_percent(self, random: np.random.Generator) -> int:
         """How fast to play, 100 for as it is."""
-        steps = round(100 * self.speed)
+        # Rounded down, and never beyond what was asked for; 0.29 * 100 is a little below 29.
+        steps = math.floor(100 * self.speed + 1e-6)
         return 100 + int(random.integers(-steps, steps + 1)) if steps else 100
 
     def __call__(self, segment: Tensor, random: np.random.Generator) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from ear_vae.errors import EarVAEError
+from ear_vae.limits import integer, shown
 from ear_vae.training.data.dataset import SegmentDataset
 
 # How long a worker goes on after SIGTERM, for the step that is under way.
@@ -104,8 +105,14 @@ class SegmentLoader(DataLoader[Tensor]):
         """Goes on after the segments of a state.
 
         With another batch size or number of processes than before, from the start of the step it falls in.
+
+        Raises:
+            EarVAEError: The state does not say how many.
         """
-        self.segments.position = state["segments"] // self.step_segments * self.step_segments
+        position = integer(state.get("segments")) if isinstance(state, dict) else None
+        if position is None or position < 0:
+            raise EarVAEError(f"the checkpoint is damaged: its place in the data is {shown(state)}")
+        self.segments.position = position // self.step_segments * self.step_segments
 
 
 def _leave_signals_to_the_first_process(worker: int) -> None:

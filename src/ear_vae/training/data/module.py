@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ear_vae.audio import read_audio, resample
 from ear_vae.errors import EarVAEError
+from ear_vae.limits import sample_rate_of, whole_number
 from ear_vae.training.checkpoint_reading import changes
 from ear_vae.training.data.dataset import Augmentation, SegmentDataset
 from ear_vae.training.data.loader import SegmentLoader
@@ -73,14 +74,19 @@ class AudioDataModule(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if min(batch_size, segments_per_epoch, segment_multiple) < 1 or num_workers < 0:
-            raise EarVAEError(
-                "batch_size, segments_per_epoch and segment_multiple must be at least 1, num_workers 0"
-            )
+        lowest = {
+            "batch_size": 1,
+            "segments_per_epoch": 1,
+            "segment_multiple": 1,
+            "num_workers": 0,
+            "seed": 0,
+        }
+        given = (batch_size, segments_per_epoch, segment_multiple, num_workers, seed)
+        for (name, least), value in zip(lowest.items(), given, strict=True):
+            whole_number(value, name, lowest=least)
+        sample_rate = sample_rate_of(sample_rate)
         if not 0 < segment_seconds < math.inf or not 0 < validation_seconds < math.inf:
             raise EarVAEError("segment_seconds and validation_seconds must be finite and more than 0")
-        if sample_rate < 1 or seed < 0:
-            raise EarVAEError(f"sample_rate must be at least 1 and seed 0, got {sample_rate} and {seed}")
         if min_level_db is not None and not math.isfinite(min_level_db):
             raise EarVAEError(f"min_level_db must be a level in dB or null, got {min_level_db}")
         self.sources = _paths(folder)
