@@ -30,6 +30,7 @@ _MP3_CONSTANT = (0x1E, 0x0C)
 _MP3_SYNC = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb]")
 _OGG_PAGE, _FLAC_MARK = re.compile(b"OggS"), re.compile(b"fLaC")
 _LONGEST_PATTERN = 4
+_CHUNK_NAME = re.compile(rb"[ -~]{4}")
 # Of its header and its footer alike.
 _APE_HEADER_SIZE = 32
 _SHORTEST_AU_HEADER = 24
@@ -211,7 +212,7 @@ def _single_container(data: Bytes) -> Layout:
     is_aiff = data.at(0, 4) == b"FORM"
     position = end
     # Other chunks may follow, and tags.
-    while position < data.size and all(32 <= byte < 127 for byte in (head := data.at(position, 8))[:4]):
+    while _CHUNK_NAME.match(head := data.at(position, 8)):
         size = int.from_bytes(head[4:8], "big" if is_aiff else "little")
         if position + 8 + size > data.size:
             break
