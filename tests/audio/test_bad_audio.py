@@ -142,7 +142,6 @@ CASES: dict[str, tuple[str, Callable[[], bytes], str]] = {
         "not audio",
     ),
     "flac frames": ("a.flac", flac_frames, "truncated"),
-    "an RF64 of exabytes": ("a.wav", of_exabytes, "not audio|truncated"),
     **{
         f"an uncompleted {kind}": (
             f"a.{kind.lower()}",
@@ -376,12 +375,11 @@ def test_every_format_that_is_written_is_taken_by_the_command(tmp_path: Path, sm
         lambda: encoded("AU") + b".snd" + bytes(60),
         lambda: encoded("MP3") + 2_000_000 * b"\xff\0" + encoded("MP3"),
         lambda: encoded("OGG") + 200_000 * (b"OggS" + bytes(23) + b"xyz") + encoded("OGG"),
+        of_exabytes,
     ],
-    ids=["ape", "au", "mp3", "ogg"],
+    ids=["ape", "au", "mp3", "ogg", "rf64"],
 )
-def test_the_command_comes_to_an_end_with_what_was_made_to_have_none(
-    tmp_path: Path, content: Callable[[], bytes]
-) -> None:
+def test_the_command_reads_what_was_made_to_have_no_end(tmp_path: Path, content: Callable[[], bytes]) -> None:
     """Once without an end, or hours from it; the time given is for slow machines, not a measure."""
     (tmp_path / "a").write_bytes(content())
     command = [sys.executable, "-m", "ear_vae", "info", tmp_path / "a", "--json"]
