@@ -38,21 +38,20 @@ def atomic_path(destination: str | os.PathLike[str], overwrite: bool) -> Iterato
         overwrite: Replace an existing file.
 
     Raises:
-        EarVAEError: The destination exists and is not to be overwritten, is a folder or a link that leads
-            nowhere, or lies in a folder that is missing or cannot be written to.
+        EarVAEError: The destination exists and is not to be overwritten, also if it came to exist meanwhile;
+            it is a folder, a device, a pipe or a link, or lies in a folder that is missing or cannot be
+            written to; or the block raised an `OSError`, as on a full disk.
     """
     destination = Path(destination)
     with ExitStack() as stack:
         try:
-            if destination.is_dir():
-                raise EarVAEError(f"{destination}: is a folder, expected the path of a file to write")
+            _require_ordinary(destination)
             if destination.exists() and not overwrite:
+                raise _exists_already(destination)
+            if destination.is_symlink():
                 raise EarVAEError(
-                    f"{destination}: exists already; remove it, or overwrite it", argument="overwrite"
-                )
-            if destination.is_symlink() and not destination.exists():
-                raise EarVAEError(
-                    f"{destination}: is a link that leads nowhere; remove it, or choose another name"
+                    f"{destination}: is a link to {os.path.realpath(destination)}; name that file itself, or "
+                    "remove the link"
                 )
             folder = stack.enter_context(temporary_folder(destination.parent))
         except FileNotFoundError:
@@ -62,11 +61,50 @@ def atomic_path(destination: str | os.PathLike[str], overwrite: bool) -> Iterato
                 f"{destination}: cannot write in {destination.parent}: {error.strerror}"
             ) from error
         temporary = folder / f"new{destination.suffix}"
-        yield temporary
-        # Some writers make private files; what is left behind has the permissions of any new file.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        try:
+            yield temporary
+            # Some writers make private files; what is left behind has the permissions of any new file.
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
+            if overwrite:
+                temporary.replace(destination)
+            else:
+                _put(temporary, destination)
+        except FileExistsError:
+            raise _exists_already(destination) from None
+        except OSError as error:
+            raise EarVAEError(f"{destination}: could not be written: {error.strerror or error}") from error
+
+
+def _require_ordinary(destination: Path) -> None:
+    """Refuses what is there and is no file to replace: root can put a file in the place of a device."""
+    if destination.is_dir():
+        raise EarVAEError(f"{destination}: is a folder, expected the path of a file to write")
+    if destination.exists() and not destination.is_file():
+        raise EarVAEError(f"{destination}: is a pipe or a device, expected the path of a file to write")
+    if destination.is_symlink() and not destination.exists():
+        raise EarVAEError(f"{destination}: is a link that leads nowhere; remove it, or choose another name")
+
+
+def _exists_already(destination: Path) -> EarVAEError:
+    return EarVAEError(f"{destination}: exists already; remove it, or overwrite it", argument="overwrite")
+
+
+def _put(temporary: Path, destination: Path) -> None:
+    """Gives a file its name unless another process has given it to a file meanwhile.
+
+    Raises:
+        FileExistsError: It has.
+        OSError: The file cannot have that name.
+    """
+    try:
+        os.link(temporary, destination)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links, where only a moment is left to fall between
+        if os.path.lexists(destination):
+            raise FileExistsError from None
         temporary.replace(destination)
 
 

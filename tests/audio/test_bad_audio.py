@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import socket
@@ -57,6 +58,36 @@ def with_number(data: bytes, at: int, size: int, value: int, order: str = "big")
     return data[:at] + value.to_bytes(size, order) + data[at + size :]  # type: ignore[arg-type]
 
 
+def uncompleted(container: str) -> bytes:
+    """With a header as a recorder leaves it that was interrupted: of no audio at all."""
+    data = encoded(container)
+    if container == "AU":
+        return with_number(data, 8, 4, 0)
+    return with_number(with_number(data, 4, 4, 0), data.find(b"data") + 4, 4, 0)
+
+
+def flac_frames() -> bytes:
+    """A megabyte of headers of flac frames (RFC 9639, section 9.1), each of which may be the last frame."""
+    info = bytearray(encoded("FLAC")[:42])
+    info[4] |= 0x80
+    info[15:18] = b"\xff\xff\xff"
+    checksum = 0
+    for byte in (head := b"\xff\xf8\xc9\xa8\x00"):
+        checksum ^= byte
+        for _ in range(8):
+            checksum = (checksum << 1 ^ (7 if checksum >> 7 else 0)) & 0xFF
+    return bytes(info) + (head + bytes([checksum])) * 170_000
+
+
+def of_exabytes() -> bytes:
+    """RF64 whose size is the highest of 64 bits, with more behind it than is read at once."""
+    data = encoded("RF64", noise(100_000))
+    return with_number(data, 20, 8, 2**64 - 1, "little")
+
+
+EMPTY_APE_TAG = b"APETAGEX" + (2000).to_bytes(4, "little") + bytes(20)
+
+
 def of_terabytes(container: str) -> bytes:
     """A header that states as many samples as it can, before a second of audio."""
     data = encoded(container)
@@ -103,6 +134,21 @@ CASES: dict[str, tuple[str, Callable[[], bytes], str]] = {
     **{
         f"a {kind} of terabytes": (f"a.{kind.lower()}", lambda kind=kind: of_terabytes(kind), "truncated")  # type: ignore[misc]
         for kind in ("FLAC", "OGG", "MP3")
+    },
+    "an ape tag of no size": ("a.mp3", lambda: EMPTY_APE_TAG + bytes(1000), "not audio"),
+    "a frame of mp3 before what is none": (
+        "a.mp3",
+        lambda: b"\xff\xfb\x90\0" + 2_000_000 * b"\xff\0",
+        "not audio",
+    ),
+    "flac frames": ("a.flac", flac_frames, "truncated"),
+    **{
+        f"an uncompleted {kind}": (
+            f"a.{kind.lower()}",
+            lambda kind=kind: uncompleted(kind),
+            "never completed",
+        )  # type: ignore[misc]
+        for kind in ("WAV", "AU")
     },
     "parts of two rates": (
         "a.flac",
@@ -320,3 +366,61 @@ def test_every_format_that_is_written_is_taken_by_the_command(tmp_path: Path, sm
     command = [sys.executable, "-m", "ear_vae", "reconstruct", tmp_path / "a.wav", tmp_path / "out"]
     subprocess.run([*command, "--format", "aiff", "--model", small_model], check=True, capture_output=True)
     assert soundfile.info(tmp_path / "out").format == "AIFF"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        lambda: encoded("MP3") + EMPTY_APE_TAG,
+        lambda: encoded("AU") + b".snd" + bytes(60),
+        lambda: encoded("MP3") + 2_000_000 * b"\xff\0" + encoded("MP3"),
+        lambda: encoded("OGG") + 200_000 * (b"OggS" + bytes(23) + b"xyz") + encoded("OGG"),
+        of_exabytes,
+    ],
+    ids=["ape", "au", "mp3", "ogg", "rf64"],
+)
+def test_the_command_reads_what_was_made_to_have_no_end(tmp_path: Path, content: Callable[[], bytes]) -> None:
+    """Once without an end, or hours from it; the time given is for slow machines, not a measure."""
+    (tmp_path / "a").write_bytes(content())
+    command = [sys.executable, "-m", "ear_vae", "info", tmp_path / "a", "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["num_samples"] > RATE - 5000
+
+
+@pytest.mark.parametrize(("container", "at"), [("WAV", "data"), ("AU", ""), ("AIFF", "SSND")])
+def test_audio_behind_what_a_header_states_is_not_left_out_in_silence(
+    tmp_path: Path, container: str, at: str
+) -> None:
+    data = encoded(container, subtype="PCM_16")
+    size, order = 2 * RATE, "little" if container == "WAV" else "big"
+    place = data.find(at.encode()) + 4 if at else 8
+    (tmp_path / "a").write_bytes(with_number(data, place, 4, size + 8 * (container == "AIFF"), order))
+    command = [sys.executable, "-m", "ear_vae", "info", tmp_path / "a", "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert json.loads(result.stdout)["num_samples"] == RATE // 2
+    assert "88200 bytes follow the audio that its header states" in result.stderr
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("extension", ["mka", "webm", "wma"])
+def test_what_ffmpeg_reads_of_a_cut_file_is_not_taken_for_all(tmp_path: Path, extension: str) -> None:
+    (tmp_path / "a.wav").write_bytes(encoded("WAV"))
+    whole = tmp_path / f"a.{extension}"
+    subprocess.run(["ffmpeg", "-v", "error", "-i", tmp_path / "a.wav", whole], check=True)
+    assert abs(audio_info(whole).duration_seconds - 1) < 0.1
+    cut = tmp_path / f"cut.{extension}"
+    cut.write_bytes(whole.read_bytes()[: -whole.stat().st_size // 3])
+    command = [sys.executable, "-m", "ear_vae", "info", cut]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert f"{cut}: truncated: its header states {whole.stat().st_size} bytes" in result.stderr
+
+
+def test_a_peak_is_found_at_rates_that_are_not_read(tmp_path: Path) -> None:
+    """Such as a model's of 4 kHz, whose latents the command decodes."""
+    audio = 2 * torch.from_numpy(noise(400).T.copy()).float() / noise(400).max()
+    write_audio_stream(tmp_path / "a.wav", [audio], 4000, channels=2, num_samples=400, peak="scale")
+    found, rate = soundfile.read(tmp_path / "a.wav")
+    assert rate == 4000
+    assert np.abs(found).max() == 1

@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -20,6 +21,10 @@ import soundfile
 import torch
 from safetensors.torch import save_file
 
+from ear_vae._atomic import atomic_path
+from ear_vae.errors import EarVAEError
+from ear_vae.evaluation.files import QUANTITIES
+from ear_vae.evaluation.metrics import METRICS
 from ear_vae.limits import pack_facts
 
 RATE = 44_100
@@ -176,6 +181,8 @@ BAD_LINES = [
     ("reconstruct wav loop.wav --force", 1, "is a link that leads nowhere"),
     ("reconstruct wav loop/out.wav", 1, "loop"),
     ("reconstruct wav /dev/full", 1, "is not an ordinary file"),
+    ("reconstruct wav to_song.wav --force", 1, "song.wav; name that file itself, or remove the link"),
+    ("reconstruct wav out.aiff --subtype IMA_ADPCM", 1, "aiff cannot hold subtype 'IMA_ADPCM'"),
     ("reconstruct folder out", 1, "folder: holds no audio files"),
     ("reconstruct folder -", 1, "is no folder"),
     ("reconstruct missing out.wav", 1, "no such file or folder"),
@@ -207,6 +214,17 @@ BAD_LINES = [
     ("report o.html --from e.json --variant x", 2, "--variant is not for --from"),
     ("report o.html --from e.json --align", 2, "--align is not for --from"),
     ("report o.html --from e.json", 1, "cannot be read"),
+    ("report o.html --from deep.json", 1, "is no evaluation"),
+    ("report o.html --from forged.json", 1, "or hold something else; evaluate again"),
+    ("report o.html --from target.json", 1, "is no evaluation"),
+    ("report o.html --from pipe.json", 1, "is no ordinary file"),
+    ("report pipe.json wav --system other --force", 1, "is a pipe or a device"),
+    ("report wav wav --system other --force", 1, "is shown or read by the page itself"),
+    ("report other wav --system other --force", 1, "is shown or read by the page itself"),
+    ("evaluate wav other --json pipe.json", 1, "is a pipe or a device"),
+    ("evaluate wav other --csv pipe.json --force", 1, "is a pipe or a device"),
+    ("convert model pipe.pyt --force", 1, "is a pipe or a device"),
+    ("release odd.ckpt out", 1, "odd.ckpt: is not a checkpoint"),
     ("convert ear-vae-tiny", 2, "required: FOLDER_OR_FILE"),
     ("convert model model --force --dtype float16", 1, "would replace the model"),
     ("convert model model/model.safetensors --to official --force", 1, "would replace the model"),
@@ -237,6 +255,16 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Pa
     (folder / "hard.wav").hardlink_to(folder / "wav")
     for name in ("loop", "loop.wav"):
         (folder / name).symlink_to(name)
+    (folder / "to_song.wav").symlink_to("song.wav")
+    for name in ("pipe.json", "pipe.pyt"):
+        os.mkfifo(folder / name)
+    (folder / "odd.ckpt").write_bytes(pickle.dumps({"weights": 1}, protocol=4))
+    (folder / "deep.json").write_text("[" * 100_000)
+    row = {"name": "wav", "system": "other", "notes": [], **dict.fromkeys((*METRICS, *QUANTITIES), 0.0)}
+    rows = {"forged": {**row, "mel_distance": "loud"}, "target": row}
+    for name, content in rows.items():
+        inputs = {"target": 5 if name == "target" else str(folder / "wav"), "estimate": str(folder / "other")}
+        (folder / f"{name}.json").write_text(json.dumps({"files": [content], "inputs": inputs}))
     return folder
 
 
@@ -616,3 +644,88 @@ def test_codecs_load_where_torchaudios_extension_does_not_fit(tmp_path: Path) ->
     }
     result = process("evaluate", tmp_path / "a.wav", "--model", "dac", env=environment)
     assert result.stderr.decode().strip().endswith("as far as the weights")
+
+
+@POSIX
+@pytest.mark.parametrize("format", ["wav", "flac", "ogg", "mp3", "aiff"])
+def test_a_disk_that_is_full_at_the_last_byte_is_an_error(
+    tmp_path: Path, small_model: Path, format: str
+) -> None:
+    """A file that may not grow further stands for the disk; libsndfile is silent about its last bytes."""
+    resource = pytest.importorskip("resource")
+    source, output = write(tmp_path / "a.wav"), tmp_path / f"b.{format}"
+    arguments = ["reconstruct", source, output, "--model", small_model, "--quiet", "--peak", "clip"]
+    assert process(*arguments).returncode == 0
+    size = output.stat().st_size
+    output.unlink()
+    result = process(
+        *arguments, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1,) * 2)
+    )
+    assert result.returncode == 1
+    assert result.stderr.decode() == f"ear-vae: {output}: could not be written: File too large\n"
+    assert os.listdir(tmp_path) == ["a.wav"]
+
+
+@POSIX
+def test_a_name_that_is_too_long_for_its_output_stops_only_its_own_file(
+    commands: Commands, tmp_path: Path, small_model: Path
+) -> None:
+    write(tmp_path / "in" / f"{'n' * 251}.wav")
+    write(tmp_path / "in" / "short.wav")
+    (tmp_path / "out").mkdir()
+    code, _, err = commands.run(["encode", "in", "out", "--model", small_model], tmp_path)
+    assert code == 1
+    assert "File name too long" in err
+    assert os.listdir(tmp_path / "out") == ["short.safetensors"]
+
+
+@POSIX
+def test_the_rate_of_the_file_decides_what_can_be_written(
+    commands: Commands, tmp_path: Path, small_model: Path
+) -> None:
+    soundfile.write(tmp_path / "48.wav", np.zeros((4800, 2)), 48_000)
+    soundfile.write(tmp_path / "96.wav", np.zeros((9600, 2)), 96_000)
+    model = ["--model", small_model]
+    code, _, err = commands.run(["reconstruct", "48.wav", "48.ogg", "--subtype", "OPUS", *model], tmp_path)
+    assert code == 0, err
+    assert soundfile.info(tmp_path / "48.ogg").subtype == "OPUS"
+    code, _, err = commands.run(["reconstruct", "96.wav", "96.mp3", *model], tmp_path)
+    assert code == 1
+    assert "96.mp3: cannot write mp3 at 96000 Hz: MPEG-1/2/2.5 only" in err
+
+
+def test_a_file_that_came_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    def written_at_once() -> None:
+        with atomic_path(tmp_path / "a.txt", overwrite=False) as temporary:
+            temporary.write_text("ours")
+            (tmp_path / "a.txt").write_text("theirs")
+
+    with pytest.raises(EarVAEError, match="exists already"):
+        written_at_once()
+    assert (tmp_path / "a.txt").read_text() == "theirs"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+@POSIX
+def test_a_name_is_one_line_of_the_table(commands: Commands, tmp_path: Path) -> None:
+    for folder in ("originals", "rebuilt"):
+        for name in ("x\nall fine", "y"):
+            write(tmp_path / folder / f"{name}.wav")
+    code, out, err = commands.run(["evaluate", "originals", "rebuilt"], tmp_path)
+    assert code == 0, err
+    assert "\nall fine" not in out
+    assert r"x\nall fine" in out
+
+
+@POSIX
+def test_what_is_damaged_of_an_interrupted_evaluation_is_measured_again(
+    commands: Commands, tmp_path: Path
+) -> None:
+    write(tmp_path / "a.wav")
+    write(tmp_path / "long_name.wav")
+    lines = [{"key": [1], "row": {}}, {"key": "x", "row": 5}, {"key": "x", "row": {"name": "a"}}]
+    text = "\n".join([*map(json.dumps, lines), "[" * 100_000])
+    (tmp_path / "o.json.partial.jsonl").write_text(text)
+    code, _, err = commands.run(["evaluate", "a.wav", "long_name.wav", "--json", "o.json"], tmp_path)
+    assert code == 0, err
+    assert len(json.loads((tmp_path / "o.json").read_text())["files"]) == 1

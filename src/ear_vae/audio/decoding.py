@@ -20,6 +20,7 @@ from typing import IO, Any
 import soundfile
 
 from ear_vae._atomic import name_of, system_path, temporary_folder, write_all
+from ear_vae.audio.matroska_asf import stated_size
 from ear_vae.audio.mp3_ogg_flac import Bytes, Excerpt, Layout, Part, kind_of, layout_of
 from ear_vae.errors import EarVAEError
 
@@ -366,6 +367,9 @@ def _decoded_by_ffmpeg(
             f"{name}: not audio that libsndfile reads ({reason.rstrip('. ')}), and ffmpeg, which may read "
             "it, is not installed; install ffmpeg or convert the file to wav or flac"
         )
+    data = Bytes(stream)
+    if (stated := stated_size(data)) is not None and stated > data.size:
+        raise EarVAEError(f"{name}: truncated: its header states {stated} bytes, {data.size} are there")
     with ExitStack() as stack:
         if place is None:
             stream.seek(0)
@@ -380,7 +384,14 @@ def _decoded_by_ffmpeg(
         code, errors = _run_into(scratch, command)
         if code or not scratch.size:
             raise EarVAEError(f"{name}: not audio, or damaged: {_ffmpeg_reason(errors, original) or reason}")
-        yield stack.enter_context(soundfile.SoundFile(scratch.path)), scratch.size
+        try:
+            file = stack.enter_context(_sound_file(scratch.path))
+        except _ForFFmpeg as error:
+            raise EarVAEError(
+                f"{name}: {ffmpeg} gave no audio for it ({str(error).rstrip('. ')}); ear-vae env says which "
+                "ffmpeg that is"
+            ) from error
+        yield file, scratch.size
 
 
 def _run_into(scratch: _Scratch, command: list[str]) -> tuple[int, str]:

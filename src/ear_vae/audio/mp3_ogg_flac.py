@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 _CHUNK = 2**16
 _LARGE_CHUNK = 2**20
@@ -26,11 +27,20 @@ MISSING_MP3_FRAMES = 3
 _MP3_DECODER_DELAY = 529
 # Of a frame's header: version and layer, then the sample rate; what stays the same within a stream.
 _MP3_CONSTANT = (0x1E, 0x0C)
+_MP3_SYNC = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb]")
+_OGG_PAGE, _FLAC_MARK = re.compile(b"OggS"), re.compile(b"fLaC")
+_LONGEST_PATTERN = 4
+_CHUNK_NAME = re.compile(rb"[ -~]{4}")
+# Of its header and its footer alike.
+_APE_HEADER_SIZE = 32
+_SHORTEST_AU_HEADER = 24
 
 _FLAC_INFO_SIZE = 34
 _FLAC_MARKERS = tuple(b"fLaC" + last + b"\0\0\x22" for last in (b"\0", b"\x80"))
-# Where neither the header says how large a frame may be: more than any of two channels.
-_LARGEST_FLAC_FRAME = 2**17
+# More than any frame of two channels: 65 535 samples of 32 bits in each.
+_LARGEST_FLAC_FRAME = 2**20
+# What looks like a frame and is none comes once in eight million bytes, unless somebody made it so.
+_MOST_FLAC_FRAMES_TRIED = 16
 
 
 @dataclass(frozen=True)
@@ -72,26 +82,33 @@ class Bytes:
         self.size = stream.seek(0, os.SEEK_END)
 
     def at(self, position: int, size: int) -> bytes:
-        """Up to `size` bytes from there, fewer at the end of the stream."""
+        """Up to `size` bytes from there, fewer at the end of the stream, and none past it."""
+        if position >= self.size:
+            return b""
         offset = position - self._start
         ends = offset + size <= len(self._chunk) or self._start + len(self._chunk) == self.size
         if offset < 0 or not ends:
-            self._stream.seek(position)
-            self._chunk = self._stream.read(max(size, _CHUNK))
-            self._start, offset = position, 0
+            self._load(position, max(size, _CHUNK))
+            offset = 0
         return self._chunk[offset : offset + size]
 
-    def find(self, pattern: bytes, position: int) -> int:
-        """Where the pattern is next, from `position` on; -1 if nowhere."""
+    def find(self, pattern: re.Pattern[bytes], position: int) -> int:
+        """Where a pattern of up to four bytes is next, from `position` on; -1 if nowhere."""
         while position < self.size:
-            self._stream.seek(position)
-            chunk = self._stream.read(_LARGE_CHUNK)
-            if (found := chunk.find(pattern)) >= 0:
-                return position + found
-            if len(chunk) < _LARGE_CHUNK:
+            # First what has been read already: where matches are dense, that is all it takes.
+            if not self._start <= position <= self._start + len(self._chunk) - _LONGEST_PATTERN:
+                self._load(position, _LARGE_CHUNK)
+            if found := pattern.search(self._chunk, position - self._start):
+                return self._start + found.start()
+            end = self._start + len(self._chunk)
+            if end >= self.size or not self._chunk:
                 break
-            position += len(chunk) - len(pattern) + 1
+            position = end - _LONGEST_PATTERN + 1
         return -1
+
+    def _load(self, position: int, size: int) -> None:
+        self._stream.seek(position)
+        self._start, self._chunk = position, self._stream.read(size)
 
 
 class Excerpt(io.RawIOBase):
@@ -154,8 +171,7 @@ def kind_of(data: Bytes) -> str:
         return "ogg"
     if _chunks_end(data, 0):
         return "chunks"
-    start = after_tags(data, 0)
-    return "mp3" if _mp3_frame(head) and _next_mp3_frame(data, start) == start else ""
+    return "mp3" if _is_mp3_frame(data, after_tags(data, 0)) else ""
 
 
 def layout_of(kind: str, data: Bytes) -> Layout | None:
@@ -166,15 +182,16 @@ def layout_of(kind: str, data: Bytes) -> Layout | None:
 def after_tags(data: Bytes, position: int) -> int:
     """The first byte behind tags: ID3v2, which stands before audio, and ID3v1 and APE, which stand behind."""
     while True:
-        tag = data.at(position, 32)
+        tag = data.at(position, _APE_HEADER_SIZE)
         if tag[:3] == b"ID3" and len(tag) >= 10:
             size = sum((byte & 0x7F) << shift for byte, shift in zip(tag[6:10], (21, 14, 7, 0), strict=True))
             position += 10 + size + (10 if tag[5] & 0x10 else 0)
         elif tag[:3] == b"TAG":
             position += 128
-        elif tag[:8] == b"APETAGEX" and len(tag) == 32:
+        elif tag[:8] == b"APETAGEX" and len(tag) == _APE_HEADER_SIZE:
             # The size is that of items and footer, to which a header adds its own.
-            position += int.from_bytes(tag[12:16], "little") + (32 if tag[23] & 0x20 else 0)
+            size = max(int.from_bytes(tag[12:16], "little"), _APE_HEADER_SIZE)
+            position += size + (_APE_HEADER_SIZE if tag[23] & 0x20 else 0)
         else:
             return min(position, data.size)
 
@@ -185,8 +202,52 @@ def chunks_layout(data: Bytes) -> Layout:
     while (end := _chunks_end(data, starts[-1])) and _chunks_end(data, end):
         starts.append(end)
     if len(starts) == 1:
-        return Layout()
+        return _single_container(data)
     return Layout(tuple(Part((extent,)) for extent in _between(starts, data.size)))
+
+
+def _single_container(data: Bytes) -> Layout:
+    """Of a file whose header may state less than there is, as where a recorder was interrupted."""
+    start, end = _chunk_audio(data)
+    is_aiff = data.at(0, 4) == b"FORM"
+    position = end
+    # Other chunks may follow, and tags.
+    while _CHUNK_NAME.match(head := data.at(position, 8)):
+        size = int.from_bytes(head[4:8], "big" if is_aiff else "little")
+        if position + 8 + size > data.size:
+            break
+        position += 8 + _even(size)
+    rest = data.size - after_tags(data, position)
+    if not end or rest <= 0 or (rest <= _CHUNK and not any(data.at(data.size - rest, rest))):
+        return Layout()
+    if start == end:
+        if is_aiff:  # of which libsndfile reads what is there
+            return Layout()
+        return Layout(cut=f"its header, which was never completed, states no audio, but {rest} bytes follow")
+    return Layout(remark=f"{rest} bytes follow the audio that its header states, and were left out")
+
+
+def _chunk_audio(data: Bytes) -> tuple[int, int]:
+    """Where the audio of wav, aiff or au begins and ends by the header; zeros where that has none."""
+    kind = data.at(0, 4)
+    if kind == b".snd":
+        start, size = (int.from_bytes(data.at(at, 4), "big") for at in (4, 8))
+        return start, start + size
+    order: Literal["big", "little"] = "big" if kind == b"FORM" else "little"
+    position = 12
+    while len(head := data.at(position, 8)) == 8:
+        size = int.from_bytes(head[4:8], order)
+        if head[:4] in (b"data", b"SSND"):
+            if kind == b"RF64" and size == 2**32 - 1:
+                size = int.from_bytes(data.at(28, 8), "little")
+            return position + 8, position + 8 + _even(size)
+        position += 8 + _even(size)
+    return 0, 0
+
+
+def _even(size: int) -> int:
+    """The size of a chunk in its file, where the next one begins at an even place."""
+    return size + size % 2
 
 
 def _chunks_end(data: Bytes, start: int) -> int:
@@ -201,11 +262,11 @@ def _chunks_end(data: Bytes, start: int) -> int:
         size = 8 + int.from_bytes(head[4:8], "big")
     elif kind == b"RF64" and form == b"WAVE":
         size = 8 + int.from_bytes(head[20:28], "little")
-    elif kind == b".snd":
+    elif kind == b".snd" and int.from_bytes(head[4:8], "big") >= _SHORTEST_AU_HEADER:
         return start + int.from_bytes(head[4:8], "big") + int.from_bytes(head[8:12], "big")
     else:
         return 0
-    return start + size + size % 2
+    return start + _even(size)
 
 
 def _between(starts: list[int], end: int) -> Iterator[tuple[int, int]]:
@@ -226,7 +287,7 @@ def ogg_layout(data: Bytes) -> Layout:
         page = data.at(position, 282)
         if page[:4] != b"OggS":
             # Lost pages, tags, or the start of one more page.
-            found = data.find(b"OggS", position)
+            found = data.find(_OGG_PAGE, position)
             if found < 0:
                 whole = whole and not b"OggS".startswith(data.at(position, 4))
                 break
@@ -246,7 +307,7 @@ def ogg_layout(data: Bytes) -> Layout:
         whole = len(page) > 26 and len(lacing) == num_segments and end <= data.size
         if data.at(end, 4) != b"OggS":
             # A link that was cut before the next one was put behind it.
-            inside = data.find(b"OggS", position + 4)
+            inside = data.find(_OGG_PAGE, position + 4)
             if 0 <= inside < end:
                 cut = cut or bool(data.at(inside, 6)[5:] and data.at(inside, 6)[5] & 2)
                 end = inside
@@ -330,19 +391,23 @@ def _constant(head: bytes) -> tuple[int, ...]:
 
 def _next_mp3_frame(data: Bytes, position: int) -> int:
     """Where the next frame begins that another one or the end of the file follows; -1 if nowhere."""
-    while True:
-        frame = _mp3_frame(head := data.at(position, 4))
-        if frame:
-            following = data.at(position + frame[0], 4)
-            if position + frame[0] == data.size or (
-                _mp3_frame(following) and _constant(following) == _constant(head)
-            ):
-                return position
-            if after_tags(data, position + frame[0]) > position + frame[0]:
-                return position
-        position = data.find(b"\xff", position + 1)
-        if position < 0:
-            return -1
+    while (position := data.find(_MP3_SYNC, position)) >= 0 and not _is_mp3_frame(data, position):
+        position += 1
+    return position
+
+
+def _is_mp3_frame(data: Bytes, position: int) -> bool:
+    """Whether a frame begins there that another one, a tag or the end of the file follows."""
+    frame = _mp3_frame(head := data.at(position, 4))
+    if frame is None:
+        return False
+    end = position + frame[0]
+    following = data.at(end, 4)
+    return (
+        end == data.size
+        or (_mp3_frame(following) is not None and _constant(following) == _constant(head))
+        or after_tags(data, end) > end
+    )
 
 
 def _mp3_frame(header: bytes) -> tuple[int, int] | None:
@@ -459,7 +524,7 @@ def _flac_audio(data: Bytes, start: int) -> int:
 
 
 def _next_flac(data: Bytes, position: int) -> int:
-    while (position := data.find(b"fLaC", position)) >= 0:
+    while (position := data.find(_FLAC_MARK, position)) >= 0:
         if data.at(position, 8) in _FLAC_MARKERS:
             return position
         position += 1
@@ -468,16 +533,19 @@ def _next_flac(data: Bytes, position: int) -> int:
 
 def _flac_samples(data: Bytes, start: int, end: int, head: bytes) -> int | None:
     """How many samples there are, by the last frame; None if none ends where the file does."""
-    largest = int.from_bytes(head[15:18], "big") or _LARGEST_FLAC_FRAME
+    largest = min(int.from_bytes(head[15:18], "big") or _LARGEST_FLAC_FRAME, _LARGEST_FLAC_FRAME)
     if data.at(end - 128, 3) == b"TAG":
         end -= 128
     first = max(_flac_audio(data, start), end - largest)
     tail = data.at(first, end - first) if end > first else b""
-    offset = len(tail)
-    while (offset := tail.rfind(b"\xff", 0, offset)) >= 0:
+    offset, tried = len(tail), 0
+    while (offset := tail.rfind(b"\xff", 0, offset)) >= 0 and tried < _MOST_FLAC_FRAMES_TRIED:
         frame = _flac_frame(tail[offset : offset + 16], int.from_bytes(head[10:12], "big"))
-        if frame is not None and _crc(tail[offset:], _CRC16, 16) == 0:
+        if frame is None:
+            continue
+        if _crc(tail[offset:], _CRC16, 16) == 0:
             return sum(frame)
+        tried += 1
     return None
 
 

@@ -6,24 +6,31 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal, get_args
+from typing import IO, Any, Literal, TypeVar, get_args
 
 import soundfile
 from torch import Tensor
 
-from ear_vae._atomic import atomic_path, name_of, system_path, temporary_folder, write_all
+from ear_vae._atomic import atomic_path, name_of, temporary_folder, write_all
 from ear_vae.audio.formats import WRITTEN_FORMATS
 from ear_vae.audio.reading import BLOCK_FRAMES, stream_audio
 from ear_vae.errors import EarVAEError
 from ear_vae.limits import integer
 
 PeakPolicy = Literal["keep", "scale", "clip"]
+_T = TypeVar("_T")
 
 _UNBOUNDED_SUBTYPES = {"FLOAT", "DOUBLE"}
+# The others that libsndfile offers, such as ADPCM, change the length, or cannot be written after all.
+_SUBTYPES = _UNBOUNDED_SUBTYPES | {
+    *("PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "ULAW", "ALAW", "VORBIS", "OPUS", "MPEG_LAYER_III"),
+}
+# What blocks are kept in whose peak is not known yet, at a rate that can be read again; theirs may be any.
+_SPOOL_RATE = 48_000
 # A plain RIFF file counts its bytes in 32 bits.
 _RIFF_BYTES = 2**32 - 2**16
 
@@ -109,12 +116,14 @@ def write_audio_stream(
     try:
         with temporary_folder(folder) as place:
             spool = place / "spool.wav"
-            kept = _encoding(spool, "wav", "FLOAT", sample_rate, channels, num_samples, "keep")
+            kept = _encoding(spool, "wav", "FLOAT", _SPOOL_RATE, channels, num_samples, "keep")
             highest = _write(spool, blocks, kept, gain=1.0, overwrite=True)
             with stream_audio(spool) as (_, again):
                 _write(destination, again, encoding, gain=encoding.gain(highest), overwrite=overwrite)
     except FileNotFoundError:
         raise EarVAEError(f"{name_of(destination)}: the folder {folder} does not exist") from None
+    except OSError as error:
+        raise _unwritten(name_of(destination), error) from error
 
 
 @dataclass(frozen=True)
@@ -173,10 +182,15 @@ def _encoding(
     chosen = (subtype or default).upper()
     if container == "RF64" and channels * num_samples * 8 < _RIFF_BYTES:
         container = "WAV"
-    if not soundfile.check_format(container, chosen):
-        choices = ", ".join(soundfile.available_subtypes(container))
+    offered = [subtype for subtype in soundfile.available_subtypes(container) if subtype in _SUBTYPES]
+    if chosen not in offered:
+        choices = ", ".join(offered)
         raise EarVAEError(f"{name}: {kind} cannot hold subtype {chosen!r}; choose one of {choices}")
     return _Encoding(name, container, chosen, rate, int(channels), peak)
+
+
+def _unwritten(name: str, error: OSError) -> EarVAEError:
+    return EarVAEError(f"{name}: could not be written: {error.strerror or error}")
 
 
 def _peak(block: Tensor, name: str) -> float:
@@ -184,6 +198,106 @@ def _peak(block: Tensor, name: str) -> float:
     if not math.isfinite(highest):
         raise EarVAEError(f"{name}: the audio to write holds NaN or infinite samples; nothing was written")
     return highest
+
+
+class _Sink:
+    """What libsndfile writes to: it is never told that a file takes no more.
+
+    At the end of a flac, ogg or mp3 file it keeps silent about that, and in ogg it may crash.
+
+    Attributes:
+        error: Why the file takes no more; None as long as it does.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._position = self._size = 0
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Writes all of it, or what it can up to the first error."""
+        if self.error is None:
+            try:
+                self._file.seek(self._position)
+                write_all(self._file, data)
+            except OSError as error:
+                self.error = error
+        self._position += len(data)
+        self._size = max(self._size, self._position)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Moves to a position, as `io.IOBase.seek`."""
+        self._position = offset + (0, self._position, self._size)[whence]
+        return self._position
+
+    def tell(self) -> int:
+        """Returns the position, in bytes."""
+        return self._position
+
+
+class _Encoder:
+    """libsndfile, writing.
+
+    It is called in a thread of its own: from there it calls back to write, and an exception that a signal
+    raised on the way, such as KeyboardInterrupt, would be lost. Signals reach the main thread only.
+    """
+
+    def __init__(self, file: IO[bytes], encoding: _Encoding) -> None:
+        self._sink, self._encoding = _Sink(file), encoding
+        self._thread = ThreadPoolExecutor(1, "ear-vae-libsndfile")
+
+    def __enter__(self) -> _Encoder:
+        encoding = self._encoding
+        try:
+            self._file: Any = self._call(
+                lambda: soundfile.SoundFile(
+                    self._sink,
+                    "w",
+                    encoding.sample_rate,
+                    encoding.channels,
+                    subtype=encoding.subtype,
+                    format=encoding.container,
+                )
+            )
+        except BaseException:
+            self._thread.shutdown()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            # After an error the rest of the file does not matter, but libsndfile's memory does.
+            self._call(self._file.close)
+        except EarVAEError:
+            if kind is None:
+                raise
+        finally:
+            self._thread.shutdown()
+
+    def write(self, samples: Any) -> None:
+        """Writes samples [T, C].
+
+        Raises:
+            EarVAEError: They cannot be written.
+        """
+        self._call(lambda: self._file.write(samples))
+
+    def _call(self, function: Callable[[], _T]) -> _T:
+        encoding = self._encoding
+        try:
+            result = self._thread.submit(function).result()
+        except (soundfile.LibsndfileError, AssertionError) as error:
+            if self._sink.error is None:
+                kind = {"RF64": "wav"}.get(encoding.container, encoding.container.lower())
+                why = str(getattr(error, "error_string", error)).strip().removeprefix("Error : ")
+                raise EarVAEError(
+                    f"{encoding.name}: cannot write {kind} at {encoding.sample_rate} Hz: {why} "
+                    "Choose another format or resample first."
+                ) from error
+        if self._sink.error is not None:
+            raise _unwritten(encoding.name, self._sink.error)
+        return result
 
 
 def _write(
@@ -197,51 +311,24 @@ def _write(
     """Writes the blocks and returns their peak before the gain."""
     name, highest = encoding.name, 0.0
 
-    @contextmanager
-    def full_disk_as_error() -> Iterator[None]:
-        try:
-            yield
-        except (soundfile.LibsndfileError, OSError, AssertionError) as error:
-            # soundfile asserts that all frames went out, which is how a full disk shows.
-            raise EarVAEError(f"{name}: could not be written, is the disk full? ({error})") from error
-
-    def write(target: Any) -> None:
+    def write(target: IO[bytes]) -> None:
         nonlocal highest
-        try:
-            file = soundfile.SoundFile(
-                target,
-                "w",
-                encoding.sample_rate,
-                encoding.channels,
-                subtype=encoding.subtype,
-                format=encoding.container,
-            )
-        except soundfile.LibsndfileError as error:
-            kind = {"RF64": "wav"}.get(encoding.container, encoding.container.lower())
-            raise EarVAEError(
-                f"{name}: cannot write {kind} at {encoding.sample_rate} Hz: {error.error_string.strip()} "
-                "Choose another format or resample first."
-            ) from error
-        with file:
+        with _Encoder(target, encoding) as encoder:
             for block in blocks:
                 highest = max(highest, _peak(block, name))
                 scaled = block.detach().float().cpu() * gain
-                samples = (scaled.clamp(-1, 1) if encoding.limits else scaled).T.contiguous().numpy()
-                with full_disk_as_error():
-                    file.write(samples)
-            with full_disk_as_error():
-                file.close()
+                encoder.write((scaled.clamp(-1, 1) if encoding.limits else scaled).T.contiguous().numpy())
 
-    if isinstance(destination, (str, os.PathLike)):
-        with atomic_path(destination, overwrite) as temporary:
-            write(system_path(temporary))
-    else:
-        buffer = io.BytesIO()
-        write(buffer)
-        try:
+    try:
+        if isinstance(destination, (str, os.PathLike)):
+            with atomic_path(destination, overwrite) as temporary, temporary.open("xb", buffering=0) as file:
+                write(file)
+        else:
+            buffer = io.BytesIO()
+            write(buffer)
             write_all(destination, buffer.getbuffer())
-        except OSError as error:
-            raise EarVAEError(f"{name}: could not be written: {error.strerror or error}") from error
+    except OSError as error:
+        raise _unwritten(name, error) from error
     if highest > 1 and encoding.bounded and encoding.peak == "keep":
         warnings.warn(
             f"{name}: peaks reach {20 * math.log10(highest):+.2f} dBFS and are cut off in this format; write "

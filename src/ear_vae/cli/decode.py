@@ -7,7 +7,7 @@ import argparse
 from ear_vae.cli.files import at_work, each_file
 from ear_vae.cli.jobs import AUDIO, LATENTS, Job
 from ear_vae.cli.models import fingerprints
-from ear_vae.cli.streams import decode_to_file, source_of
+from ear_vae.cli.streams import decode_to_file, require_writable_format, source_of
 from ear_vae.errors import EarVAEError
 from ear_vae.latents import load_latents
 from ear_vae.limits import name_in_a_line
@@ -32,6 +32,9 @@ def run(options: argparse.Namespace) -> int:
                 f"{job.source_name}: made by {maker} (weights {latents.weights_sha256[:12]}), "
                 f"not by {vae.name} ({weights_sha256(vae)[:12]}); choose its model with --model, or --force"
             )
+        require_writable_format(
+            job, options, sample_rate=latents.source_sample_rate, channels=latents.audio_channels
+        )
         with at_work(options, job, latents.duration_seconds, vae):
             decode_to_file(
                 vae,

@@ -186,12 +186,13 @@ def _plan_folder(
         output = (folder / path.relative_to(source)).with_suffix(extension)
         if output in outputs:
             raise EarVAEError(f"{outputs[output]} and {path} would both become {output}; rename one of them")
-        if output.resolve() in originals or (output.exists() and _identity(output) in originals):
+        if output.resolve() in originals or (os.path.exists(output) and _identity(output) in originals):
             raise EarVAEError(
                 f"{path}: its output {output} would replace an input; choose another folder or format"
             )
         outputs[output] = path
-    kept = tuple(str(output) for output in outputs if output.is_file() and not overwrite)
+    # Unlike those of `Path`, these take a name that is too long for one of nothing; its own job will say so.
+    kept = tuple(str(output) for output in outputs if os.path.isfile(output) and not overwrite)
     jobs = tuple(
         Job(str(path), str(output), path.relative_to(source).as_posix())
         for output, path in outputs.items()

@@ -20,7 +20,6 @@ from ear_vae.cli.terminal import (
     silent_libraries,
     usable_streams,
 )
-from ear_vae.errors import EarVAEError
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 # With any of these the user has chosen how OpenMP's threads wait: in GNU's and in Intel's.
@@ -53,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if code == 0:
                     sys.stdout.flush()
                 return code
-        except (EarVAEError, OSError, MemoryError) as error:
+        # Whatever it is, it is said in a line; for what should not have come this far, the line says so.
+        except Exception as error:
             if "--debug" in arguments:
                 say_traceback(error)
             else:

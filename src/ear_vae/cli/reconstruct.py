@@ -7,7 +7,7 @@ import argparse
 from ear_vae.audio import stream_audio
 from ear_vae.cli.files import at_work, each_file
 from ear_vae.cli.jobs import AUDIO, Job
-from ear_vae.cli.streams import CountedBlocks, decode_to_file, source_of
+from ear_vae.cli.streams import CountedBlocks, decode_to_file, require_writable_format, source_of
 from ear_vae.vae import EarVAE
 
 
@@ -16,6 +16,7 @@ def run(options: argparse.Namespace) -> int:
 
     def work(vae: EarVAE, job: Job) -> float:
         with stream_audio(source_of(job)) as (info, blocks):
+            require_writable_format(job, options, sample_rate=info.sample_rate, channels=info.channels)
             seconds = info.num_samples / info.sample_rate
             with at_work(options, job, 2 * seconds, vae):
                 counted = CountedBlocks(blocks)

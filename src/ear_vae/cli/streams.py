@@ -104,11 +104,24 @@ def _first_samples(blocks: Iterable[torch.Tensor], num_samples: int) -> Iterator
         num_samples = max(0, num_samples - block.shape[-1])
 
 
-def require_writable_format(job: Job, options: argparse.Namespace) -> None:
-    """Refuses a format and subtype that cannot be written, by writing a little of it to nowhere."""
+def require_writable_format(
+    job: Job, options: argparse.Namespace, *, sample_rate: int = 48_000, channels: int = 2
+) -> None:
+    """Refuses a format and subtype that cannot be written, by writing a little of it to nowhere.
+
+    Args:
+        job: The job whose output it is.
+        options: Parsed options: `format` and `subtype`.
+        sample_rate: Rate of the output in Hz; the default is one that every format takes.
+        channels: Channels of the output.
+
+    Raises:
+        EarVAEError: The output's format is unknown, or cannot hold the subtype or the rate.
+    """
     trial = NamedBytes()
     trial.name = job.destination_name
-    write_audio(trial, torch.zeros(2, 4096), 44_100, format=format_of(job, options), subtype=options.subtype)
+    silence = torch.zeros(channels, 4096)
+    write_audio(trial, silence, sample_rate, format=format_of(job, options), subtype=options.subtype)
 
 
 class NamedBytes(io.BytesIO):

@@ -30,6 +30,8 @@ _CORRELATED_SECONDS = 30
 # A delay is worth a word where the signals are that much more alike after it is taken out.
 _NOTED_RATIO = 1.02
 
+_HIGHEST_INTEGER = 2**63
+
 Row = dict[str, Any]
 
 
@@ -90,6 +92,24 @@ def compare_files(pair: Pair, *, align: bool, system: System | None = None) -> R
         **found,
         "notes": notes,
     }
+
+
+def is_row(value: Any) -> bool:
+    """Whether a value from a file is what `compare_files` returns, with the `system` added."""
+    return (
+        isinstance(value, dict)
+        and all(isinstance(value.get(name), str) and value[name] for name in ("name", "system"))
+        and all(name in value and _is_figure(value[name]) for name in (*METRICS, *QUANTITIES))
+        and isinstance(value.get("notes"), list)
+        and all(isinstance(note, str) for note in value["notes"])
+    )
+
+
+def _is_figure(value: Any) -> bool:
+    if value is None or (isinstance(value, float) and math.isfinite(value)):
+        return True
+    # JSON has integers of any size.
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < _HIGHEST_INTEGER
 
 
 def file_identity(path: Path | None) -> list[str | int] | None:

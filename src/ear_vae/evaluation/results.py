@@ -13,9 +13,10 @@ from typing import Any
 
 from ear_vae._atomic import atomic_path
 from ear_vae.errors import EarVAEError
-from ear_vae.evaluation.files import QUANTITIES, Row
+from ear_vae.evaluation.files import QUANTITIES, Row, is_row
 from ear_vae.evaluation.metrics import METRICS
 from ear_vae.evaluation.pairs import DEFAULT_PATTERN
+from ear_vae.limits import escaped, parse_json
 
 HIGHER_IS_BETTER = frozenset({"si_sdr_db", "icpc", "ccpc"})
 _DECIMALS = {"si_sdr_db": 2, "true_peak_distance_db": 2, "loudness_distance_lu": 2}
@@ -171,9 +172,15 @@ def read_json(path: Path) -> tuple[list[Row], Inputs]:
         EarVAEError: The file is missing, or no evaluation.
     """
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():
+            raise EarVAEError(f"{path}: is no ordinary file; expected JSON that an evaluation wrote")
+        report = parse_json(path.read_text(encoding="utf-8"))
         rows, inputs = report["files"], Inputs(**report["inputs"])
-        complete = all({"name", "system", *METRICS} <= row.keys() for row in rows)
+        if not isinstance(rows, list) or not _are_inputs(inputs):
+            raise TypeError
+        complete = all(map(is_row, rows)) and (
+            inputs.estimate is not None or {row["system"] for row in rows} <= inputs.models.keys()
+        )
     except OSError as error:
         raise EarVAEError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -181,8 +188,23 @@ def read_json(path: Path) -> tuple[list[Row], Inputs]:
             f"{path}: is no evaluation; expected JSON that an evaluation by this version wrote"
         ) from error
     if not complete:
-        raise EarVAEError(f"{path}: rows lack metrics; evaluate again with this version")
+        raise EarVAEError(
+            f"{path}: its rows lack what this version writes, or hold something else; evaluate again"
+        )
     return rows, inputs
+
+
+def _are_inputs(inputs: Inputs) -> bool:
+    """Whether the fields, which come from a file, are of their types."""
+    return (
+        isinstance(inputs.target, str)
+        and isinstance(inputs.estimate, (str, type(None)))
+        and isinstance(inputs.models, dict)
+        and all(isinstance(source, str) for source in inputs.models.values())
+        and isinstance(inputs.variant, (str, type(None)))
+        and isinstance(inputs.pattern, str)
+        and isinstance(inputs.align, bool)
+    )
 
 
 def require_replaceable(path: Path, *, overwrite: bool) -> None:
@@ -199,6 +221,8 @@ def require_replaceable(path: Path, *, overwrite: bool) -> None:
         raise EarVAEError(f"{path}: the folder {path.parent} does not exist")
     if path.is_dir():
         raise EarVAEError(f"{path}: is a folder, expected the path of a file to write")
+    if path.exists() and not path.is_file():
+        raise EarVAEError(f"{path}: is a pipe or a device, expected the path of a file to write")
     if path.exists() and not overwrite:
         with path.open("rb") as file:
             head = file.read(64)
@@ -221,7 +245,7 @@ def _system_table(name: str, rows: Sequence[Row]) -> str:
         if several:
             if figures["count"] < 2:
                 shown[-1] = "-"  # one value has no spread
-            shown += [str(figures["count"]), ", ".join(worst(rows, metric))]
+            shown += [str(figures["count"]), ", ".join(map(escaped, worst(rows, metric)))]
         lines.append([metric, *shown])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     if several:
@@ -237,7 +261,8 @@ def _system_table(name: str, rows: Sequence[Row]) -> str:
         for metric in METRICS
         if summary[metric]["undefined"]
     ]
-    return "\n".join([name if several else f"{name}: {rows[0]['name']}", *body, *undefined])
+    heading = escaped(name if several else f"{name}: {rows[0]['name']}")
+    return "\n".join([heading, *body, *undefined])
 
 
 def _shown(value: float | None, metric: str) -> str:
@@ -250,9 +275,9 @@ def counted(count: int, noun: str) -> str:
 
 
 def first_names(names: Sequence[str]) -> str:
-    """The first names, and how many more there are: a terminal is no place for thousands."""
+    """The first names, escaped, and how many more there are: a terminal is no place for thousands."""
     more = len(names) - _NAMES_SHOWN
-    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(map(escaped, names[:_NAMES_SHOWN])) + (f" and {more} more" if more > 0 else "")
 
 
 def _by_system(rows: Iterable[Row]) -> dict[str, list[Row]]:

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 
 from ear_vae import __version__
+from ear_vae._atomic import write_all
 from ear_vae.errors import EarVAEError, in_one_line
-from ear_vae.evaluation.files import Row, compare_files, file_identity
+from ear_vae.evaluation.files import Row, compare_files, file_identity, is_row
 from ear_vae.evaluation.pairs import Pair
 from ear_vae.evaluation.systems.base import System
+from ear_vae.limits import parse_json
 
 # Below this many pairs for each process, starting processes takes longer than they save.
 _PAIRS_PER_PROCESS = 4
@@ -182,20 +184,20 @@ def _key_or_none(task: Task) -> str | None:
 
 
 def _read_partial(partial: Path) -> dict[str, Row]:
-    """Rows by key; a line that an interrupted run has left half-written is not there."""
+    """Rows by key; a line that an interrupted run has left half-written, or that is damaged, is not there."""
     known: dict[str, Row] = {}
     if not partial.is_file():
         return known
     for line in partial.read_text(encoding="utf-8", errors="replace").splitlines():
         entry = _parsed(line)
-        if isinstance(entry, dict) and {"key", "row"} <= entry.keys():
+        if isinstance(entry, dict) and isinstance(entry.get("key"), str) and is_row(entry.get("row")):
             known[entry["key"]] = entry["row"]
     return known
 
 
 def _parsed(line: str) -> Any:
     try:
-        return json.loads(line)
+        return parse_json(line)
     except ValueError:
         return None
 
@@ -206,15 +208,18 @@ def _appending(partial: Path | None) -> Iterator[Callable[[dict[str, Any]], None
         yield lambda entry: None
         return
     try:
-        file = partial.open("a", encoding="utf-8")
+        # Unbuffered, so that nothing is left to fail when it is closed.
+        file = partial.open("ab", buffering=0)
     except OSError as error:
         raise EarVAEError(f"{partial}: cannot be written: {error.strerror}") from error
     with file:
         if partial.stat().st_size:
-            file.write("\n")  # ends the line of an interrupted run
+            file.write(b"\n")  # ends the line of an interrupted run
 
         def keep(entry: dict[str, Any]) -> None:
-            file.write(json.dumps(entry) + "\n")
-            file.flush()
+            try:
+                write_all(file, f"{json.dumps(entry)}\n".encode())
+            except OSError as error:
+                raise EarVAEError(f"{partial}: could not be written: {error.strerror}") from error
 
         yield keep

@@ -172,9 +172,13 @@ def _write_official_weights(
     )
     with atomic_path(path, overwrite) as temporary:
         try:
-            torch.save(official, temporary)
+            # To an open file: of one that it opens itself, torch does not say what was wrong with it.
+            with temporary.open("xb") as file:
+                torch.save(official, file)
         except (OSError, RuntimeError) as error:
-            raise EarVAEError(f"{path}: cannot write the weights: {error}") from error
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            reason = getattr(cause, "strerror", None) or cause
+            raise EarVAEError(f"{path}: cannot write the weights: {reason}") from error
 
 
 def _write_json(values: Any, path: Path) -> None:
@@ -208,7 +212,11 @@ def _folder(destination: Path) -> Iterator[Path]:
         with temporary_folder(destination.parent) as temporary:
             folder = temporary / "new"  # of ordinary permissions, unlike the temporary one
             folder.mkdir()
-            yield folder
+            try:
+                yield folder
+            except EarVAEError as error:
+                # What is wrong with the temporary folder is wrong with the one that it was to become.
+                raise EarVAEError(str(error).replace(str(folder), str(destination))) from error
             folder.rename(destination)
     except OSError as error:
-        raise EarVAEError(f"{destination}: cannot be written: {error}") from error
+        raise EarVAEError(f"{destination}: cannot be written: {error.strerror or error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"{path}: {'not a file' if path.exists() else 'no such file'}; expected a checkpoint"
         )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # Of an odd pickle torch asks to be told; what is wrong with it is said below.
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise EarVAEError(f"{path}: cannot be read: {error.strerror or error}") from error
     except MemoryError:

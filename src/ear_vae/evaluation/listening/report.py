@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ear_vae._atomic import require_free
+from ear_vae._atomic import require_free, same_file
 from ear_vae.errors import EarVAEError, in_one_line
 from ear_vae.evaluation.files import Row
 from ear_vae.evaluation.listening.excerpts import Excerpt, ExcerptSpan, choose_spans, cut, measured
@@ -142,6 +142,7 @@ def write_listening_report(
         for model in models:
             system = as_system(model, device=device, variant=variant, force_download=force_download)
             sources.add(_short(system.name), find_targets(sources.target).pairs, system=system)
+    _require_no_input(path, sources, evaluations)
     notes: list[str] = []
     spans = choose_spans(_common_files(sources, notes), count=excerpts, seconds=seconds)
     if len(spans) < excerpts:
@@ -169,6 +170,14 @@ def write_listening_report(
         overwrite=overwrite,
     )
     return ListeningReport(path, len(fitted), longest, path.stat().st_size, failures, notes)
+
+
+def _require_no_input(path: Path, sources: _Sources, evaluations: Sequence[str | os.PathLike[str]]) -> None:
+    """Refuses to write the page over what it is made of."""
+    pairs = [task.pair for by_name in sources.tasks.values() for task in by_name.values()]
+    inputs = [file for pair in pairs for file in (pair.target, pair.estimate) if file is not None]
+    if path.exists() and any(same_file(path, file) for file in (*inputs, *evaluations)):
+        raise EarVAEError(f"{path}: is shown or read by the page itself; choose another name for the page")
 
 
 def _attempt(span: ExcerptSpan, sources: _Sources, *, raise_failures: bool) -> Excerpt | str:
