@@ -27,7 +27,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
     pytest.mark.filterwarnings("ignore:The number of training batches"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
-    pytest.mark.filterwarnings("ignore:.ModelCheckpoint.monitor=.validation/total.. could not find"),
 ]
 CONFIG = EarVAEConfig(
     channels=2,
@@ -92,6 +91,8 @@ def forged(checkpoint: Path, place: Path, forge: Callable[[dict[str, Any]], Any]
     return place
 
 
+# Lightning saves with its own callback before the first validation, too.
+@pytest.mark.filterwarnings("ignore:.*could not find the monitored key")
 @pytest.mark.parametrize("own_callback", [True, False])
 @pytest.mark.parametrize("name", ["{folder}/../victim", "memory://victim/best.ckpt"])
 def test_a_checkpoint_cannot_have_anything_removed(tmp_path: Path, own_callback: bool, name: str) -> None:
