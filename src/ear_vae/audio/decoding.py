@@ -20,7 +20,7 @@ from typing import IO, Any
 import soundfile
 
 from ear_vae._atomic import name_of, system_path, temporary_folder, write_all
-from ear_vae.audio.mp3_ogg_flac import Bytes, Excerpt, Layout, Part, kind_of, layout_of
+from ear_vae.audio.mp3_ogg_flac import Bytes, Layout, Part, PartReader, kind_of, layout_of
 from ear_vae.errors import EarVAEError
 
 AudioSource = str | os.PathLike[str] | IO[bytes]
@@ -198,8 +198,8 @@ def _opened_by_libsndfile(
     size = stream.seek(0, os.SEEK_END)
     if not size:
         raise EarVAEError(f"{name}: is empty (0 bytes)")
-    # An excerpt seeks before it reads, so that nobody else moves libsndfile's place in the stream.
-    whole = Excerpt(stream, Part(((0, size),))) if place is None else system_path(place)
+    # A part seeks before it reads, so that nobody else moves libsndfile's place in the stream.
+    whole = PartReader(stream, Part(((0, size),))) if place is None else system_path(place)
     kind = kind_of(Bytes(stream))
     file = None
     if not kind or (kind == "flac" and end is not None):
@@ -237,7 +237,7 @@ def _joined(parts: tuple[Part, ...], stream: IO[bytes], kind: str, name: str, si
     facts: dict[tuple[int, int], Any] = {}
     for number, part in enumerate(parts, 1):
         try:
-            with _sound_file(Excerpt(stream, part)) as file:
+            with _sound_file(PartReader(stream, part)) as file:
                 opened = _single(file, name, size)
         except _ForFFmpeg as error:
             # Of chunks ffmpeg reads the first file only.
@@ -247,7 +247,7 @@ def _joined(parts: tuple[Part, ...], stream: IO[bytes], kind: str, name: str, si
         facts[opened.sample_rate, opened.channels] = opened
 
         def again(part: Part = part) -> AbstractContextManager[Any]:
-            return _sound_file(Excerpt(stream, part))
+            return _sound_file(PartReader(stream, part))
 
         readable.append(AudioPart(opened.num_samples, again, part.tail))
     if len(facts) > 1:

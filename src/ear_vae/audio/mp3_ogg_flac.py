@@ -94,7 +94,7 @@ class Bytes:
         return -1
 
 
-class Excerpt(io.RawIOBase):
+class PartReader(io.RawIOBase):
     """A part of a stream as a file to read and seek in."""
 
     def __init__(self, stream: IO[bytes], part: Part) -> None:

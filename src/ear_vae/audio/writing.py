@@ -68,7 +68,7 @@ def write_audio(
         )
     encoding = _encoding(destination, format, subtype, sample_rate, audio.shape[0], audio.shape[1], peak)
     blocks = audio.split(BLOCK_FRAMES, dim=1)
-    highest = max(_peak(block, name) for block in blocks)
+    highest = max(_finite_peak(block, name) for block in blocks)
     _write(destination, blocks, encoding, gain=encoding.gain(highest), overwrite=overwrite)
 
 
@@ -179,7 +179,12 @@ def _encoding(
     return _Encoding(name, container, chosen, rate, int(channels), peak)
 
 
-def _peak(block: Tensor, name: str) -> float:
+def _finite_peak(block: Tensor, name: str) -> float:
+    """The highest absolute sample.
+
+    Raises:
+        EarVAEError: One is NaN or infinite.
+    """
     highest = float(block.abs().max())
     if not math.isfinite(highest):
         raise EarVAEError(f"{name}: the audio to write holds NaN or infinite samples; nothing was written")
@@ -224,7 +229,7 @@ def _write(
             ) from error
         with file:
             for block in blocks:
-                highest = max(highest, _peak(block, name))
+                highest = max(highest, _finite_peak(block, name))
                 scaled = block.detach().float().cpu() * gain
                 samples = (scaled.clamp(-1, 1) if encoding.limits else scaled).T.contiguous().numpy()
                 with full_disk_as_error():

@@ -14,7 +14,7 @@ from ear_vae.limits import name_in_a_line
 from ear_vae.vae import EarVAE
 
 
-def run(options: argparse.Namespace) -> int:
+def run_decode(options: argparse.Namespace) -> int:
     """Latent files to audio."""
     weights_sha256 = fingerprints()
 

@@ -18,7 +18,7 @@ from ear_vae.posterior import Posterior
 from ear_vae.vae import EarVAE
 
 
-def run(options: argparse.Namespace) -> int:
+def run_encode(options: argparse.Namespace) -> int:
     """Audio to latent files."""
     if options.seed is not None and not options.sample:
         options.refuse("--seed is for --sample; without it nothing is drawn")

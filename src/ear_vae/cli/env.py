@@ -33,7 +33,7 @@ _OPTIONAL = {
 }
 
 
-def run(options: argparse.Namespace) -> int:
+def run_env(options: argparse.Namespace) -> int:
     """What is installed here, what does not fit, and the cure, on standard output."""
     put_facts(facts(), as_json=options.json)
     return 0

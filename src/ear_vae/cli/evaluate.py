@@ -18,7 +18,7 @@ from ear_vae.evaluation.pairs import DEFAULT_PATTERN
 from ear_vae.evaluation.results import Evaluation, counted, first_names
 
 
-def run(options: argparse.Namespace) -> int:
+def run_evaluate(options: argparse.Namespace) -> int:
     """Evaluates, writes what is asked for and prints the table.
 
     Args:

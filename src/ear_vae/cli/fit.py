@@ -61,7 +61,7 @@ run
 """
 
 
-def main(arguments: Sequence[str]) -> int:
+def run_fit(arguments: Sequence[str]) -> int:
     """Runs `ear-vae fit`.
 
     Args:
@@ -86,8 +86,8 @@ def main(arguments: Sequence[str]) -> int:
     resolved = _with_shipped_configs([argument for argument in everything if argument != "--force"])
     if not {"--help", "--print_config"} & set(resolved):
         _require_folders(resolved)
-    run = import_module("ear_vae.cli.lightning_cli").run
-    return int(run(resolved, arguments, overwrite="--force" in arguments))
+    train = import_module("ear_vae.cli.lightning_cli").train
+    return int(train(resolved, arguments, overwrite="--force" in arguments))
 
 
 def shipped_configs() -> dict[str, Path]:

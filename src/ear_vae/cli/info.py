@@ -17,7 +17,7 @@ from ear_vae.latents import is_latent_file, load_latents
 _LONGEST_FACT = 120
 
 
-def run(options: argparse.Namespace) -> int:
+def run_info(options: argparse.Namespace) -> int:
     """Facts about a model, a latent file or an audio file, on standard output."""
     path = Path(options.subject)
     is_file = path.is_file() or is_pipe(options.subject)

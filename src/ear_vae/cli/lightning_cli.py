@@ -118,7 +118,7 @@ class FitCLI(LightningCLI):
             )
 
 
-def run(arguments: Sequence[str], typed: Sequence[str], *, overwrite: bool = False) -> int:
+def train(arguments: Sequence[str], typed: Sequence[str], *, overwrite: bool = False) -> int:
     """Trains.
 
     Args:

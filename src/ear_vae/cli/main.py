@@ -68,9 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     if arguments[:1] == ["fit"]:
-        from ear_vae.cli.fit import main as fit
+        from ear_vae.cli.fit import run_fit
 
-        return fit([argument for argument in arguments[1:] if argument != "--debug"])
+        return run_fit([argument for argument in arguments[1:] if argument != "--debug"])
     # Not before OpenMP's way of waiting is set: the formats that options offer come with torch.
     from ear_vae.cli.options import parse
 
@@ -85,7 +85,7 @@ def _run(arguments: list[str]) -> int:
 
 def _command(name: str) -> Any:
     """What runs a command; only that one is imported, because torch takes seconds."""
-    return import_module(f"ear_vae.cli.{name}").run
+    return getattr(import_module(f"ear_vae.cli.{name}"), f"run_{name}")
 
 
 def _wait_without_spinning() -> None:

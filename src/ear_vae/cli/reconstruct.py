@@ -11,7 +11,7 @@ from ear_vae.cli.streams import CountedBlocks, decode_to_file, source_of
 from ear_vae.vae import EarVAE
 
 
-def run(options: argparse.Namespace) -> int:
+def run_reconstruct(options: argparse.Namespace) -> int:
     """Audio to the audio that the model makes of it."""
 
     def work(vae: EarVAE, job: Job) -> float:

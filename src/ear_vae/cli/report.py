@@ -12,10 +12,10 @@ from ear_vae.cli.terminal import say
 from ear_vae.errors import EarVAEError
 from ear_vae.evaluation.listening.report import write_listening_report
 from ear_vae.evaluation.pairs import DEFAULT_PATTERN
-from ear_vae.evaluation.results import counted, read_json
+from ear_vae.evaluation.results import counted, read_evaluation
 
 
-def run(options: argparse.Namespace) -> int:
+def run_report(options: argparse.Namespace) -> int:
     """Writes the page.
 
     Args:
@@ -71,7 +71,7 @@ def _refuse_idle_options(options: argparse.Namespace) -> None:
         for name in ("pattern", "variant", "align"):
             if getattr(options, name):
                 options.refuse(f"--{name} is not for --from: an evaluation says that itself")
-        of_files = all(read_json(Path(path))[1].estimate is not None for path in options.evaluation)
+        of_files = all(read_evaluation(Path(path))[1].estimate is not None for path in options.evaluation)
         if of_files and (options.device or options.force_download):
             option = "device" if options.device else "force-download"
             options.refuse(f"--{option} is for models; the evaluation is of files")

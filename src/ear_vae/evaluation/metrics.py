@@ -14,8 +14,9 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from ear_vae.dsp import loudness, si_sdr
+from ear_vae.dsp import loudness
 from ear_vae.dsp.resampling import resample_briefly
+from ear_vae.dsp.si_sdr import scale_invariant_sdr_db
 from ear_vae.errors import EarVAEError
 from ear_vae.evaluation.spectra import SPECTRAL_RATE, compare_spectra
 
@@ -52,7 +53,8 @@ def si_sdr_db(estimate: Tensor, target: Tensor, *, sample_rate: int = SPECTRAL_R
         sample_rate: Sample rate of both in Hz.
 
     Returns:
-        See `ear_vae.dsp.si_sdr.si_sdr_db`: finite also for equal signals and for a silent estimate.
+        See `ear_vae.dsp.si_sdr.scale_invariant_sdr_db`: finite also for equal signals and for a silent
+        estimate.
 
     Raises:
         EarVAEError: Wrong or different shapes, NaN or infinity in a signal, or a target that is silent or
@@ -229,7 +231,7 @@ def _one(name: str, estimate: Tensor, target: Tensor, sample_rate: int) -> Tenso
 def _compare_at_44k(estimate: Tensor, target: Tensor, wanted: set[str]) -> dict[str, Tensor]:
     results = {}
     if "si_sdr_db" in wanted:
-        results["si_sdr_db"] = si_sdr.si_sdr_db(estimate, target).double()
+        results["si_sdr_db"] = scale_invariant_sdr_db(estimate, target).double()
     if wanted & (_DISTANCES | _COHERENCES):
         pair = (estimate, target) if target.ndim == 3 else (estimate.unsqueeze(0), target.unsqueeze(0))
         figures = compare_spectra(

@@ -161,7 +161,7 @@ def worst(rows: Sequence[Row], metric: str, count: int = _WORST_SHOWN) -> list[s
     return [row["name"] for row in valued[:count]]
 
 
-def read_json(path: Path) -> tuple[list[Row], Inputs]:
+def read_evaluation(path: Path) -> tuple[list[Row], Inputs]:
     """Reads the rows of an evaluation, and what was compared.
 
     Args:

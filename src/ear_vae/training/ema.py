@@ -6,6 +6,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ear_vae.training.weight_norm import plain_weights
 
@@ -37,8 +38,9 @@ class EMA(nn.Module):
         """Moves the average towards the present weights of `network`, which may have weight norm."""
         averages = dict(self.network.named_parameters())
         present = plain_weights(network, averages)
-        weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(list(averages.values()), list(present.values()), weight)
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        mix = get_ema_multi_avg_fn(decay)
+        mix(list(averages.values()), list(present.values()), self.updates)
         self.updates += 1
 
     def get_extra_state(self) -> Tensor:

@@ -66,7 +66,7 @@ def release_model(
             argument="overwrite",
         )
     content = read_checkpoint(checkpoint)
-    averaged = averaged and "ema._extra_state" in content["state_dict"]
+    averaged = averaged and any(key.startswith("ema.") for key in content["state_dict"])
     vae = _model(checkpoint, content, averaged=averaged, name=name or directory.resolve().name)
     require_moments(checkpoint, content)
     with _complete_folder(directory, last=CONFIG_FILE) as folder:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ear_vae.network.blocks import convolutions
+
 
 class WeightNorm(nn.Module):
     """weight = g · v / ‖v‖ per kernel of dimension 0 (an input channel of a transposed convolution).
@@ -31,7 +33,7 @@ class WeightNorm(nn.Module):
 
 def apply_weight_norm(network: nn.Module) -> None:
     """Puts weight norm on every convolution of `network`; its output does not change."""
-    for conv in _convolutions(network):
+    for conv in convolutions(network):
         parametrize.register_parametrization(conv, "weight", WeightNorm())
 
 
@@ -55,10 +57,6 @@ def load_plain_weights(network: nn.Module, state: Mapping[str, Tensor]) -> None:
 def _owner(network: nn.Module, name: str) -> tuple[nn.Module, str]:
     module, _, attribute = name.rpartition(".")
     return network.get_submodule(module), attribute
-
-
-def _convolutions(network: nn.Module) -> list[nn.Module]:
-    return [module for module in network.modules() if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d))]
 
 
 def _norm(weight: Tensor) -> Tensor:

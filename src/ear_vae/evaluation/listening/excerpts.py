@@ -18,7 +18,7 @@ from torch import Tensor
 from ear_vae.audio import audio_info, read_audio
 from ear_vae.dsp.loudness import SHORTEST_SECONDS, Loudness
 from ear_vae.dsp.resampling import resample
-from ear_vae.dsp.stereo import correlation, side_to_mid_db
+from ear_vae.dsp.stereo import side_to_mid_db, stereo_correlation
 from ear_vae.errors import EarVAEError
 from ear_vae.evaluation.files import delay_seconds, figures
 from ear_vae.evaluation.runner import Task
@@ -260,7 +260,7 @@ def _read_span(path: Path, start_seconds: float, seconds: float, rate: int) -> T
 def _with_stereo(signal: Signal) -> Signal:
     if signal.audio.shape[0] < 2:
         return signal
-    alike, side_db = float(correlation(signal.audio)), float(side_to_mid_db(signal.audio))
+    alike, side_db = float(stereo_correlation(signal.audio)), float(side_to_mid_db(signal.audio))
     return replace(
         signal,
         correlation=alike if math.isfinite(alike) else None,

@@ -15,7 +15,7 @@ from ear_vae.evaluation.files import Row
 from ear_vae.evaluation.listening.excerpts import Excerpt, ExcerptSpan, choose_spans, cut, measured
 from ear_vae.evaluation.listening.page import Means, fitting, write_page
 from ear_vae.evaluation.pairs import DEFAULT_PATTERN, Pair, find_pairs, find_targets
-from ear_vae.evaluation.results import counted, read_json, summarize
+from ear_vae.evaluation.results import counted, read_evaluation, summarize
 from ear_vae.evaluation.runner import Task
 from ear_vae.evaluation.systems.base import System
 from ear_vae.evaluation.systems.loading import Model, as_system
@@ -185,7 +185,7 @@ def _attempt(span: ExcerptSpan, sources: _Sources, *, raise_failures: bool) -> E
 def _from_evaluations(
     paths: Sequence[Path], device: str | torch.device | None, force_download: bool
 ) -> _Sources:
-    read = [read_json(path) for path in paths]
+    read = [read_evaluation(path) for path in paths]
     targets = sorted({inputs.target for _, inputs in read})
     if len(targets) > 1:
         raise EarVAEError(f"the evaluations are of different originals: {', '.join(targets)}")

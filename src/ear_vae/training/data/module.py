@@ -17,7 +17,7 @@ from ear_vae.errors import EarVAEError
 from ear_vae.training.checkpoint_reading import changes
 from ear_vae.training.data.dataset import Augmentation, SegmentDataset
 from ear_vae.training.data.loader import SegmentLoader
-from ear_vae.training.data.sources import AudioFile, Policy, find_files
+from ear_vae.training.data.sources import AudioFile, Policy, find_usable_files
 
 _LOG = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class AudioDataModule(L.LightningDataModule):
 
     Args:
         folder: Training audio: a folder, which is searched recursively, a manifest (`.csv` or `.jsonl`, see
-            `ear_vae.training.data.sources.find_files`), or a list of these.
+            `ear_vae.training.data.sources.find_usable_files`), or a list of these.
         validation_folder: Validation audio, likewise; without it there is no validation.
         sample_rate: What everything is resampled to, in Hz; the model's.
         segment_seconds: Length of a training segment, rounded to whole `segment_multiple`s.
@@ -105,10 +105,12 @@ class AudioDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Finds the files; called by the Trainer."""
         if stage == "fit" and not self.train_files:
-            self.train_files = find_files(self.sources, self.policy, cache_dir=self.cache_dir)
+            self.train_files = find_usable_files(self.sources, self.policy, cache_dir=self.cache_dir)
         if self.validation_sources and not self.validation_files:
             policy = Policy(self.validation_seconds)
-            self.validation_files = find_files(self.validation_sources, policy, cache_dir=self.cache_dir)
+            self.validation_files = find_usable_files(
+                self.validation_sources, policy, cache_dir=self.cache_dir
+            )
         if not self.validation_sources and self.trainer is not None:
             # An empty loader would do the same, but each rank and epoch would warn of it.
             self.trainer.limit_val_batches = 0

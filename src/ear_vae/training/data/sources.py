@@ -85,7 +85,9 @@ class Policy:
             raise EarVAEError(f"min_bandwidth_hz must be positive, got {self.min_bandwidth_hz}")
 
 
-def find_files(sources: Sequence[Path], policy: Policy, *, cache_dir: Path | None = None) -> list[AudioFile]:
+def find_usable_files(
+    sources: Sequence[Path], policy: Policy, *, cache_dir: Path | None = None
+) -> list[AudioFile]:
     """What can be used of folders and manifests, in the order of sources and paths.
 
     A manifest is a `.csv` with a column `path`, or a `.jsonl` with an object of that key on each line;
