@@ -155,9 +155,15 @@ BAD_LINES = [
     ("reconstruct album out.wav", 1, "album is a folder, and so its output must be one, such as out"),
     ("decode album out", 1, "album: holds no latent files (.safetensors)"),
     ("convert model old", 1, "old: exists already; remove it, or overwrite it (--force)"),
-    ("convert model o --variant x", 1, "leave out --variant 'x'"),
+    ("convert model o --variant x", 1, "holds one model and no variants; leave it out (--variant x)"),
     ("convert model o.pyt --dtype float16", 1, "--dtype is for --to folder"),
-    ("info ear_vae_44k --variant x", 1, "ear_vae_44k: names a variant already; leave out --variant 'x'"),
+    ("info ear_vae_44k --variant x", 1, "names a variant already; choose no other (--variant x)"),
+    ("info several", 1, "several/config.json: holds several models; choose one of 'a', 'b' (--variant)"),
+    (
+        "fit --data.folder album --trainer.default_root_dir run --model.pretrained several",
+        1,
+        "one of 'a', 'b' (--model.variant)",
+    ),
     ("reconstruct wav out.wav extra", 2, "unrecognized arguments: extra"),
     ("reconstruct wav out.wav --dev cpu", 2, "unrecognized arguments: --dev"),
     ("reconstruct wav out.wav --device gpu", 1, "write cuda"),
@@ -165,7 +171,7 @@ BAD_LINES = [
     ("reconstruct wav out.wav --device cuda:x", 1, "choose cpu, cuda, cuda:N or mps"),
     ("reconstruct wav out.wav --dtype float16", 2, "invalid choice: 'float16'"),
     ("reconstruct wav out.wav --peak loud", 2, "invalid choice: 'loud'"),
-    ("reconstruct wav out.wav --model ear-vae-tiny --revision main", 1, "Hub repositories only"),
+    ("reconstruct wav out.wav --model ear-vae-tiny --revision main", 1, "leave it out (--revision main)"),
     ("reconstruct wav out.wav --variant x", 1, "holds one model and no variants"),
     ("reconstruct wav out.wav --force-download", 2, "--force-download is for models on the Hub"),
     ("reconstruct wav out.xyz", 1, "cannot write format 'xyz'"),
@@ -226,6 +232,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Pa
     (folder / "old").mkdir()
     (folder / "old" / "notes.txt").touch()
     (folder / "empty").touch()
+    (folder / "several").mkdir()
+    (folder / "several" / "config.json").write_text('{"variants": {"a": {}, "b": {}}}')
     (folder / "junk.safetensors").write_bytes(b"x")
     latent_file(folder / "latents.safetensors", "somebody's")
     latent_file(folder / "float8.safetensors", "x", mean=torch.zeros(64, 1).to(torch.float8_e4m3fn))

@@ -21,7 +21,7 @@ import soundfile
 
 from ear_vae._atomic import name_of, system_path, temporary_folder, write_all
 from ear_vae.audio.mp3_ogg_flac import Bytes, Layout, Part, PartReader, kind_of, layout_of
-from ear_vae.errors import EarVAEError
+from ear_vae.errors import EarVAEError, first_line
 
 AudioSource = str | os.PathLike[str] | IO[bytes]
 
@@ -130,13 +130,6 @@ def opened_audio(source: AudioSource, end: int | None = None) -> Iterator[Opened
         yield opened
 
 
-def one_line(error: Exception) -> str:
-    """The last line of an error's message, or the name of its class."""
-    # libsndfile's own words come without the name of the file.
-    text = str(getattr(error, "error_string", error)).strip()
-    return text.splitlines()[-1] if text else type(error).__name__
-
-
 @contextmanager
 def _seekable(source: AudioSource, name: str) -> Iterator[tuple[Path | None, IO[bytes]]]:
     """Something to seek in, and where it lies if it has a path."""
@@ -158,7 +151,7 @@ def _seekable(source: AudioSource, name: str) -> Iterator[tuple[Path | None, IO[
         kind = type(source).__name__
         raise EarVAEError(f"{name}: expected a path or an open binary file, got {kind}") from None
     except (ValueError, OSError) as error:
-        raise EarVAEError(f"{name}: cannot be read: {one_line(error)}") from error
+        raise EarVAEError(f"{name}: cannot be read: {first_line(error)}") from error
     if is_pipe:
         with _copy_of(source, name) as copy, copy.open("rb") as again:
             yield copy, again
@@ -264,7 +257,7 @@ def _sound_file(source: Any) -> Any:
     try:
         return soundfile.SoundFile(source)
     except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:
-        raise _ForFFmpeg(one_line(error)) from error
+        raise _ForFFmpeg(first_line(error)) from error
 
 
 def _layout(kind: str, place: Path | None, stream: IO[bytes]) -> Layout | None:

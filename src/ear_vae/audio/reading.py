@@ -19,12 +19,11 @@ from ear_vae.audio.decoding import (
     AudioPart,
     AudioSource,
     OpenedAudio,
-    one_line,
     opened_audio,
 )
 from ear_vae.audio.folders import find_files
 from ear_vae.audio.formats import AUDIO_EXTENSIONS
-from ear_vae.errors import EarVAEError
+from ear_vae.errors import EarVAEError, first_line
 from ear_vae.limits import integer
 
 LOWEST_RATE, HIGHEST_RATE = 8_000, 192_000
@@ -235,7 +234,7 @@ def _read_blocks(part: AudioPart, name: str, start: int, wanted: int) -> Iterato
                 block = file.read(run_up + size, dtype="float32", always_2d=True)[run_up:]
             except (soundfile.LibsndfileError, RuntimeError) as error:
                 raise EarVAEError(
-                    f"{name}: damaged or truncated after {start + position} samples: {one_line(error)}"
+                    f"{name}: damaged or truncated after {start + position} samples: {first_line(error)}"
                 ) from error
             if not len(block):
                 return

@@ -13,6 +13,8 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from ear_vae.cli.terminal import (
+    OPTIONS,
+    OPTIONS_OF_FIT,
     discard_unwritten_output,
     reason,
     say,
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if "--debug" in arguments:
                 say_traceback(error)
             else:
-                say(f"ear-vae: {reason(error)}")
+                say(f"ear-vae: {reason(error, OPTIONS_OF_FIT if trains else OPTIONS)}")
             return EXIT_FAILED
         except KeyboardInterrupt:
             say("ear-vae: interrupted")

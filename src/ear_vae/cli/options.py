@@ -195,12 +195,7 @@ def _add_evaluation(command: argparse.ArgumentParser) -> None:
         help="make the estimates with this folder, bundled name, Hub repository or other codec (dac, "
         "encodec, sao, agc); repeatable",
     )
-    command.add_argument("--variant", help="which model of a repository that holds several")
-    command.add_argument("--device", help="for the models: cpu (default), cuda, cuda:N or mps")
-    command.add_argument(
-        "--pattern", help="how the estimate of {name} is called, such as {name}_rebuilt; {name} by default"
-    )
-    command.add_argument("--align", action="store_true", help="take out a delay of up to 100 ms")
+    _add_comparison(command)
     command.add_argument("--json", metavar="OUT.json", help="write all figures and their summary")
     command.add_argument("--csv", metavar="OUT.csv", help="write a line for each file")
     command.add_argument("--jobs", type=_count, help="pairs of files at a time; by default by processors")
@@ -208,6 +203,16 @@ def _add_evaluation(command: argparse.ArgumentParser) -> None:
     group = command.add_mutually_exclusive_group()
     group.add_argument("--quiet", action="store_true", help="report failures only")
     group.add_argument("--progress", action="store_true", help="show a bar even when this is no terminal")
+
+
+def _add_comparison(command: argparse.ArgumentParser) -> None:
+    """Adds what `evaluate` and `report` have in common."""
+    command.add_argument("--variant", help="which model to take from a repository that holds several")
+    command.add_argument("--device", help="device for the models: cpu (default), cuda, cuda:N or mps")
+    command.add_argument(
+        "--pattern", help="name of the estimate of {name}, such as {name}_rebuilt; {name} by default"
+    )
+    command.add_argument("--align", action="store_true", help="take out a delay of up to 100 ms")
 
 
 def _add_report(command: argparse.ArgumentParser) -> None:
@@ -239,12 +244,7 @@ def _add_report(command: argparse.ArgumentParser) -> None:
         metavar="OUT.json",
         help="show what ear-vae evaluate --json compared, instead of TARGET; repeatable",
     )
-    command.add_argument("--variant", help="which model of a repository that holds several")
-    command.add_argument("--device", help="for the models: cpu (default), cuda, cuda:N or mps")
-    command.add_argument(
-        "--pattern", help="how the estimate of {name} is called, such as {name}_rebuilt; {name} by default"
-    )
-    command.add_argument("--align", action="store_true", help="take out a delay of up to 100 ms")
+    _add_comparison(command)
     command.add_argument("--excerpts", type=_count, default=4, help="number of excerpts (%(default)s)")
     command.add_argument(
         "--seconds", type=_positive, default=10.0, help="length of each in seconds (%(default)g)"

@@ -5,33 +5,36 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from ear_vae.errors import in_one_line
+from ear_vae.errors import EarVAEError, in_one_line
 from ear_vae.limits import escaped, shortened
 
 _LONGEST_LINE = 2_000
 # Options for the arguments that errors name.
-_OPTIONS = {"overwrite": "--force"}
-# And for those that stand in the text of a message.
-_OPTIONS_IN_TEXT = (
-    (re.compile(r"\bforce_download=True"), "--force-download"),
-    (re.compile(r"\b(variant|revision)=\.\.\."), r"--\1"),
-    (re.compile(r"\b(variant|revision)=(?=')"), r"--\1 "),
-)
+OPTIONS = {
+    "overwrite": "--force",
+    "force_download": "--force-download",
+    "variant": "--variant",
+    "revision": "--revision",
+}
+OPTIONS_OF_FIT = {"overwrite": "--force", "variant": "--model.variant"}
 
 
-def reason(error: BaseException) -> str:
-    """What went wrong in a line, with the command line's options for the arguments that it names."""
-    text = in_one_line(error, _OPTIONS)
-    for argument, option in _OPTIONS_IN_TEXT:
-        text = argument.sub(option, text)
-    return text
+def reason(error: BaseException, options: Mapping[str, str] = OPTIONS) -> str:
+    """Returns what went wrong in a line, with the command's options for the arguments that it names.
+
+    Args:
+        error: Error of any class.
+        options: Options of the command by argument.
+    """
+    text = in_one_line(error, options)
+    expected = isinstance(error, (EarVAEError, OSError, MemoryError))
+    return text if expected else f"unexpected {text} (--debug shows where)"
 
 
 def say(text: str) -> None:

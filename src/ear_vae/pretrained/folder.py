@@ -69,8 +69,9 @@ def read_folder(folder: Path) -> tuple[EarVAEConfig, dict[str, Tensor]]:
     if stated is not None and stated != (found := fingerprint(state)):
         raise EarVAEError(
             f"{path}: its weights have the fingerprint {found}, the file states {shown(stated)}: it is "
-            "damaged, or was changed after it was written; get it again (from the Hub with "
-            "force_download=True), or write changed weights with EarVAE.save_pretrained"
+            "damaged, or was changed after it was written; write changed weights with "
+            "EarVAE.save_pretrained, or fetch the file again",
+            argument="force_download",
         )
     return config, state
 

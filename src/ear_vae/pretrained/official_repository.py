@@ -62,7 +62,9 @@ def choose_variant(values: Mapping[str, Any], variant: str | None, *, where: str
         )
     choices = ", ".join(shown(name) for name in list(variants)[:20])
     if variant is None and len(variants) > 1:
-        raise EarVAEError(f"{where}: holds several models; choose one with variant=..., one of {choices}")
+        raise EarVAEError(
+            f"{where}: holds several models; choose one of {choices}", argument="variant", value=...
+        )
     name = next(iter(variants)) if variant is None else variant
     if name not in variants:
         raise EarVAEError(f"{where}: has no variant {shown(name)}; it has {choices}")
@@ -177,7 +179,9 @@ def _write_conversion(entry: VariantEntry, config_path: Path, weights_path: Path
             temporary.write_text(json.dumps(sums), encoding="utf-8")
     except (OSError, EarVAEError) as error:
         raise EarVAEError(
-            f"{error}; converted weights are kept there: name a writable place with cache_dir=... or HF_HOME"
+            f"{error}; converted weights are kept there: name a writable place in HF_HOME",
+            argument="cache_dir",
+            value=...,
         ) from error
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ear_vae.config import EarVAEConfig
-from ear_vae.errors import EarVAEError
+from ear_vae.errors import EarVAEError, first_line
 from ear_vae.limits import shortened, shown
 from ear_vae.network.transformer import ROTARY_BASE
 from ear_vae.pretrained.folder import expected_shapes, require_fit
@@ -54,10 +54,8 @@ def load_tensors(path: Path) -> Any:
             "dict from where you trust it"
         ) from error
     except Exception as error:  # torch raises many kinds for files that are not its own
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise EarVAEError(
-            f"{path}: not a readable PyTorch file: {shortened(reason, _LONGEST_REASON)}"
-        ) from error
+        reason = shortened(first_line(error), _LONGEST_REASON)
+        raise EarVAEError(f"{path}: not a readable PyTorch file: {reason}") from error
 
 
 def official_config(values: Any, *, sample_rate: int, state: Mapping[str, Tensor]) -> EarVAEConfig:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ear_vae.config import EarVAEConfig
 from ear_vae.errors import EarVAEError
 from ear_vae.pretrained.folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, write_folder
-from ear_vae.pretrained.resolve import reason_in_a_line
+from ear_vae.pretrained.resolve import what_the_hub_says
 
 
 def push(
@@ -61,7 +61,9 @@ def push(
             )
         except Exception as error:  # the client lets through whatever its HTTP library of the day raises
             raise EarVAEError(
-                f"{repo_id}: the upload failed: {reason_in_a_line(error)}; a token with the right to write "
-                "is needed, from a login to the Hub or token=..."
+                f"{repo_id}: the upload failed: {what_the_hub_says(error)}; a token with the right to write "
+                "is needed: log in to the Hub, or give one",
+                argument="token",
+                value=...,
             ) from error
     return str(commit.commit_url)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ear_vae.config import EarVAEConfig
-from ear_vae.errors import EarVAEError
-from ear_vae.limits import read_json, shown
+from ear_vae.errors import EarVAEError, first_line
+from ear_vae.limits import read_json
 from ear_vae.pretrained.bundled import bundled_checkpoints
 from ear_vae.pretrained.folder import CONFIG_FILE, WEIGHTS_FILE, Checkpoint, expected_shapes
 from ear_vae.pretrained.official_repository import (
@@ -27,13 +27,14 @@ _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _COMMIT = _GIT_SHA1 = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
-# The two published models, as recorded by a public downstream project; width tells them from others.
+# The two published models; width tells them from others.
 _PUBLISHED_REPOSITORY = "earlab/EAR_VAE"
 _PUBLISHED_CHANNELS = 128
-_PUBLISHED_SHA256 = {
+PUBLISHED_SHA256 = {
     "ear_vae_44k": "0362dc7e96566869747dbe079b0a6d71c090b0a3a5d5077779e7be17c096d9d5",
     "ear_vae_v2_48k": "cc53f3f043aaae01307ffe1439b3a1c9d9e019652e6c13e089cd18d6037c2d3f",
 }
+"""Checksums of the authors' weights by variant, as recorded by a public downstream project."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,11 @@ def resolve(
     """
     text = os.path.expanduser(os.fspath(name_or_path))
     bundled = bundled_checkpoints()
-    if text in _PUBLISHED_SHA256 and not os.path.exists(text):
+    if text in PUBLISHED_SHA256 and not os.path.exists(text):
         if variant not in (None, text):
-            raise EarVAEError(f"{text}: names a variant already; leave out variant={variant!r}")
+            raise EarVAEError(
+                f"{text}: names a variant already; choose no other", argument="variant", value=variant
+            )
         variant, name_or_path = text, _PUBLISHED_REPOSITORY
         text = name_or_path
     if os.path.isdir(text):
@@ -106,10 +109,14 @@ def resolve(
         raise EarVAEError(
             f"{text}: {problem}; expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE} (or in the official "
             f"layout), a bundled checkpoint ({', '.join(sorted(bundled)) or 'there are none'}), one of the "
-            f"authors' ({', '.join(_PUBLISHED_SHA256)}), or a Hub repository 'owner/name'"
+            f"authors' ({', '.join(PUBLISHED_SHA256)}), or a Hub repository 'owner/name'"
         )
     if revision is not None:
-        raise EarVAEError(f"{text}: revision={shown(revision)} is for Hub repositories only; leave it out")
+        raise EarVAEError(
+            f"{text}: revisions are for Hub repositories only; leave it out",
+            argument="revision",
+            value=revision,
+        )
     return _open(source, variant=variant, cache_dir=cache_dir)
 
 
@@ -120,7 +127,9 @@ def _open(source: _Source, *, variant: str | None, cache_dir: str | os.PathLike[
     if not isinstance(values, dict) or VARIANTS_KEY not in values:
         if variant is not None:
             raise EarVAEError(
-                f"{source.where}: holds one model and no variants; leave out variant={variant!r}"
+                f"{source.where}: holds one model and no variants; leave it out",
+                argument="variant",
+                value=variant,
             )
         # Before a large download.
         expected_shapes(EarVAEConfig.from_json(config_path), path=config_path)
@@ -131,7 +140,7 @@ def _open(source: _Source, *, variant: str | None, cache_dir: str | os.PathLike[
     folder, config = convert_variant(
         entry, variant_config, weights, weights_sha256=sha256, cache=conversions_folder(cache_dir)
     )
-    published = _PUBLISHED_SHA256.get(entry.name, sha256)
+    published = PUBLISHED_SHA256.get(entry.name, sha256)
     if config.channels == _PUBLISHED_CHANNELS and sha256 != published:
         warnings.warn(
             f"{source.where}: the weights of {entry.name} are not the known published ones: their sha256 is "
@@ -162,7 +171,7 @@ def _local_source(folder: Path, name: str, hub_cache: Path) -> _Source:
                 f"an official one {CONFIG_FILE} and the files it names"
             )
         if problem := _damage(path):
-            raise EarVAEError(f"{path}: {problem}; fetch it again with force_download=True")
+            raise EarVAEError(f"{path}: {problem}; fetch it again", argument="force_download")
         return path
 
     return _Source(where=str(folder), name=name, variant_prefix="", fetch=fetch)
@@ -222,7 +231,7 @@ def _hub_source(
             # What is broken in the cache would stay there for ever.
             if local_files_only:
                 raise EarVAEError(
-                    f"{path}: {problem}; fetch it again with force_download=True (without local_files_only)"
+                    f"{path}: {problem}; fetch it again, without local_files_only", argument="force_download"
                 )
             try:
                 path = download(relative, force=True)
@@ -230,7 +239,7 @@ def _hub_source(
                 raise EarVAEError(f"{path}: {problem}; fetching it again: {error}") from error
             if problem := _problem(path):
                 raise EarVAEError(
-                    f"{path}: {problem}, also when fetched again; try later with force_download=True"
+                    f"{path}: {problem}, also when fetched again; try later", argument="force_download"
                 )
         if relative == CONFIG_FILE and _COMMIT.fullmatch(path.parent.name):
             # The other files are to be of the same commit, even if somebody pushes meanwhile.
@@ -267,19 +276,18 @@ def _hub_problem(
             )
         return (
             f"{repo_id}: {file}{at_revision} is not in the local cache and the Hub cannot be asked for it "
-            f"({reason_in_a_line(error.__cause__ or error)}); check the connection, or give a local folder"
+            f"({what_the_hub_says(error.__cause__ or error)}); check the connection, or give a local folder"
         )
     if isinstance(error, errors.EntryNotFoundError):
         return f"{repo_id}: the repository has no file {file}{at_revision}; is it an εar-VAE model?"
     if isinstance(error, errors.HfHubHTTPError):
-        return f"{repo_id}: the Hub refused {file}{at_revision}: {reason_in_a_line(error)}"
-    return f"{repo_id}: the download of {file}{at_revision} failed: {reason_in_a_line(error)}; try again"
+        return f"{repo_id}: the Hub refused {file}{at_revision}: {what_the_hub_says(error)}"
+    return f"{repo_id}: the download of {file}{at_revision} failed: {what_the_hub_says(error)}; try again"
 
 
-def reason_in_a_line(error: BaseException) -> str:
-    """Returns the first two lines of what the Hub's client says of a failure, as one."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2]).rstrip(".") if lines else type(error).__name__
+def what_the_hub_says(error: BaseException) -> str:
+    """Returns the two lines in which the Hub's client says what failed, as one."""
+    return first_line(error, most=2).rstrip(".")
 
 
 def _problem(path: Path) -> str | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ear_vae.dsp import _torchaudio as torchaudio
-from ear_vae.errors import EarVAEError
+from ear_vae.errors import EarVAEError, first_line
 from ear_vae.evaluation.systems.base import System
 from ear_vae.inference.tiling import run_tiled
 
@@ -62,8 +62,7 @@ class CodecSystem:
             raise EarVAEError(f"{name} needs {codec.library}: {_INSTALL} ({error})") from error
         # Whatever a foreign library makes of a wrong folder, a refused download or a damaged file.
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise EarVAEError(f"{name}: cannot be loaded from {source}: {reason}") from error
+            raise EarVAEError(f"{name}: cannot be loaded from {source}: {first_line(error)}") from error
         self.identity = _digest(network)
         self._device = device
 
