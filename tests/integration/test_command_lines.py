@@ -141,7 +141,7 @@ BAD_LINES = [
     ("info tensors.safetensors", 1, "not a latent file of ear-vae"),
     ("info loop", 1, "loop"),
     ("info empty", 1, "is empty"),
-    ("reconstruct -", 1, "standard input has no name to call the output after"),
+    ("reconstruct -", 1, "standard input has no name for the output to take"),
     ("encode wav", 2, "required: OUTPUT"),
     ("encode wav out.npy", 1, "out.npy: latent files are in the safetensors format; call it out.safetensors"),
     ("encode wav out", 1, "call it out.safetensors"),
@@ -159,11 +159,6 @@ BAD_LINES = [
     ("convert model o.pyt --dtype float16", 1, "--dtype is for --to folder"),
     ("info ear_vae_44k --variant x", 1, "names a variant already; choose no other (--variant x)"),
     ("info several", 1, "several/config.json: holds several models; choose one of 'a', 'b' (--variant)"),
-    (
-        "fit --data.folder album --trainer.default_root_dir run --model.pretrained several",
-        1,
-        "one of 'a', 'b' (--model.variant)",
-    ),
     ("reconstruct wav out.wav extra", 2, "unrecognized arguments: extra"),
     ("reconstruct wav out.wav --dev cpu", 2, "unrecognized arguments: --dev"),
     ("reconstruct wav out.wav --device gpu", 1, "write cuda"),
@@ -201,7 +196,7 @@ BAD_LINES = [
     ("evaluate wav other --pattern {name}_x", 2, "--pattern is for folders"),
     ("evaluate wav other --force", 2, "--force is for --json and --csv"),
     ("evaluate wav --model dac --variant x", 2, "--variant is for a --model of εar-VAE"),
-    ("evaluate wav --model ear-vae-tiny --jobs 2", 2, "--jobs is for files that are there"),
+    ("evaluate wav --model ear-vae-tiny --jobs 2", 2, "--jobs is for a folder of estimates"),
     ("evaluate wav --model ear-vae-tiny --pattern {name}", 2, "--pattern is for a folder of estimates"),
     ("evaluate wav --model ear-vae-tiny --force-download", 2, "for models on the Hub"),
     ("evaluate wav other --json wav --force", 1, "is a file to be measured"),
@@ -213,6 +208,7 @@ BAD_LINES = [
     ("report o.html --from e.json --variant x", 2, "--variant is not for --from"),
     ("report o.html --from e.json --align", 2, "--align is not for --from"),
     ("report o.html --from e.json", 1, "cannot be read"),
+    ("report o.html --from deep.json", 1, "deep.json: is no evaluation"),
     ("convert ear-vae-tiny", 2, "required: FOLDER_OR_FILE"),
     ("convert model model --force --dtype float16", 1, "would replace the model"),
     ("convert model model/model.safetensors --to official --force", 1, "would replace the model"),
@@ -232,6 +228,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Pa
     (folder / "old").mkdir()
     (folder / "old" / "notes.txt").touch()
     (folder / "empty").touch()
+    (folder / "deep.json").write_text("[" * 100_000)
     (folder / "several").mkdir()
     (folder / "several" / "config.json").write_text('{"variants": {"a": {}, "b": {}}}')
     (folder / "junk.safetensors").write_bytes(b"x")

@@ -123,7 +123,7 @@ def test_weights_that_are_not_those_the_file_states_are_refused(folder: Path) ->
     content = bytearray(path.read_bytes())
     content[-1] ^= 0x08  # of the exponent of the last value, which stays finite
     path.write_bytes(content)
-    with pytest.raises(EarVAEError, match=r"model\.safetensors: its weights have .*get it again"):
+    with pytest.raises(EarVAEError, match=r"model\.safetensors: its weights have .*fetch the file again"):
         EarVAE.from_pretrained(folder)
 
 

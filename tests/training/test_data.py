@@ -395,7 +395,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_does_no_harm(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     assert len(find_usable_files([folder], Policy(), cache_dir=tmp_path / "file" / "cache")) == 3
-    assert "not remembered" in caplog.text
+    assert "could not be cached" in caplog.text
     assert math.isclose(os.path.getsize(tmp_path / "file"), 10)
 
 

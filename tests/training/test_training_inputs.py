@@ -287,6 +287,17 @@ def test_in_a_process_of_its_own(
     assert not any(word in result.stderr for word in (*ADVICE, "Traceback"))
 
 
+def test_errors_name_the_options_of_fit(music: Path, tmp_path: Path) -> None:
+    """Which are longer than those of the other commands."""
+    (tmp_path / "config.json").write_text('{"variants": {"a": {}, "b": {}}}')
+    result = in_a_process(
+        *("fit", "--data.folder", music, "--trainer.default_root_dir", tmp_path / "run"),
+        *("--model.pretrained", tmp_path),
+    )
+    assert result.returncode == 1
+    assert complaint(result.stderr).endswith("choose one of 'a', 'b' (--model.variant)")
+
+
 def test_a_checkpoint_of_another_architecture(
     trained: Path, music: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,7 +1,7 @@
 """Files that hold several streams one after the other, and headers that state less than there is.
 
-Decoders go by the first header and stop where it says. Here the frames and pages themselves are followed, so
-that each stream can be given to libsndfile as a file of its own, with a header that is true.
+Decoders trust the first header and stop where it says. Here the frames and pages themselves are followed, so
+that each stream can be passed to libsndfile as a file of its own, with a correct header.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class Part:
     """One stream in a file.
 
     Attributes:
-        extents: The bytes of the file that belong to it, as (start, end).
-        head: Takes the place of the first bytes, or precedes them: the corrected header.
-        tail: Samples at the end in which libsndfile cannot seek.
+        extents: Ranges of bytes of the file that belong to it, as (start, end).
+        head: Corrected header, which replaces the first bytes or precedes them.
+        tail: Number of samples at the end in which libsndfile cannot seek.
     """
 
     extents: tuple[tuple[int, int], ...]
@@ -53,9 +53,9 @@ class Layout:
     """The streams in a file.
 
     Attributes:
-        parts: In their order; None where libsndfile reads the file as it is.
-        remark: What is odd, though all can be read.
-        cut: Whether one of the streams ends before its end, and how that shows.
+        parts: Streams in their order; None where libsndfile reads the file as it is.
+        remark: What is odd about the file, though all of it can be read.
+        cut: How it shows that one of the streams is cut off; empty where none is.
     """
 
     parts: tuple[Part, ...] | None = None
@@ -72,7 +72,7 @@ class Bytes:
         self.size = stream.seek(0, os.SEEK_END)
 
     def at(self, position: int, size: int) -> bytes:
-        """Up to `size` bytes from there, fewer at the end of the stream."""
+        """Returns up to `size` bytes from a position, fewer at the end of the stream."""
         offset = position - self._start
         ends = offset + size <= len(self._chunk) or self._start + len(self._chunk) == self.size
         if offset < 0 or not ends:
@@ -82,7 +82,7 @@ class Bytes:
         return self._chunk[offset : offset + size]
 
     def find(self, pattern: bytes, position: int) -> int:
-        """Where the pattern is next, from `position` on; -1 if nowhere."""
+        """Returns where the pattern occurs next, from `position` on; -1 if nowhere."""
         while position < self.size:
             self._stream.seek(position)
             chunk = self._stream.read(_LARGE_CHUNK)
@@ -95,7 +95,7 @@ class Bytes:
 
 
 class PartReader(io.RawIOBase):
-    """A part of a stream as a file to read and seek in."""
+    """Makes a part of a stream a file to read and seek in."""
 
     def __init__(self, stream: IO[bytes], part: Part) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class PartReader(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        """Fills a buffer, and returns how many bytes were there."""
+        """Fills a buffer, and returns how many bytes there were."""
         view = memoryview(buffer).cast("B")
         filled = 0
         while filled < len(view) and self._position < self._begins[-1]:
@@ -146,7 +146,7 @@ class PartReader(io.RawIOBase):
 
 
 def kind_of(data: Bytes) -> str:
-    """Which of the kinds that `layout_of` knows a file is of; empty for all others."""
+    """Returns the kind of a file, if it is one that `layout_of` knows; else an empty text."""
     head = data.at(after_tags(data, 0), 4)
     if head == b"fLaC":
         return "flac"
@@ -159,12 +159,12 @@ def kind_of(data: Bytes) -> str:
 
 
 def layout_of(kind: str, data: Bytes) -> Layout | None:
-    """The streams in a file of that kind; None where they cannot be told."""
+    """Finds the streams in a file of that kind; None where they cannot be told apart."""
     return {"flac": flac_layout, "ogg": ogg_layout, "chunks": chunks_layout, "mp3": mp3_layout}[kind](data)
 
 
 def after_tags(data: Bytes, position: int) -> int:
-    """The first byte behind tags: ID3v2, which stands before audio, and ID3v1 and APE, which stand behind."""
+    """Finds the first byte after tags: ID3v2, which precede audio, and ID3v1 and APE, which follow it."""
     while True:
         tag = data.at(position, 32)
         if tag[:3] == b"ID3" and len(tag) >= 10:
@@ -180,7 +180,7 @@ def after_tags(data: Bytes, position: int) -> int:
 
 
 def chunks_layout(data: Bytes) -> Layout:
-    """Of wav, aiff and au, whose header says where the file ends; another may begin there."""
+    """Finds the streams of wav, aiff and au, whose header says where the file ends and another may begin."""
     starts = [0]
     while (end := _chunks_end(data, starts[-1])) and _chunks_end(data, end):
         starts.append(end)
@@ -190,7 +190,7 @@ def chunks_layout(data: Bytes) -> Layout:
 
 
 def _chunks_end(data: Bytes, start: int) -> int:
-    """Where the container that begins at `start` ends; 0 where none does."""
+    """Returns where the container that begins at `start` ends; 0 where none begins there."""
     head = data.at(start, 28)
     kind, form = head[:4], head[8:12]
     if len(head) < 28:
@@ -213,7 +213,7 @@ def _between(starts: list[int], end: int) -> Iterator[tuple[int, int]]:
 
 
 def ogg_layout(data: Bytes) -> Layout:
-    """Links of a chain begin with pages flagged as first (RFC 3533, section 4).
+    """Finds the links of a chain, which begin with pages flagged as first (RFC 3533, section 4).
 
     Whether the file is whole shows in its last page: a cut one hardly ever ends with a complete page. The
     end-of-stream mark is no help, as many encoders do not write it.
@@ -270,7 +270,7 @@ class _Mp3Stream:
 
 
 def mp3_layout(data: Bytes) -> Layout | None:
-    """By all frames of the file; None where there are none of layer III."""
+    """Finds the streams of an mp3 by all its frames; None where there are none of layer III."""
     streams: list[_Mp3Stream] = []
     strange = 0
     position = after_tags(data, 0)
@@ -329,7 +329,7 @@ def _constant(head: bytes) -> tuple[int, ...]:
 
 
 def _next_mp3_frame(data: Bytes, position: int) -> int:
-    """Where the next frame begins that another one or the end of the file follows; -1 if nowhere."""
+    """Returns where the next frame begins that is followed by another or the end of the file; else -1."""
     while True:
         frame = _mp3_frame(head := data.at(position, 4))
         if frame:
@@ -346,7 +346,7 @@ def _next_mp3_frame(data: Bytes, position: int) -> int:
 
 
 def _mp3_frame(header: bytes) -> tuple[int, int] | None:
-    """Bytes and samples of the layer III frame with this header; None where it is no such header."""
+    """Returns the bytes and samples of the layer III frame with this header; None for another header."""
     if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE6 != 0xE2:
         return None
     # 3 is MPEG 1, 2 is MPEG 2 at half its rates, 0 is MPEG 2.5 at a quarter of them.
@@ -423,9 +423,9 @@ def _made_header(stream: _Mp3Stream) -> bytes:
 
 
 def flac_layout(data: Bytes) -> Layout | None:
-    """By the marks that files begin with, and the number in the last frame; None where that is not found.
+    """Finds the flac files in a file by the marks that they begin with, and their lengths by the last frame.
 
-    What is put behind a file is another file. A header without a length is given one.
+    A header without a length is given one. None where the last frame is not found.
     """
     starts = [after_tags(data, 0)]
     while (found := _next_flac(data, _flac_audio(data, starts[-1]))) >= 0:
@@ -449,7 +449,7 @@ def flac_layout(data: Bytes) -> Layout | None:
 
 
 def _flac_audio(data: Bytes, start: int) -> int:
-    """Where the frames of the file that begins at `start` begin."""
+    """Returns where the frames of the file that begins at `start` begin."""
     position = start + 4
     while len(block := data.at(position, 4)) == 4:
         position += 4 + int.from_bytes(block[1:], "big")
@@ -467,7 +467,7 @@ def _next_flac(data: Bytes, position: int) -> int:
 
 
 def _flac_samples(data: Bytes, start: int, end: int, head: bytes) -> int | None:
-    """How many samples there are, by the last frame; None if none ends where the file does."""
+    """Counts samples by the last frame; None if no frame ends where the file does."""
     largest = int.from_bytes(head[15:18], "big") or _LARGEST_FLAC_FRAME
     if data.at(end - 128, 3) == b"TAG":
         end -= 128

@@ -15,7 +15,7 @@ from ear_vae.pretrained.conversion import OFFICIAL_WEIGHTS_SUFFIX
 
 
 def run_convert(options: argparse.Namespace) -> int:
-    """A model from one layout to another."""
+    """Converts a model from one layout to another."""
     is_file = options.destination.lower().endswith(OFFICIAL_WEIGHTS_SUFFIX)
     layout: Literal["folder", "official"] = options.to or ("official" if is_file else "folder")
     if layout == "official" and options.dtype != "float32":

@@ -15,7 +15,7 @@ from ear_vae.vae import EarVAE
 
 
 def run_decode(options: argparse.Namespace) -> int:
-    """Latent files to audio."""
+    """Decodes latent files into audio."""
     weights_sha256 = fingerprints()
 
     def work(vae: EarVAE, job: Job) -> float:

@@ -1,4 +1,4 @@
-"""The command `ear-vae`: what it takes, and how it ends."""
+"""The command `ear-vae`, from its arguments to its exit code."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Args:
-        argv: Without the program's name; `sys.argv` by default.
+        argv: Arguments without the program's name; those in `sys.argv` by default.
 
     Returns:
         0 when all went well, 1 when a file or the command failed, 130 when interrupted.
@@ -86,12 +86,12 @@ def _run(arguments: list[str]) -> int:
 
 
 def _command(name: str) -> Any:
-    """What runs a command; only that one is imported, because torch takes seconds."""
+    """Returns the function that runs a command; only its module is imported, because torch takes seconds."""
     return getattr(import_module(f"ear_vae.cli.{name}"), f"run_{name}")
 
 
 def _wait_without_spinning() -> None:
-    """Has OpenMP's threads sleep while they wait for each other: spinning slows down all that is not idle.
+    """Makes OpenMP's threads sleep while they wait for each other: spinning slows down everything else.
 
     It reads its environment when torch is loaded. docs/speed.md has the figures.
     """

@@ -12,7 +12,7 @@ from ear_vae.vae import EarVAE
 
 
 def run_reconstruct(options: argparse.Namespace) -> int:
-    """Audio to the audio that the model makes of it."""
+    """Rebuilds audio through the model."""
 
     def work(vae: EarVAE, job: Job) -> float:
         with stream_audio(source_of(job)) as (info, blocks):

@@ -105,7 +105,7 @@ def _write_official_weights(
     state: Mapping[str, Tensor], config: EarVAEConfig, path: Path, overwrite: bool
 ) -> None:
     official = OrderedDict(
-        # Cloned: a view would save its whole storage.
+        # Cloned, because a view would be saved with its whole storage.
         (name, tensor.detach().to("cpu", torch.float32).clone())
         for name, tensor in to_official(state, config).items()
     )
@@ -129,7 +129,7 @@ def _require_elsewhere(source: Path, destination: Path) -> None:
 
 
 def _require_free(destination: Path, overwrite: bool) -> None:
-    """Before any work: the destination is new, an empty folder, or a folder to overwrite."""
+    """Refuses a destination that is neither new, nor an empty folder, nor a folder to overwrite."""
     if destination.exists() and not destination.is_dir():
         raise EarVAEError(f"{destination}: is a file, expected the path of a folder to write")
     if destination.is_dir() and not overwrite and any(destination.iterdir()):
@@ -138,7 +138,7 @@ def _require_free(destination: Path, overwrite: bool) -> None:
 
 @contextmanager
 def _folder(destination: Path) -> Iterator[Path]:
-    """A folder to fill: `destination` itself if it exists, else one that becomes it when all went well."""
+    """Gives a folder to fill: `destination` if it exists, else one that takes its place in the end."""
     try:
         if destination.is_dir():
             yield destination

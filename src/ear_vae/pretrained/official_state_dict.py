@@ -1,4 +1,4 @@
-"""The official state dicts and configs, and the way from them to ours and back."""
+"""Converting official state dicts and configs to ours, and back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ROTARY_KEY = "transformers.rotary_pos_emb.inv_freq"
 
 
 def read_official(path: Path) -> dict[str, Tensor]:
-    """The state dict of an official `.pyt`, unpickled with tensors only: nothing in it can run.
+    """Reads the state dict of an official `.pyt`; only tensors are unpickled, so nothing in it can run.
 
     Raises:
         EarVAEError: The file is missing, damaged, or holds anything but a flat dict of tensors.
@@ -36,7 +36,7 @@ def read_official(path: Path) -> dict[str, Tensor]:
 
 
 def load_tensors(path: Path) -> Any:
-    """What a file of `torch.save` holds, if that is tensors and plain values only: nothing in it can run.
+    """Reads a file of `torch.save` that holds tensors and plain values only, so that nothing in it can run.
 
     Raises:
         EarVAEError: The file is missing, damaged, or holds anything else.
@@ -46,7 +46,7 @@ def load_tensors(path: Path) -> Any:
     except FileNotFoundError:
         raise EarVAEError(f"{path}: no such file, the weights are missing") from None
     except pickle.UnpicklingError as error:
-        # Of torch's text only this: the rest advises to load it all the same.
+        # Only this part of torch's text: the rest advises loading it all the same.
         found = re.search(r"GLOBAL (\S+)", str(error))
         held = f" ({shown(found[1])})" if found else ""
         raise EarVAEError(
@@ -59,7 +59,7 @@ def load_tensors(path: Path) -> Any:
 
 
 def official_config(values: Any, *, sample_rate: int, state: Mapping[str, Tensor]) -> EarVAEConfig:
-    """Our config for an official one; whether there is a transformer is decided by the weights.
+    """Returns our config for an official one; the weights decide whether there is a transformer.
 
     Raises:
         EarVAEError: A field is missing or asks for something the published networks do not have.
@@ -103,7 +103,7 @@ def official_config(values: Any, *, sample_rate: int, state: Mapping[str, Tensor
 
 
 def to_official_config(config: EarVAEConfig) -> dict[str, Any]:
-    """The official config of the same architecture."""
+    """Returns the official config of the same architecture."""
     shared = {
         "channels": config.channels,
         "c_mults": list(config.channel_multipliers),
@@ -133,7 +133,7 @@ def to_official_config(config: EarVAEConfig) -> dict[str, Any]:
 
 
 def from_official(path: Path, state: Mapping[str, Tensor], config: EarVAEConfig) -> dict[str, Tensor]:
-    """Our state dict for an official one: names changed, weight norm folded.
+    """Returns our state dict for an official one: names changed, weight norm folded.
 
     Args:
         path: Where `state` came from, for messages.
@@ -168,7 +168,7 @@ def from_official(path: Path, state: Mapping[str, Tensor], config: EarVAEConfig)
 
 
 def to_official(state: Mapping[str, Tensor], config: EarVAEConfig) -> dict[str, Tensor]:
-    """The official state dict of our tensors, with weight norm (v the weight itself, g its norm)."""
+    """Returns the official state dict of our tensors, with weight norm (v the weight itself, g its norm)."""
     official_state: dict[str, Tensor] = {}
     for name, official, kind in _names(config):
         if kind == "weight_norm":

@@ -24,14 +24,14 @@ def push(
     private: bool | None = None,
     commit_message: str = "Upload εar-VAE",
 ) -> str:
-    """Creates a Hub repository if needed and uploads what `write_folder` writes.
+    """Creates a Hub repository if needed, and uploads what `write_folder` writes.
 
     A model card that is already there is kept.
 
     Args:
-        config: The architecture.
-        state: The state dict, which fits the config.
-        repo_id: `owner/name`.
+        config: Architecture of the model.
+        state: State dict that fits the config.
+        repo_id: Repository to upload to, `owner/name`.
         name: Name of the model in its card.
         token: Access token with the right to write.
         private: Make a new repository private; by default what the account's settings say.
@@ -43,7 +43,7 @@ def push(
     Raises:
         EarVAEError: The Hub refused or could not be reached.
     """
-    # Takes a second to import, and `EarVAE` is to be there without.
+    # Imported here because it takes a second, which `EarVAE` does not need.
     from huggingface_hub import CommitOperationAdd, HfApi
 
     with tempfile.TemporaryDirectory(prefix="ear-vae-") as temporary:

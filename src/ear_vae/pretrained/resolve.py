@@ -1,4 +1,4 @@
-"""From a name to a local folder with a model: existing folders, bundled checkpoints, the Hub."""
+"""From a name to a local folder with a model: an existing folder, a bundled checkpoint, or the Hub's."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class _Source:
     """Where a model's files come from.
 
     Attributes:
-        where: What messages call it.
-        name: What a model in our layout is called.
-        variant_prefix: What stands before a variant's name in the name of an official model.
-        fetch: The file of a relative path.
+        where: Name of the source in messages.
+        name: Name of a model in our layout.
+        variant_prefix: Prefix of a variant's name in the name of an official model.
+        fetch: Function that returns the local path of a file, by its relative path.
     """
 
     where: str
@@ -64,21 +64,21 @@ def resolve(
     cache_dir: str | os.PathLike[str] | None = None,
     force_download: bool = False,
 ) -> Checkpoint:
-    """The local folder, in our layout, of a model: an existing folder, else a bundled one, else the Hub's.
+    """Finds the local folder, in our layout, of a model: an existing one, else a bundled one, else the Hub's.
 
     Args:
-        name_or_path: A folder in our layout or in the official one, the name of a bundled checkpoint, a
-            Hub repository id `owner/name`, or `ear_vae_44k` or `ear_vae_v2_48k` for the authors' model of
-            that name in `earlab/EAR_VAE`.
-        variant: Which model of an official repository.
+        name_or_path: Model to find: a folder in our layout or in the official one, the name of a bundled
+            checkpoint, a Hub repository id `owner/name`, or `ear_vae_44k` or `ear_vae_v2_48k` for the
+            authors' model of that name in `earlab/EAR_VAE`.
+        variant: Name of the model in an official repository with several.
         revision: Branch, tag or commit on the Hub.
         local_files_only: Do not go to the network.
         token: Access token for the Hub.
-        cache_dir: Where downloads and conversions are kept instead of the Hub's usual folder.
+        cache_dir: Folder for downloads and conversions instead of the Hub's usual one.
         force_download: Fetch from the Hub again even if cached.
 
     Raises:
-        EarVAEError: Nothing is found under the name, the variant is missing or unknown, a file is
+        EarVAEError: There is no model of that name, the variant is missing or unknown, a file is
             missing or damaged, the Hub cannot be reached, or the cache cannot be written to.
     """
     text = os.path.expanduser(os.fspath(name_or_path))
@@ -151,9 +151,9 @@ def _open(source: _Source, *, variant: str | None, cache_dir: str | os.PathLike[
 
 
 def _hub_cache(cache_dir: str | os.PathLike[str] | None) -> Path:
-    """Where the Hub's client keeps what it downloads."""
+    """Returns where the Hub's client keeps what it downloads."""
     if cache_dir is None:
-        # Here and below: takes a second to import, and `EarVAE` is to be there without.
+        # Imported here and below because it takes a second, which `EarVAE` does not need.
         from huggingface_hub import constants
 
         cache_dir = constants.HF_HUB_CACHE
@@ -189,7 +189,7 @@ def _stays_inside(folder: Path, path: Path, hub_cache: Path) -> bool:
 
 
 def _link_target(path: Path) -> Path:
-    """One step along a link: what it names may be a link in its turn."""
+    """Follows a link by one step: its target may be another link."""
     return Path(os.path.normpath(path.parent.resolve() / os.readlink(path)))
 
 
@@ -228,7 +228,7 @@ def _hub_source(
         nonlocal commit
         path = download(relative, force=force_download)
         if problem := _problem(path):
-            # What is broken in the cache would stay there for ever.
+            # A broken file would stay in the cache for ever.
             if local_files_only:
                 raise EarVAEError(
                     f"{path}: {problem}; fetch it again, without local_files_only", argument="force_download"
@@ -252,11 +252,11 @@ def _hub_source(
 def _hub_problem(
     error: Exception, repo_id: str, file: str, revision: str | None, local_files_only: bool
 ) -> str:
-    """One sentence on why a download failed, and the cure."""
+    """Says in one sentence why a download failed, and what to do."""
     from huggingface_hub import errors
 
     if type(error) is ValueError and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # what force_download failed of
+        error = error.__cause__  # why force_download failed
     at_revision = f" at revision {revision!r}" if revision else ""
     if isinstance(error, errors.GatedRepoError):
         return f"{repo_id}: access is restricted; ask for it on the repository's page and give a token"
@@ -272,7 +272,7 @@ def _hub_problem(
         if local_files_only:
             return (
                 f"{repo_id}: {file}{at_revision} is not in the local cache and local_files_only=True "
-                "forbids to download it; load it once without"
+                "forbids downloading it; load it once without"
             )
         return (
             f"{repo_id}: {file}{at_revision} is not in the local cache and the Hub cannot be asked for it "
@@ -291,7 +291,7 @@ def what_the_hub_says(error: BaseException) -> str:
 
 
 def _problem(path: Path) -> str | None:
-    """What is wrong with a downloaded file as such, by its checksum or, of a config, by its being JSON."""
+    """Says what is wrong with a downloaded file: its checksum, or for a config that it is not JSON."""
     if (damage := _damage(path)) is not None:
         return damage
     if path.suffix == ".json":
@@ -303,12 +303,12 @@ def _problem(path: Path) -> str | None:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a file in the Hub's cache, by the checksum in its blob's name; None if nothing.
+    """Checks a file in the Hub's cache against the checksum in its blob's name; returns None if all is well.
 
     The Hub's client compares sizes only, and those only while it downloads.
     """
     if not path.is_symlink() or (blob := _link_target(path)).parent.name != "blobs":
-        return None  # a cache without links, as on Windows, does not tell
+        return None  # a cache without links, as on Windows, has no checksums
     if _SHA256.fullmatch(blob.name):
         kind, found = "sha256", file_sha256(path)
     elif _GIT_SHA1.fullmatch(blob.name):

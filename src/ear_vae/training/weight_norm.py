@@ -12,7 +12,7 @@ from ear_vae.network.blocks import convolutions
 
 
 class WeightNorm(nn.Module):
-    """weight = g · v / ‖v‖ per kernel of dimension 0 (an input channel of a transposed convolution).
+    """Makes weight = g · v / ‖v‖ per kernel of dimension 0 (an input channel of a transposed convolution).
 
     Unlike the one in torch it starts from v of unit length, so that the learning rate turns every
     kernel equally fast whatever its gain, and takes an all-zero kernel: g = 0 with a random direction.
@@ -21,11 +21,11 @@ class WeightNorm(nn.Module):
     """
 
     def forward(self, g: Tensor, v: Tensor) -> Tensor:
-        """The weight of the lengths `g` and the directions `v`."""
+        """Returns the weight of the lengths `g` and the directions `v`."""
         return v * (g / _norm(v))
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Lengths and directions of a weight."""
+        """Returns the lengths and directions of a weight."""
         g = _norm(weight)
         direction = torch.where(g == 0, torch.randn_like(weight), weight)
         return g, direction / _norm(direction)
@@ -38,7 +38,7 @@ def apply_weight_norm(network: nn.Module) -> None:
 
 
 def plain_weights(network: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """The named tensors of a network with weight norm as those of one without."""
+    """Returns the named tensors of a network with weight norm as a network without it has them."""
     # A parametrized module computes its folded weight when asked for it by name.
     return {name: getattr(*_owner(network, name)).detach().clone() for name in names}
 
