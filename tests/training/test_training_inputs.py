@@ -77,7 +77,7 @@ def content(trained: Path) -> dict[str, Any]:
 
 OPTIONS = [
     (["--model.variant", "ear_vae_44k"], "variant chooses among the models of pretrained"),
-    (["--model.initialization", "filter_bank"], "initialization is of a new model"),
+    (["--model.initialization", "filter_bank"], "initialization is for a new model"),
     (["--model.training_state", "state.safetensors"], "training_state goes on with the model"),
     (["--model.adversarial_after", "5"], "but there is no discriminator"),
     (

@@ -1,4 +1,4 @@
-"""Results of many files: summary, JSON, CSV and a table for the terminal."""
+"""Results over many files: summary, JSON, CSV and a table for the terminal."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ear_vae.errors import EarVAEError
 from ear_vae.evaluation.files import QUANTITIES, Row
 from ear_vae.evaluation.metrics import METRICS
 from ear_vae.evaluation.pairs import DEFAULT_PATTERN
+from ear_vae.limits import parse_json
 
 HIGHER_IS_BETTER = frozenset({"si_sdr_db", "icpc", "ccpc"})
 _DECIMALS = {"si_sdr_db": 2, "true_peak_distance_db": 2, "loudness_distance_lu": 2}
@@ -65,7 +66,7 @@ class Evaluation:
 
     @property
     def summaries(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """The result of `summarize` for each system, by its name."""
+        """Results of `summarize` by name of the system."""
         return {name: summarize(rows) for name, rows in _by_system(self.rows).items()}
 
     def as_dict(self) -> dict[str, Any]:
@@ -155,7 +156,7 @@ def summarize(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
 
 
 def worst(rows: Sequence[Row], metric: str, count: int = _WORST_SHOWN) -> list[str]:
-    """Names of the files with the worst values, worst first."""
+    """Returns the names of the files with the worst values, worst first."""
     sign = 1 if metric in HIGHER_IS_BETTER else -1
     valued = sorted((row for row in rows if row[metric] is not None), key=lambda row: sign * row[metric])
     return [row["name"] for row in valued[:count]]
@@ -168,10 +169,10 @@ def read_evaluation(path: Path) -> tuple[list[Row], Inputs]:
         path: File that `Evaluation.write_json` wrote.
 
     Raises:
-        EarVAEError: The file is missing, or no evaluation.
+        EarVAEError: The file is missing, or is not an evaluation.
     """
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = parse_json(path.read_text(encoding="utf-8"))
         rows, inputs = report["files"], Inputs(**report["inputs"])
         complete = all({"name", "system", *METRICS} <= row.keys() for row in rows)
     except OSError as error:
@@ -245,12 +246,12 @@ def _shown(value: float | None, metric: str) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """The number with its noun in the singular or plural: `1 file`, `2 files`."""
+    """Returns a number with its noun in the singular or plural: `1 file`, `2 files`."""
     return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
 def first_names(names: Sequence[str]) -> str:
-    """The first names, and how many more there are: a terminal is no place for thousands."""
+    """Returns the first names and the number of the others: a terminal is no place for thousands."""
     more = len(names) - _NAMES_SHOWN
     return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
