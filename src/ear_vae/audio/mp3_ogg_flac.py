@@ -361,7 +361,7 @@ def _mp3_frame(header: bytes) -> tuple[int, int] | None:
 
 
 def _tag_offset(frame: bytes) -> int:
-    """Where a frame that holds no audio but the length has its tag; 0 for a frame of audio."""
+    """Returns where a frame that holds only the length has its tag; 0 for a frame of audio."""
     if frame[36:40] == b"VBRI":
         return 36
     # Behind the side information, and the checksum if there is one and the encoder has left room for it.
@@ -375,10 +375,10 @@ def _side_information_end(header: bytes) -> int:
 
 
 def _true_header(stream: _Mp3Stream) -> tuple[bytes, int | None]:
-    """A header frame that counts the frames that are there, and what the one in the file counts.
+    """Makes a header frame with the true number of frames; also returns the number in the file's own header.
 
-    It says how many samples to leave out at both ends as the one in the file does; but the samples at the end
-    are left out only where the file ends as it says.
+    Like the file's own header it says how many samples to leave out at both ends, but those at the end only
+    where the file ends as that header says.
     """
     header = bytearray(stream.header)
     offset = _tag_offset(stream.header) if header else 0
@@ -390,7 +390,7 @@ def _true_header(stream: _Mp3Stream) -> tuple[bytes, int | None]:
     stated = int.from_bytes(header[offset + 8 : offset + 12], "big")
     missing = stated - stream.num_frames
     if missing > MISSING_MP3_FRAMES:
-        # Cut, which reading it will say.
+        # It is cut, which will show when it is read.
         return bytes(header), stated
     header[offset + 8 : offset + 12] = stream.num_frames.to_bytes(4, "big")
     after = offset + 12
@@ -407,10 +407,10 @@ def _true_header(stream: _Mp3Stream) -> tuple[bytes, int | None]:
 
 
 def _made_header(stream: _Mp3Stream) -> bytes:
-    """A header frame that counts the frames, and a silent one that is left out again.
+    """Makes a header frame with the number of frames, and a silent frame that decoders leave out again.
 
-    Behind a header frame, decoders leave out the encoder's delay, if it states one, and always their own. So
-    as to lose nothing, both together are made the length of the silent frame.
+    After a header frame, decoders leave out the encoder's delay, if it states one, and always their own. So
+    that nothing is lost, both together are made as long as the silent frame.
     """
     second, third, fourth = stream.first[1] | 1, stream.first[2] & 0x0C, stream.first[3]
     offset = _side_information_end(stream.first)
@@ -482,7 +482,7 @@ def _flac_samples(data: Bytes, start: int, end: int, head: bytes) -> int | None:
 
 
 def _flac_frame(head: bytes, block_size: int) -> tuple[int, int] | None:
-    """The number of a frame's first sample, and how many it has (RFC 9639, section 9.1)."""
+    """Returns the number of a frame's first sample, and how many it has (RFC 9639, section 9.1)."""
     if len(head) < 6 or head[1] & 0xFE != 0xF8 or head[3] & 1:
         return None
     block_code, rate_code = head[2] >> 4, head[2] & 0x0F

@@ -181,10 +181,10 @@ def _encoding(
 
 
 def _finite_peak(block: Tensor, name: str) -> float:
-    """The highest absolute sample.
+    """Returns the highest absolute sample.
 
     Raises:
-        EarVAEError: One is NaN or infinite.
+        EarVAEError: A sample is NaN or infinite.
     """
     highest = float(block.abs().max())
     if not math.isfinite(highest):

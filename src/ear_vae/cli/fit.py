@@ -91,7 +91,7 @@ def run_fit(arguments: Sequence[str]) -> int:
 
 
 def shipped_configs() -> dict[str, Path]:
-    """The configs that come with the package, by name."""
+    """Lists the configs that come with the package, by name."""
     folder = Path(str(files("ear_vae") / "training" / "configs"))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 

@@ -200,7 +200,7 @@ def _plan_folder(
 
 
 def _identity(path: Path) -> tuple[int, int]:
-    """Equal for two names of one file."""
+    """Returns what is equal for two names of one file."""
     status = path.stat()
     return status.st_dev, status.st_ino
 

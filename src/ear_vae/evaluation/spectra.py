@@ -168,7 +168,7 @@ def _blocks(target: Tensor) -> Iterator[tuple[int, int]]:
 
 
 def _segment(estimate: Tensor, target: Tensor, first: int, stop: int, *, weighted: bool) -> Tensor:
-    """Both signals around the frames of a block, reflected at the ends of the signal: [2, B, C, samples].
+    """Cuts both signals around the frames of a block, reflected at their ends: [2, B, C, samples].
 
     The segment begins `_REACH` before `first` and ends where the last frame does, or later.
     """
@@ -192,7 +192,7 @@ def _segment(estimate: Tensor, target: Tensor, first: int, stop: int, *, weighte
 
 
 def _spectra(pair: Tensor, size: int, first: int, stop: int) -> Tensor:
-    """Spectra of the frames centred in the block: [2, B, C, frames, bins]."""
+    """Computes the spectra of the frames centred in the block: [2, B, C, frames, bins]."""
     hop = size // 4
     num_frames = -(-(stop - first) // hop)
     start = _REACH - size // 2

@@ -190,7 +190,7 @@ def _read(source: str | os.PathLike[str] | IO[bytes], name: str) -> tuple[dict[s
 
 
 def _header_metadata(data: bytes) -> dict[str, str]:
-    """The metadata of safetensors bytes, which `safetensors.torch.load` has accepted but does not return."""
+    """Returns the metadata of safetensors bytes, which `safetensors.torch.load` has accepted but drops."""
     length = int.from_bytes(data[:8], "little")
     return dict(parse_json(data[8 : 8 + length]).get("__metadata__") or {})
 

@@ -136,9 +136,9 @@ def from_official(path: Path, state: Mapping[str, Tensor], config: EarVAEConfig)
     """Returns our state dict for an official one: names changed, weight norm folded.
 
     Args:
-        path: Where `state` came from, for messages.
+        path: Path that `state` came from, for messages.
         state: The official tensors.
-        config: What they must fit.
+        config: Config that the tensors must fit.
 
     Raises:
         EarVAEError: Tensors are missing, unexpected or misshapen, or a norm has a bias.
@@ -191,7 +191,7 @@ def to_official(state: Mapping[str, Tensor], config: EarVAEConfig) -> dict[str, 
 
 
 def _names(config: EarVAEConfig) -> Iterator[tuple[str, str, str]]:
-    """(our name, official name, kind) of every tensor; for kind `weight_norm` both are prefixes."""
+    """Yields (our name, official name, kind) of every tensor; for kind `weight_norm` both are prefixes."""
 
     def conv(ours: str, official: str, *, bias: bool = True) -> Iterator[tuple[str, str, str]]:
         yield ours, official, "weight_norm"
