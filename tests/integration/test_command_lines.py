@@ -145,7 +145,7 @@ BAD_LINES = [
     ("encode wav", 2, "required: OUTPUT"),
     ("encode wav out.npy", 1, "out.npy: latent files are in the safetensors format; call it out.safetensors"),
     ("encode wav out", 1, "call it out.safetensors"),
-    ("reconstruct wav out", 1, "out: has no extension to tell the format by; call it out.wav"),
+    ("reconstruct wav out", 1, "out: has no extension that tells the format; call it out.wav"),
     ("decode latents out", 1, "call it out.wav"),
     ("reconstruct wav out.flac --format mp3", 1, "is named .flac, but --format asks for mp3"),
     ("decode song.wav out.wav", 1, "song.wav: is audio, and decode takes latent files; ear-vae encode"),

@@ -107,7 +107,7 @@ OPTIONS = [
     (["--trainer.gradient_clip_val", "1"], "gradient clipping"),
     (["--ckpt_path", "last"], "last: no such file"),
 ]
-PRETRAINED = ("initialization is of", "kl has the weight")
+PRETRAINED = ("initialization is for", "kl has the weight")
 
 
 @pytest.mark.parametrize(("options", "message"), OPTIONS, ids=[message for _, message in OPTIONS])
