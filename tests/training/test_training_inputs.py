@@ -381,7 +381,7 @@ def test_resuming_on_the_same_data_says_nothing(
 
 
 def test_a_folder_with_all_kinds_of_names(music: Path, tmp_path: Path) -> None:
-    """Names that are no UTF-8, a pipe, a folder too deep to be opened: said, and trained all the same."""
+    """Names that are no UTF-8, a pipe, a folder too deep to be opened: reported, and trained on all the same."""
     if not hasattr(os, "mkfifo"):
         pytest.skip("needs named pipes")
     folder = tmp_path / "music"
@@ -399,12 +399,12 @@ def test_a_folder_with_all_kinds_of_names(music: Path, tmp_path: Path) -> None:
     os.close(here)
     result = in_a_process(*fit(folder, tmp_path))
     assert result.returncode == 0, result.stderr
-    assert "left out, not a regular file: " in result.stderr
-    assert "pipe.wav" in result.stderr
-    assert "left out, unreadable folder: " in result.stderr
+    assert f"left out, unreadable: {folder / 'pipe.wav'}: is a pipe" in result.stderr
+    assert result.stderr.count("left out, unreadable: ") >= 2
+    assert "File name too long" in result.stderr
     found = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["AudioDataModule"]
     assert found["files"] == 3 or (found["files"] == 2 and "caf" in result.stderr)
-    # The same again, with what is remembered of the first time.
+    # The same again, from the cache.
     assert in_a_process(*fit(folder, tmp_path, "--force")).returncode == 0
 
 

@@ -21,6 +21,7 @@ import torch
 
 from ear_vae._atomic import atomic_path
 from ear_vae.audio import AUDIO_EXTENSIONS, audio_info, read_audio
+from ear_vae.audio.folders import find_files
 from ear_vae.audio.reading import HIGHEST_RATE, LOWEST_RATE
 from ear_vae.dsp.bandwidth import bandwidth_hz
 from ear_vae.errors import EarVAEError
@@ -158,7 +159,9 @@ def _report(what: str, entries: Sequence[str]) -> None:
 def _listed(source: Path) -> Iterable[tuple[Path, float]]:
     """Lists the paths and weights of one source."""
     if source.is_dir():
-        return [(path, 1.0) for path in _audio_below(source)]
+        found = find_files(source, AUDIO_EXTENSIONS)
+        _report("unreadable", found.unreadable)
+        return [(path, 1.0) for path in found.files]
     if not source.exists():
         raise EarVAEError(f"{source}: does not exist; give a folder of audio or a manifest")
     if not source.is_file():
@@ -177,26 +180,6 @@ def _listed(source: Path) -> Iterable[tuple[Path, float]]:
     except (OSError, ValueError, csv.Error) as error:
         raise EarVAEError(f"{source}: cannot be read as a manifest: {error}") from error
     return [_entry(source, line, row) for line, row in rows]
-
-
-def _audio_below(folder: Path) -> list[Path]:
-    """Lists the regular files with an audio extension, sorted; folders that cannot be read are reported."""
-    found: list[Path] = []
-    others: list[Path] = []
-    closed: list[str] = []
-    for place, folders, names in os.walk(
-        folder, onerror=lambda error: closed.append(f"{error.filename}: {error.strerror}")
-    ):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            path = Path(place, name)
-            if name.startswith(".") or path.suffix.lower() not in AUDIO_EXTENSIONS:
-                continue
-            # Reading a pipe could wait for ever; an inaccessible file is reported later, with its reason.
-            (found if os.path.isfile(path) or not os.path.exists(path) else others).append(path)
-    _report("unreadable folder", sorted(closed))
-    _report("not a regular file", sorted(map(str, others)))
-    return sorted(found)
 
 
 def _csv_rows(manifest: Path) -> list[tuple[int, Mapping[str, Any]]]:
