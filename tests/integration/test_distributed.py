@@ -136,7 +136,9 @@ def music(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("case", ["accumulated", "balanced", "NaN", "files"])
+@pytest.mark.parametrize(
+    "case", ["sum", "balanced", "NaN", "files", pytest.param("accumulated", marks=pytest.mark.slow)]
+)
 def test_two_processes_do_what_one_does(tmp_path: Path, case: str, music: Path) -> None:
     """Also where two batches of each make one step.
 
