@@ -28,13 +28,13 @@ _tidied: set[str] = set()
 
 @contextmanager
 def atomic_path(destination: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
-    """A temporary path that takes the place of `destination` when the block succeeds.
+    """Gives a temporary path, and moves it to `destination` when the block succeeds.
 
     When the block fails, for whatever reason, the temporary file is removed and an existing
     destination is left as it was. The suffix of the destination is kept.
 
     Args:
-        destination: The file to write.
+        destination: File to write.
         overwrite: Replace an existing file.
 
     Raises:
@@ -112,7 +112,7 @@ def require_free(destination: str | os.PathLike[str], *, overwrite: bool) -> Non
     """Refuses an output that `atomic_path` would refuse, before hours are spent on it.
 
     Args:
-        destination: The file to write.
+        destination: File to write.
         overwrite: Replace an existing file.
 
     Raises:
@@ -128,16 +128,16 @@ class _OnlyLookingError(Exception):
 
 @contextmanager
 def temporary_folder(parent: str | os.PathLike[str] | None = None) -> Iterator[Path]:
-    """A folder for files on their way, removed at the end with all that is in it.
+    """Makes a folder for unfinished files, and removes it at the end with all that is in it.
 
-    A process that is killed leaves it; the next one to make such a folder in the same place removes those
-    of dead processes. A live one holds a lock on a file in its folder.
+    A process that is killed leaves its folder behind; the next one to make such a folder in the same place
+    removes those of dead processes. A live one holds a lock on a file in its folder.
 
     Args:
-        parent: Where to make it, by default the system's place for temporary files.
+        parent: Folder to make it in; the system's folder for temporary files by default.
 
     Raises:
-        EarVAEError: There is no place for temporary files.
+        EarVAEError: There is no folder for temporary files.
         OSError: The folder cannot be made.
     """
     place = _place_for_temporary_files() if parent is None else os.fspath(parent) or os.curdir
@@ -151,10 +151,10 @@ def temporary_folder(parent: str | os.PathLike[str] | None = None) -> Iterator[P
 
 
 def write_all(file: IO[bytes], data: bytes | memoryview) -> None:
-    """Writes all of it, also where one call takes a part only, as those of unbuffered files do.
+    """Writes all of the data, even where one call writes only a part, as with unbuffered files.
 
     Raises:
-        OSError: The file does not take it.
+        OSError: The file cannot be written to.
     """
     rest = memoryview(data).cast("B")
     while rest:
@@ -175,12 +175,12 @@ def same_file(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> boo
 
 
 def system_path(path: str | os.PathLike[str]) -> str | bytes:
-    """A path as libsndfile must be given it: where names are bytes, those need not be UTF-8."""
+    """Returns a path as libsndfile needs it: as bytes where file names are bytes, which need not be UTF-8."""
     return os.fsencode(path) if os.name == "posix" else os.fspath(path)
 
 
 def name_of(source: Any) -> str:
-    """What to call a path or an open file in a message."""
+    """Returns the name of a path or an open file for messages."""
     if isinstance(source, (str, os.PathLike)):
         return str(os.fspath(source))
     name = getattr(source, "name", "<stream>")
@@ -191,7 +191,7 @@ def _place_for_temporary_files() -> str:
     try:
         return tempfile.gettempdir()
     except FileNotFoundError as error:
-        raise EarVAEError("no folder takes temporary files; name a writable one with TMPDIR") from error
+        raise EarVAEError("there is no writable folder for temporary files; name one with TMPDIR") from error
 
 
 @contextmanager

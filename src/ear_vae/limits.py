@@ -14,7 +14,7 @@ from typing import Any
 from ear_vae.errors import EarVAEError
 
 LOWEST_SAMPLE_RATE, HIGHEST_SAMPLE_RATE = 1_000, 768_000
-"""Rates of audio in Hz: what telephones and the fastest converters are within."""
+"""Range of sample rates in Hz, wide enough for telephones and the fastest converters."""
 HIGHEST_DOWNSAMPLING_RATIO = 2**16
 """Samples per latent frame."""
 _MOST_JSON_BYTES = 2**20
@@ -23,11 +23,11 @@ _MOST_BITS = 64
 
 
 def sample_rate_of(value: Any, what: str = "sample_rate") -> int:
-    """A sample rate in Hz as a Python integer; those of numpy and torch are taken too.
+    """Returns a sample rate in Hz as a Python integer; integers of numpy and torch are accepted too.
 
     Args:
-        value: What was given.
-        what: What messages call it.
+        value: Value to check.
+        what: Name of the value in messages.
 
     Raises:
         EarVAEError: It is no integer, or out of range.
@@ -43,7 +43,7 @@ def sample_rate_of(value: Any, what: str = "sample_rate") -> int:
 
 
 def integer(value: Any) -> int | None:
-    """`value` as a Python integer if it is an integer of any library, and no truth value."""
+    """Returns `value` as a Python integer if it is an integer of any library and no boolean, else None."""
     if isinstance(value, bool) or (getattr(value, "dtype", None) is not None and "bool" in str(value.dtype)):
         return None
     try:
@@ -75,7 +75,7 @@ def finite_number(value: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value for a message: its `repr`, cut to what fits a line."""
+    """Returns the `repr` of a value for a message, cut to what fits in a line."""
     if isinstance(value, int) and value.bit_length() > _MOST_BITS:
         return f"an integer of {value.bit_length()} bits"
     return _short.repr(value)
@@ -95,15 +95,15 @@ def shortened(text: str, longest: int) -> str:
 
 
 def name_in_a_line(name: str, longest: int = _LONGEST_NAME) -> str:
-    """Returns a name from anywhere, fit for a line of text: escaped, and shortened."""
+    """Returns a name from anywhere escaped and shortened, to fit in a line of text."""
     return shortened(escaped(name), longest)
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text from anywhere.
+    """Parses JSON from anywhere.
 
     Raises:
-        ValueError: It is not JSON, or too deep or with too long numbers for Python's parser.
+        ValueError: The text is not JSON, or nested too deeply or with numbers too long for Python's parser.
     """
     try:
         return json.loads(text)
@@ -116,7 +116,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """The parsed content of a small JSON file.
+    """Reads a small JSON file.
 
     Raises:
         EarVAEError: The file cannot be read, is larger than 1 MiB, or is not JSON.
@@ -156,12 +156,12 @@ _short = _Short()
 
 
 def pack_facts(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Metadata for a safetensors file, as one entry: its library writes several in random order."""
+    """Packs facts into one entry of a safetensors file's metadata: several are written in random order."""
     return {_KEY: json.dumps(facts, sort_keys=True)}
 
 
 def unpack_facts(metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    """What `pack_facts` packed, or nothing for a file of another program.
+    """Unpacks what `pack_facts` packed; returns nothing for a file of another program.
 
     Raises:
         ValueError: The entry is there and damaged.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-import pickle
 import re
 import subprocess
 import sys
@@ -16,7 +15,6 @@ import soundfile
 import torch
 
 from ear_vae import EarVAE, EarVAEError
-from ear_vae.errors import in_one_line
 from ear_vae.evaluation import Progress, evaluate, measure, write_listening_report
 
 RATE = 44_100
@@ -251,12 +249,3 @@ def test_a_command_never_names_an_argument_of_python(folders: tuple[Path, Path],
         assert "overwrite=" not in finished.stderr, arguments
         assert "=True" not in finished.stderr
     assert {file.read_text() for file in files} == {"precious"}
-
-
-def test_an_error_names_the_argument_to_callers_and_the_option_to_commands() -> None:
-    error = EarVAEError("x: exists already", argument="overwrite")
-    for same in (error, pickle.loads(pickle.dumps(error))):
-        assert str(same) == "x: exists already (overwrite=True)"
-        assert in_one_line(same) == str(same)
-        assert in_one_line(same, {"overwrite": "--force"}) == "x: exists already (--force)"
-    assert in_one_line(EarVAEError("y"), {"overwrite": "--force"}) == str(EarVAEError("y")) == "y"

@@ -20,7 +20,7 @@ import torch
 from ear_vae import EarVAEError
 from ear_vae.cli import main
 from ear_vae.dsp.resampling import resample
-from ear_vae.dsp.stereo import correlation, side_to_mid_db
+from ear_vae.dsp.stereo import side_to_mid_db, stereo_correlation
 from ear_vae.evaluation import measure
 from ear_vae.evaluation.listening.excerpts import (
     Excerpt,
@@ -188,14 +188,16 @@ def test_gains_match_loudness_and_figures_are_those_of_the_metrics() -> None:
 def test_stereo_figures() -> None:
     left = music(1, channels=1)
     opposite = torch.cat((left, -0.5 * left))
-    assert float(correlation(opposite)) == pytest.approx(-1, abs=1e-6)
+    assert float(stereo_correlation(opposite)) == pytest.approx(-1, abs=1e-6)
     # S = 0.75 L and M = 0.25 L.
     assert float(side_to_mid_db(opposite)) == pytest.approx(20 * math.log10(3), abs=1e-4)
     found = measured(excerpt(left.expand(2, -1), opposite))
     assert found.signals[0].correlation == pytest.approx(1, abs=1e-6)
     assert found.signals[0].side_db is None
     independent = music(1, seed=3)
-    assert float(correlation(independent)) == pytest.approx(np.corrcoef(independent.numpy())[0, 1], abs=1e-3)
+    assert float(stereo_correlation(independent)) == pytest.approx(
+        np.corrcoef(independent.numpy())[0, 1], abs=1e-3
+    )
     assert measured(excerpt(left, left)).signals[1].correlation is None
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ear_vae import EarVAE, EarVAEConfig
@@ -250,11 +249,8 @@ class Living(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         result = func(*args, **(kwargs or {}))
-        for tensor in pytree.tree_leaves(result):
-            if (
-                isinstance(tensor, torch.Tensor)
-                and (key := tensor.untyped_storage()._cdata) not in self._known
-            ):
+        for tensor in result if isinstance(result, (list, tuple)) else (result,):
+            if isinstance(tensor, torch.Tensor) and (key := id(tensor.untyped_storage())) not in self._known:
                 self._known.add(key)
                 size = tensor.untyped_storage().nbytes()
                 self.now += size

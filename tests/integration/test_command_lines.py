@@ -146,11 +146,11 @@ BAD_LINES = [
     ("info tensors.safetensors", 1, "not a latent file of ear-vae"),
     ("info loop", 1, "loop"),
     ("info empty", 1, "is empty"),
-    ("reconstruct -", 1, "standard input has no name to call the output after"),
+    ("reconstruct -", 1, "standard input has no name for the output to take"),
     ("encode wav", 2, "required: OUTPUT"),
     ("encode wav out.npy", 1, "out.npy: latent files are in the safetensors format; call it out.safetensors"),
     ("encode wav out", 1, "call it out.safetensors"),
-    ("reconstruct wav out", 1, "out: has no extension to tell the format by; call it out.wav"),
+    ("reconstruct wav out", 1, "out: has no extension that tells the format; call it out.wav"),
     ("decode latents out", 1, "call it out.wav"),
     ("reconstruct wav out.flac --format mp3", 1, "is named .flac, but --format asks for mp3"),
     ("decode song.wav out.wav", 1, "song.wav: is audio, and decode takes latent files; ear-vae encode"),
@@ -160,9 +160,10 @@ BAD_LINES = [
     ("reconstruct album out.wav", 1, "album is a folder, and so its output must be one, such as out"),
     ("decode album out", 1, "album: holds no latent files (.safetensors)"),
     ("convert model old", 1, "old: exists already; remove it, or overwrite it (--force)"),
-    ("convert model o --variant x", 1, "leave out --variant 'x'"),
+    ("convert model o --variant x", 1, "holds one model and no variants; leave it out (--variant x)"),
     ("convert model o.pyt --dtype float16", 1, "--dtype is for --to folder"),
-    ("info ear_vae_44k --variant x", 1, "ear_vae_44k: names a variant already; leave out --variant 'x'"),
+    ("info ear_vae_44k --variant x", 1, "names a variant already; choose no other (--variant x)"),
+    ("info several", 1, "several/config.json: holds several models; choose one of 'a', 'b' (--variant)"),
     ("reconstruct wav out.wav extra", 2, "unrecognized arguments: extra"),
     ("reconstruct wav out.wav --dev cpu", 2, "unrecognized arguments: --dev"),
     ("reconstruct wav out.wav --device gpu", 1, "write cuda"),
@@ -170,7 +171,7 @@ BAD_LINES = [
     ("reconstruct wav out.wav --device cuda:x", 1, "choose cpu, cuda, cuda:N or mps"),
     ("reconstruct wav out.wav --dtype float16", 2, "invalid choice: 'float16'"),
     ("reconstruct wav out.wav --peak loud", 2, "invalid choice: 'loud'"),
-    ("reconstruct wav out.wav --model ear-vae-tiny --revision main", 1, "Hub repositories only"),
+    ("reconstruct wav out.wav --model ear-vae-tiny --revision main", 1, "leave it out (--revision main)"),
     ("reconstruct wav out.wav --variant x", 1, "holds one model and no variants"),
     ("reconstruct wav out.wav --force-download", 2, "--force-download is for models on the Hub"),
     ("reconstruct wav out.xyz", 1, "cannot write format 'xyz'"),
@@ -202,7 +203,7 @@ BAD_LINES = [
     ("evaluate wav other --pattern {name}_x", 2, "--pattern is for folders"),
     ("evaluate wav other --force", 2, "--force is for --json and --csv"),
     ("evaluate wav --model dac --variant x", 2, "--variant is for a --model of εar-VAE"),
-    ("evaluate wav --model ear-vae-tiny --jobs 2", 2, "--jobs is for files that are there"),
+    ("evaluate wav --model ear-vae-tiny --jobs 2", 2, "--jobs is for a folder of estimates"),
     ("evaluate wav --model ear-vae-tiny --pattern {name}", 2, "--pattern is for a folder of estimates"),
     ("evaluate wav --model ear-vae-tiny --force-download", 2, "for models on the Hub"),
     ("evaluate wav other --json wav --force", 1, "is a file to be measured"),
@@ -244,6 +245,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Pa
     (folder / "old").mkdir()
     (folder / "old" / "notes.txt").touch()
     (folder / "empty").touch()
+    (folder / "deep.json").write_text("[" * 100_000)
+    (folder / "several").mkdir()
+    (folder / "several" / "config.json").write_text('{"variants": {"a": {}, "b": {}}}')
     (folder / "junk.safetensors").write_bytes(b"x")
     latent_file(folder / "latents.safetensors", "somebody's")
     latent_file(folder / "float8.safetensors", "x", mean=torch.zeros(64, 1).to(torch.float8_e4m3fn))

@@ -36,7 +36,11 @@ class Record(L.Callback):
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % module.accumulate_grad_batches:
+            return
         metrics = trainer.callback_metrics
         self.steps.append({name: float(v) for name, v in metrics.items() if name.startswith("train/")})
 
@@ -44,6 +48,7 @@ class Record(L.Callback):
 def train(root: Path, processes: int, case: str) -> None:
     """Writes the weights and the terms of each process."""
     rank = int(os.environ.get("LOCAL_RANK", 0))
+    parts = 2 if case == "accumulated" and processes > 1 else 1
     torch.manual_seed(rank)
     module = EarVAEModule(
         TINY,
@@ -51,6 +56,7 @@ def train(root: Path, processes: int, case: str) -> None:
         objective=ObjectiveConfig(balanced=case == "balanced"),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=0),
         discriminator_optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=0),
+        accumulate_grad_batches=parts,
     )
     module.load_state_dict(torch.load(root / "start.pt", weights_only=True))
     generator = torch.Generator().manual_seed(1)
@@ -73,7 +79,7 @@ def train(root: Path, processes: int, case: str) -> None:
         enable_model_summary=False,
         callbacks=[record],
     )
-    batch_size = BATCH // processes
+    batch_size = BATCH // processes // parts
     if case == "files":
         data = AudioDataModule(
             root / "music",
@@ -130,9 +136,13 @@ def music(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("case", ["sum", "balanced", "NaN", "files"])
+@pytest.mark.parametrize(
+    "case", ["sum", "balanced", "NaN", "files", pytest.param("accumulated", marks=pytest.mark.slow)]
+)
 def test_two_processes_do_what_one_does(tmp_path: Path, case: str, music: Path) -> None:
-    """Also where one of them alone gets a NaN: both leave the step out, and none waits for the other.
+    """Also where two batches of each make one step.
+
+    Also where one of them alone gets a NaN: both leave the step out, and none waits for the other.
 
     Also with files, of which one is bad: others are drawn in its place, the same ones by all.
     """

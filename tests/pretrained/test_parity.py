@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from ear_vae import EarVAE
-from ear_vae.pretrained.conversion import convert_to_folder, convert_to_official
+from ear_vae.pretrained.conversion import convert
 
 PARITY = Path(__file__).parents[3] / "shared" / "parity"
 VARIANTS = ("ear_vae_44k", "ear_vae_v2_48k")
@@ -68,15 +68,15 @@ def test_after_saving_in_our_layout(vae: EarVAE, variant: str, tmp_path: Path) -
 
 
 def test_after_conversion_to_a_folder_and_back_to_the_official_layout(variant: str, tmp_path: Path) -> None:
-    convert_to_folder(PARITY, tmp_path / "ours", variant=variant, cache_dir=tmp_path / "cache")
+    convert(PARITY, tmp_path / "ours", variant=variant, cache_dir=tmp_path / "cache", to="folder")
     assert_parity(EarVAE.from_pretrained(tmp_path / "ours"), variant)
-    convert_to_official(tmp_path / "ours", tmp_path / "official")
+    convert(tmp_path / "ours", tmp_path / "official", to="official")
     assert_parity(EarVAE.from_pretrained(tmp_path / "official", cache_dir=tmp_path / "cache"), variant)
 
 
 def test_the_pyt_has_the_published_names_and_shapes(vae: EarVAE, variant: str, tmp_path: Path) -> None:
     vae.save_pretrained(tmp_path / "ours")
-    convert_to_official(tmp_path / "ours", tmp_path / "weights.pyt")
+    convert(tmp_path / "ours", tmp_path / "weights.pyt", to="official")
     published = torch.load(PARITY / "pretrained_weight" / f"{variant}.pyt", weights_only=True)
     written = torch.load(tmp_path / "weights.pyt", weights_only=True)
     assert set(written) == set(published)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from torch import Tensor, nn
 
 from ear_vae import EarVAE, EarVAEConfig, EarVAEError
 from ear_vae.pretrained import convert
-from ear_vae.pretrained.conversion import convert_to_folder, convert_to_official
 from ear_vae.pretrained.folder import write_folder
 from ear_vae.pretrained.official_state_dict import from_official, to_official
 
@@ -123,7 +123,7 @@ def test_weights_that_are_not_those_the_file_states_are_refused(folder: Path) ->
     content = bytearray(path.read_bytes())
     content[-1] ^= 0x08  # of the exponent of the last value, which stays finite
     path.write_bytes(content)
-    with pytest.raises(EarVAEError, match=r"model\.safetensors: its weights have .*get it again"):
+    with pytest.raises(EarVAEError, match=r"model\.safetensors: its weights have .*fetch the file again"):
         EarVAE.from_pretrained(folder)
 
 
@@ -247,7 +247,7 @@ class Payload:
 def test_a_pickle_that_runs_code_is_refused_and_not_run(
     zipped: bool, folder: Path, tmp_path: Path, cache: Path
 ) -> None:
-    convert_to_official(folder, tmp_path / "official")
+    convert(folder, tmp_path / "official", to="official")
     witness, weights = tmp_path / "witness", tmp_path / "official/pretrained_weight/tiny.pyt"
     if zipped:
         state = torch.load(weights, weights_only=True)
@@ -270,7 +270,7 @@ def test_a_pickle_that_runs_code_is_refused_and_not_run(
 def test_official_files_that_are_no_state_dict(
     content: str, folder: Path, tmp_path: Path, cache: Path
 ) -> None:
-    convert_to_official(folder, tmp_path / "official")
+    convert(folder, tmp_path / "official", to="official")
     weights = tmp_path / "official/pretrained_weight/tiny.pyt"
     whole = weights.read_bytes()
     if content == "zip":
@@ -285,7 +285,7 @@ def test_official_files_that_are_no_state_dict(
 
 
 def test_official_tensors_that_do_not_fit(folder: Path, tmp_path: Path, cache: Path) -> None:
-    convert_to_official(folder, tmp_path / "official")
+    convert(folder, tmp_path / "official", to="official")
     weights = tmp_path / "official/pretrained_weight/tiny.pyt"
     state = torch.load(weights, weights_only=True)
     key = "encoder.layers.0.weight_v"
@@ -319,7 +319,7 @@ def test_official_tensors_that_do_not_fit(folder: Path, tmp_path: Path, cache: P
 def test_official_tensors_of_an_unusual_kind(
     unusual: Callable[[Tensor], Tensor], folder: Path, tmp_path: Path, cache: Path
 ) -> None:
-    convert_to_official(folder, tmp_path / "official")
+    convert(folder, tmp_path / "official", to="official")
     weights = tmp_path / "official/pretrained_weight/tiny.pyt"
     state = torch.load(weights, weights_only=True)
     key = "encoder.layers.0.weight_v"
@@ -349,7 +349,7 @@ def test_official_tensors_of_an_unusual_kind(
 def test_official_configs_that_are_not_supported(
     part: str | None, field: str, value: object, problem: str, folder: Path, tmp_path: Path, cache: Path
 ) -> None:
-    convert_to_official(folder, tmp_path / "official")
+    convert(folder, tmp_path / "official", to="official")
     path = tmp_path / "official/config/tiny.json"
     values = json.loads(path.read_text())
     (values[part]["config"] if part else values)[field] = value
@@ -363,7 +363,7 @@ def test_official_configs_that_are_not_supported(
 
 
 def test_to_the_official_layout_and_back(vae: EarVAE, folder: Path, tmp_path: Path, cache: Path) -> None:
-    assert convert_to_official(folder, tmp_path / "official") == tmp_path / "official"
+    assert convert(folder, tmp_path / "official", to="official") == tmp_path / "official"
     assert {
         p.relative_to(tmp_path / "official").as_posix() for p in (tmp_path / "official").rglob("*.*")
     } == {
@@ -371,7 +371,7 @@ def test_to_the_official_layout_and_back(vae: EarVAE, folder: Path, tmp_path: Pa
         "config/tiny.json",
         "pretrained_weight/tiny.pyt",
     }
-    convert_to_folder(tmp_path / "official", tmp_path / "back", cache_dir=cache)
+    convert(tmp_path / "official", tmp_path / "back", cache_dir=cache, to="folder")
     back = EarVAE.from_pretrained(tmp_path / "back")
     assert back.config == vae.config
     audio = torch.randn(2, 300)
@@ -409,7 +409,7 @@ def test_kernels_of_zeros_survive_the_official_layout(vae: EarVAE, tmp_path: Pat
             state[name].zero_()
     state["encoder.conv_in.weight"][1] = 0
     vae.save_pretrained(tmp_path / "zeros")
-    convert_to_official(tmp_path / "zeros", tmp_path / "official")
+    convert(tmp_path / "zeros", tmp_path / "official", to="official")
     back = EarVAE.from_pretrained(tmp_path / "official", cache_dir=cache).state_dict()
     for name, tensor in state.items():
         torch.testing.assert_close(back[name], tensor, msg=name)
@@ -432,7 +432,7 @@ def test_one_fingerprint_for_one_model(vae: EarVAE, folder: Path, tmp_path: Path
             tensor.zero_()[:, 0, 0] = 0.5
             assert tensor.norm(dim=(1, 2)).eq(0.5).all(), name
     vae.save_pretrained(tmp_path / "exact")
-    convert_to_official(tmp_path / "exact", tmp_path / "official")
+    convert(tmp_path / "exact", tmp_path / "official", to="official")
     official = EarVAE.from_pretrained(tmp_path / "official", cache_dir=cache)
     assert official.weights_sha256 == vae.weights_sha256 != expected
     again = EarVAE.from_pretrained(tmp_path / "official", cache_dir=cache)
@@ -457,9 +457,9 @@ def test_existing_destinations_need_overwrite(folder: Path, tmp_path: Path) -> N
     other = EarVAE(TINY, name="other").eval()
     other.save_pretrained(tmp_path / "other")
     for write, name in (
-        (convert_to_folder, "out"),
-        (convert_to_official, "off"),
-        (convert_to_official, "w.pyt"),
+        (partial(convert, to="folder"), "out"),
+        (partial(convert, to="official"), "off"),
+        (partial(convert, to="official"), "w.pyt"),
     ):
         destination = tmp_path / "new" / name
         if name == "w.pyt":
@@ -488,9 +488,9 @@ def test_a_conversion_that_fails_leaves_nothing(
     monkeypatch.setattr("torch.save", full)
     (tmp_path / "out").mkdir()
     for write, name in (
-        (convert_to_folder, "a"),
-        (convert_to_official, "b"),
-        (convert_to_official, "c.pyt"),
+        (partial(convert, to="folder"), "a"),
+        (partial(convert, to="official"), "b"),
+        (partial(convert, to="official"), "c.pyt"),
     ):
         with pytest.raises(EarVAEError, match="No space left on device"):
             write(folder, tmp_path / "out" / name)
@@ -499,11 +499,11 @@ def test_a_conversion_that_fails_leaves_nothing(
 
 def test_destinations_of_the_wrong_kind(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for write in (convert_to_folder, convert_to_official):
+    for write in (partial(convert, to="folder"), partial(convert, to="official")):
         with pytest.raises(EarVAEError, match=r"file: is a file, expected the path of a folder"):
             write(folder, tmp_path / "file", overwrite=True)
         with pytest.raises(EarVAEError, match=r"below: cannot be written"):
             write(folder, tmp_path / "file" / "below")
     (tmp_path / "x.pyt").mkdir()
     with pytest.raises(EarVAEError, match=r"x\.pyt: is a folder"):
-        convert_to_official(folder, tmp_path / "x.pyt", overwrite=True)
+        convert(folder, tmp_path / "x.pyt", overwrite=True, to="official")

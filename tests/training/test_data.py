@@ -21,7 +21,7 @@ from ear_vae.dsp.bandwidth import bandwidth_hz
 from ear_vae.training import AudioDataModule
 from ear_vae.training.data.dataset import Augmentation, SegmentDataset
 from ear_vae.training.data.loader import SegmentLoader
-from ear_vae.training.data.sources import AudioFile, Policy, find_files
+from ear_vae.training.data.sources import AudioFile, Policy, find_usable_files
 
 SAMPLES = 8192
 AS_IS = Augmentation(gain_db=0, swap_channels=0, invert_polarity=0)
@@ -52,7 +52,7 @@ def write(path: Path, samples: np.ndarray, rate: int = 44_100) -> Path:
 
 
 def found(*sources: Path, **policy: Any) -> list[AudioFile]:
-    return find_files(sources, Policy(**policy))
+    return find_usable_files(sources, Policy(**policy))
 
 
 def dataset(files: list[AudioFile], **settings: Any) -> SegmentDataset:
@@ -394,8 +394,8 @@ def test_a_cache_that_cannot_be_written_is_said_and_does_no_harm(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    assert len(find_files([folder], Policy(), cache_dir=tmp_path / "file" / "cache")) == 3
-    assert "not remembered" in caplog.text
+    assert len(find_usable_files([folder], Policy(), cache_dir=tmp_path / "file" / "cache")) == 3
+    assert "could not be cached" in caplog.text
     assert math.isclose(os.path.getsize(tmp_path / "file"), 10)
 
 
@@ -422,21 +422,21 @@ IMPOSSIBLE: list[dict[str, Any]] = [
 def test_what_cannot_be_true_is_looked_up_again(
     changed: dict[str, Any], folder: Path, tmp_path: Path
 ) -> None:
-    before = find_files([folder], Policy(), cache_dir=tmp_path / "cache")
+    before = find_usable_files([folder], Policy(), cache_dir=tmp_path / "cache")
     (cache,) = (tmp_path / "cache").iterdir()
     entries = json.loads(cache.read_text())
     cache.write_text(json.dumps({path: entry | changed for path, entry in entries.items()}))
-    assert find_files([folder], Policy(), cache_dir=tmp_path / "cache") == before
+    assert find_usable_files([folder], Policy(), cache_dir=tmp_path / "cache") == before
     assert json.loads(cache.read_text()) == entries
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "[1, 2]", '{"a": 1}', "null", "\x00", "9" * 5000])
 def test_a_cache_of_another_kind_is_made_anew(content: str, folder: Path, tmp_path: Path) -> None:
-    before = find_files([folder], Policy(), cache_dir=tmp_path / "cache")
+    before = find_usable_files([folder], Policy(), cache_dir=tmp_path / "cache")
     (cache,) = (tmp_path / "cache").iterdir()
     good = cache.read_text()
     cache.write_text(content)
-    assert find_files([folder], Policy(), cache_dir=tmp_path / "cache") == before
+    assert find_usable_files([folder], Policy(), cache_dir=tmp_path / "cache") == before
     assert cache.read_text() == good
 
 

@@ -56,7 +56,7 @@ def test_a_run_ends_with_where_the_model_is_and_how_to_go_on(first: tuple[list[s
     _, root, shown = first
     assert f"model: {root / 'model'}\n" in shown
     assert not any(word in shown for word in ADVERTISEMENTS)
-    (command,) = re.findall(r"train on with: ear-vae (.*)", shown)
+    (command,) = re.findall(r"train further with: ear-vae (.*)", shown)
     result = ear_vae(*shlex.split(command))
     assert result.returncode == 0, result.stderr
     content = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)

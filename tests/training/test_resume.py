@@ -164,7 +164,7 @@ def test_interrupted_at_the_command_line(how: str, folder: Path, tmp_path: Path)
         start_new_session=True,
     )
     assert result.returncode == 128 + signal.Signals[how], result.stderr
-    assert "go on with: ear-vae fit" in result.stderr
+    assert "resume with: ear-vae fit" in result.stderr
     assert "KeyboardInterrupt" not in result.stderr
     assert checkpoint_of(tmp_path)["global_step"] == 3
 

@@ -12,8 +12,7 @@ import soundfile
 import torch
 
 from ear_vae import EarVAE, EarVAEConfig, EarVAEError
-from ear_vae.cli.fit import main as fit
-from ear_vae.cli.fit import shipped_configs
+from ear_vae.cli.fit import run_fit, shipped_configs
 from ear_vae.training import AudioDataModule, EarVAEModule
 from ear_vae.training.module import ObjectiveConfig
 from ear_vae.training.optimization import OptimizerConfig
@@ -142,9 +141,9 @@ def test_filter_bank_start_is_a_codec_and_a_checkpoint_is_not_overwritten_by_it(
     run.save_checkpoint(tmp_path / "start.ckpt")
     audio, _ = soundfile.read(folder / "a.wav", dtype="float32", always_2d=True)
     target = torch.from_numpy(audio.T.copy())
-    from ear_vae.dsp.si_sdr import si_sdr_db
+    from ear_vae.dsp.si_sdr import scale_invariant_sdr_db
 
-    assert si_sdr_db(module.folded().reconstruct(target), target) > 6
+    assert scale_invariant_sdr_db(module.folded().reconstruct(target), target) > 6
     resumed = EarVAEModule(config, initialization="filter_bank", optimizer=OptimizerConfig(learning_rate=0.0))
     run = trainer(tmp_path, max_steps=2, limit_val_batches=0)
     run.fit(resumed, data(folder), ckpt_path=tmp_path / "start.ckpt", weights_only=True)
@@ -176,7 +175,7 @@ def test_fit_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ]
     arguments += ["--trainer.log_every_n_steps", "1", "--trainer.enable_progress_bar", "false"]
     arguments += ["--checkpoints.every_n_steps", "1"]
-    assert fit([*arguments, "--trainer.max_steps", "2"]) == 0
+    assert run_fit([*arguments, "--trainer.max_steps", "2"]) == 0
     run = tmp_path / "runs" / "tiny"
     vae = EarVAE.from_pretrained(run / "model")
     assert (vae.name, vae.sample_rate, vae.config.channels) == ("model", 44_100, 8)
@@ -184,7 +183,9 @@ def test_fit_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         rows = list(csv.DictReader(file))
     assert {"train/log_magnitude", "train/waveform", "validation/si_sdr_db"} <= set(rows[0])
     assert (
-        fit([*arguments, "--trainer.max_steps", "4", "--ckpt_path", str(run / "checkpoints" / "last.ckpt")])
+        run_fit(
+            [*arguments, "--trainer.max_steps", "4", "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]
+        )
         == 0
     )
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
@@ -204,13 +205,13 @@ def test_the_three_stages_and_fine_tuning(
     """Each goes on from the model that the one before exported, and leaves one that loads."""
     monkeypatch.chdir(tmp_path)
     data = ["--data.folder", str(folder), "--data.validation_folder", str(folder)]
-    assert fit(["--config", "warmup", *data, *NARROW, *SHORT]) == 0
+    assert run_fit(["--config", "warmup", *data, *NARROW, *SHORT]) == 0
     before = "warmup"
     for stage in ("adversarial", "continuation", "finetune", "finetune_decoder"):
         start = ["--model.pretrained", f"runs/{before}/model"]
         if stage.startswith("finetune"):
             start += ["--model.variant", "null", "--model.adversarial_after", "1"]
-        assert fit(["--config", stage, *start, *data, *SMALL_JUDGE, *SHORT]) == 0
+        assert run_fit(["--config", stage, *start, *data, *SMALL_JUDGE, *SHORT]) == 0
         one, other = (EarVAE.from_pretrained(f"runs/{name}/model") for name in (before, stage))
         assert one.config == other.config == EarVAEConfig(channels=4, channel_multipliers=(1, 2, 2, 2, 2))
         assert one.weights_sha256 != other.weights_sha256
@@ -254,7 +255,7 @@ def test_shipped_configs_override_one_base(
 ) -> None:
     configs = [f"--config={name}" for name in arguments]
     with pytest.raises(SystemExit) as left:
-        fit([*configs, "--data.folder", "music", "--print_config"])
+        run_fit([*configs, "--data.folder", "music", "--print_config"])
     assert left.value.code == 0
     lines = {line.strip() for line in capsys.readouterr().out.splitlines()}
     assert expected <= lines
@@ -263,9 +264,9 @@ def test_shipped_configs_override_one_base(
 def test_unknown_configs() -> None:
     assert {"base", "warmup", "adversarial", "continuation", "smoke", "tiny"} <= set(shipped_configs())
     with pytest.raises(EarVAEError, match=r"no config 'warmupp'.*tiny"):
-        fit(["--config", "warmupp"])
+        run_fit(["--config", "warmupp"])
     with pytest.raises(EarVAEError, match=r"no config 'nowhere\.yaml'"):
-        fit(["--config=nowhere.yaml"])
+        run_fit(["--config=nowhere.yaml"])
 
 
 def test_refusals(folder: Path, tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ import soundfile
 
 from ear_vae._atomic import name_of, system_path, temporary_folder, write_all
 from ear_vae.audio.matroska_asf import stated_size
-from ear_vae.audio.mp3_ogg_flac import Bytes, Excerpt, Layout, Part, kind_of, layout_of
-from ear_vae.errors import EarVAEError
+from ear_vae.audio.mp3_ogg_flac import Bytes, Layout, Part, PartReader, kind_of, layout_of
+from ear_vae.errors import EarVAEError, first_line
 
 AudioSource = str | os.PathLike[str] | IO[bytes]
 
@@ -49,7 +49,7 @@ _COPIED_AT_ONCE = 2**20
 
 
 class AudioFileWarning(UserWarning):
-    """A file that contradicts itself and was read all the same, or something that was passed over."""
+    """A file that contradicts itself was read all the same, or something was left out."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class AudioPart:
     """A stretch of audio that libsndfile reads in one go.
 
     Attributes:
-        num_samples: Per channel.
-        open: The `soundfile.SoundFile` to read it from.
-        tail: Samples at the end that libsndfile reads rightly only when it comes from before them.
+        num_samples: Number of samples per channel.
+        open: Function that opens the `soundfile.SoundFile` to read it from.
+        tail: Samples at the end that libsndfile reads correctly only when it starts before them.
     """
 
     num_samples: int
@@ -69,16 +69,16 @@ class AudioPart:
 
 @dataclass(frozen=True)
 class OpenedAudio:
-    """An open file and what is known of it.
+    """An open file and what is known about it.
 
     Attributes:
-        parts: The audio, one after the other.
-        sample_rate: In Hz.
-        channels: Of all parts.
-        exact: Whether the length is known; else it is an estimate.
-        format: Of the source, such as `WAV` or `M4A`.
-        subtype: libsndfile's name of the encoding, or `FFMPEG`.
-        size: Bytes that are read from.
+        parts: Stretches of audio that follow each other.
+        sample_rate: Sample rate in Hz.
+        channels: Number of channels, the same in all parts.
+        exact: Whether the length is known; otherwise it is an estimate.
+        format: Container, such as `WAV` or `M4A`.
+        subtype: Encoding by libsndfile's name, or `FFMPEG`.
+        size: Size in bytes of the file that is read.
     """
 
     parts: tuple[AudioPart, ...]
@@ -91,12 +91,12 @@ class OpenedAudio:
 
     @property
     def num_samples(self) -> int:
-        """Per channel."""
+        """Number of samples per channel."""
         return sum(part.num_samples for part in self.parts)
 
 
 class _ForFFmpeg(Exception):
-    """Why libsndfile cannot read something in full."""
+    """Says why libsndfile cannot read something in full."""
 
 
 @contextmanager
@@ -105,8 +105,8 @@ def opened_audio(source: AudioSource, end: int | None = None) -> Iterator[Opened
 
     Args:
         source: A path or an open binary file; what cannot seek, such as a pipe, is copied first.
-        end: How many samples from the start are wanted, where that is known; all by default. Then only as
-            much of the file is looked at as it takes.
+        end: Number of samples that are wanted from the start; all by default. Only as much of the file is
+            examined as these take.
 
     Raises:
         EarVAEError: The source is missing, a folder, a device, unreadable, empty, not audio, or visibly cut.
@@ -131,16 +131,9 @@ def opened_audio(source: AudioSource, end: int | None = None) -> Iterator[Opened
         yield opened
 
 
-def one_line(error: Exception) -> str:
-    """The last line of an error's message, or the name of its class."""
-    # libsndfile's own words come without the name of the file.
-    text = str(getattr(error, "error_string", error)).strip()
-    return text.splitlines()[-1] if text else type(error).__name__
-
-
 @contextmanager
 def _seekable(source: AudioSource, name: str) -> Iterator[tuple[Path | None, IO[bytes]]]:
-    """Something to seek in, and where it lies if it has a path."""
+    """Gives a stream that can seek, with its path if it has one."""
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         is_pipe = _require_readable(path)
@@ -159,7 +152,7 @@ def _seekable(source: AudioSource, name: str) -> Iterator[tuple[Path | None, IO[
         kind = type(source).__name__
         raise EarVAEError(f"{name}: expected a path or an open binary file, got {kind}") from None
     except (ValueError, OSError) as error:
-        raise EarVAEError(f"{name}: cannot be read: {one_line(error)}") from error
+        raise EarVAEError(f"{name}: cannot be read: {first_line(error)}") from error
     if is_pipe:
         with _copy_of(source, name) as copy, copy.open("rb") as again:
             yield copy, again
@@ -168,7 +161,7 @@ def _seekable(source: AudioSource, name: str) -> Iterator[tuple[Path | None, IO[
 
 
 def _require_readable(path: Path) -> bool:
-    """Whether it is a pipe, which can be read only once."""
+    """Refuses what is no readable file; returns whether it is a pipe, which can be read only once."""
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
@@ -190,7 +183,7 @@ def _require_readable(path: Path) -> bool:
 def _opened_by_libsndfile(
     stack: ExitStack, place: Path | None, stream: IO[bytes], name: str, end: int | None
 ) -> OpenedAudio:
-    """What libsndfile reads of a file, part by part if need be.
+    """Opens what libsndfile reads of a file, part by part if need be.
 
     Raises:
         _ForFFmpeg: It does not read it, or not in full.
@@ -199,8 +192,8 @@ def _opened_by_libsndfile(
     size = stream.seek(0, os.SEEK_END)
     if not size:
         raise EarVAEError(f"{name}: is empty (0 bytes)")
-    # An excerpt seeks before it reads, so that nobody else moves libsndfile's place in the stream.
-    whole = Excerpt(stream, Part(((0, size),))) if place is None else system_path(place)
+    # A part seeks before each read, so that nobody else moves libsndfile's position in the stream.
+    whole = PartReader(stream, Part(((0, size),))) if place is None else system_path(place)
     kind = kind_of(Bytes(stream))
     file = None
     if not kind or (kind == "flac" and end is not None):
@@ -233,12 +226,12 @@ def _single(file: Any, name: str, size: int, *, exact: bool = True) -> OpenedAud
 
 
 def _joined(parts: tuple[Part, ...], stream: IO[bytes], kind: str, name: str, size: int) -> OpenedAudio:
-    """Each part opened for a look at its header, and once more when it is its turn."""
+    """Opens each part to read its header, and again when it is its turn."""
     readable = []
     facts: dict[tuple[int, int], Any] = {}
     for number, part in enumerate(parts, 1):
         try:
-            with _sound_file(Excerpt(stream, part)) as file:
+            with _sound_file(PartReader(stream, part)) as file:
                 opened = _single(file, name, size)
         except _ForFFmpeg as error:
             # Of chunks ffmpeg reads the first file only.
@@ -248,7 +241,7 @@ def _joined(parts: tuple[Part, ...], stream: IO[bytes], kind: str, name: str, si
         facts[opened.sample_rate, opened.channels] = opened
 
         def again(part: Part = part) -> AbstractContextManager[Any]:
-            return _sound_file(Excerpt(stream, part))
+            return _sound_file(PartReader(stream, part))
 
         readable.append(AudioPart(opened.num_samples, again, part.tail))
     if len(facts) > 1:
@@ -265,7 +258,7 @@ def _sound_file(source: Any) -> Any:
     try:
         return soundfile.SoundFile(source)
     except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:
-        raise _ForFFmpeg(one_line(error)) from error
+        raise _ForFFmpeg(first_line(error)) from error
 
 
 def _layout(kind: str, place: Path | None, stream: IO[bytes]) -> Layout | None:
@@ -297,10 +290,10 @@ def _promises_more(file: Any) -> bool:
 
 @contextmanager
 def _copy_of(stream: IO[bytes], name: str) -> Iterator[Path]:
-    """A temporary copy of what comes out of a stream.
+    """Copies what comes out of a stream to a temporary file.
 
     Raises:
-        EarVAEError: There is no room for it, or nothing comes.
+        EarVAEError: There is no room for it, or the stream is empty.
     """
     with _scratch_file(name) as scratch:
         try:
@@ -356,7 +349,7 @@ def _no_room(name: str, folder: str, error: OSError) -> EarVAEError:
 def _decoded_by_ffmpeg(
     place: Path | None, stream: IO[bytes], name: str, reason: str
 ) -> Iterator[tuple[Any, int]]:
-    """What libsndfile does not read, as a temporary file of its own rate and channels, and its size."""
+    """Decodes what libsndfile does not read to a temporary file at its own rate; also returns its size."""
     with warnings.catch_warnings():
         # pydub warns at import when ffmpeg is missing; the error below says it better.
         warnings.simplefilter("ignore")
@@ -395,14 +388,14 @@ def _decoded_by_ffmpeg(
 
 
 def _run_into(scratch: _Scratch, command: list[str]) -> tuple[int, str]:
-    """Runs a command, with its output into a file; its exit code and its errors."""
+    """Runs a command with its output going to a file; returns its exit code and its errors."""
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         errors: list[bytes] = []
-        # Else a command with much to say would wait for us, and we for it.
+        # Otherwise a command with many messages would wait for us, and we for it.
         listener = threading.Thread(target=lambda pipe: errors.append(pipe.read()), args=(process.stderr,))
         listener.start()
         try:

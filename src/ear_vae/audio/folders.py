@@ -1,4 +1,4 @@
-"""Files below a folder, and what of it could not be seen."""
+"""Listing the files below a folder, and what of it could not be read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ear_vae.errors import EarVAEError
 
 @dataclass(frozen=True)
 class Found:
-    """What a folder holds.
+    """Files in a folder.
 
     Attributes:
         files: Sorted paths, each beginning with the folder's.
@@ -26,13 +26,13 @@ class Found:
 
 
 def find_files(folder: str | os.PathLike[str], extensions: Collection[str]) -> Found:
-    """All files below a folder with one of these extensions.
+    """Lists all files below a folder with one of some extensions.
 
     Hidden files and folders are left out, and links to folders are not followed.
 
     Args:
-        folder: Where to look.
-        extensions: In lower case, with the dot; files may have them in upper case.
+        folder: Folder to search.
+        extensions: Extensions in lower case, with the dot; files may have them in upper case.
 
     Raises:
         EarVAEError: The folder does not exist or cannot be read itself.

@@ -1,4 +1,4 @@
-"""Which audio formats there are, for those who need no more than their names."""
+"""Names of audio formats, without the libraries that read and write them."""
 
 from __future__ import annotations
 

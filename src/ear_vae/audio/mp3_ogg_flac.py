@@ -1,7 +1,7 @@
 """Files that hold several streams one after the other, and headers that state less than there is.
 
-Decoders go by the first header and stop where it says. Here the frames and pages themselves are followed, so
-that each stream can be given to libsndfile as a file of its own, with a header that is true.
+Decoders trust the first header and stop where it says. Here the frames and pages themselves are followed, so
+that each stream can be passed to libsndfile as a file of its own, with a correct header.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class Part:
     """One stream in a file.
 
     Attributes:
-        extents: The bytes of the file that belong to it, as (start, end).
-        head: Takes the place of the first bytes, or precedes them: the corrected header.
-        tail: Samples at the end in which libsndfile cannot seek.
+        extents: Ranges of bytes of the file that belong to it, as (start, end).
+        head: Corrected header, which replaces the first bytes or precedes them.
+        tail: Number of samples at the end in which libsndfile cannot seek.
     """
 
     extents: tuple[tuple[int, int], ...]
@@ -63,9 +63,9 @@ class Layout:
     """The streams in a file.
 
     Attributes:
-        parts: In their order; None where libsndfile reads the file as it is.
-        remark: What is odd, though all can be read.
-        cut: Whether one of the streams ends before its end, and how that shows.
+        parts: Streams in their order; None where libsndfile reads the file as it is.
+        remark: What is odd about the file, though all of it can be read.
+        cut: How it shows that one of the streams is cut off; empty where none is.
     """
 
     parts: tuple[Part, ...] | None = None
@@ -82,7 +82,7 @@ class Bytes:
         self.size = stream.seek(0, os.SEEK_END)
 
     def at(self, position: int, size: int) -> bytes:
-        """Up to `size` bytes from there, fewer at the end of the stream, and none past it."""
+        """Returns up to `size` bytes from a position, fewer at the end of the stream, and none past it."""
         if position >= self.size:
             return b""
         offset = position - self._start
@@ -93,7 +93,7 @@ class Bytes:
         return self._chunk[offset : offset + size]
 
     def find(self, pattern: re.Pattern[bytes], position: int) -> int:
-        """Where a pattern of up to four bytes is next, from `position` on; -1 if nowhere."""
+        """Returns where a pattern of up to four bytes occurs next, from `position` on; -1 if nowhere."""
         while position < self.size:
             # First what has been read already: where matches are dense, that is all it takes.
             if not self._start <= position <= self._start + len(self._chunk) - _LONGEST_PATTERN:
@@ -111,8 +111,8 @@ class Bytes:
         self._start, self._chunk = position, self._stream.read(size)
 
 
-class Excerpt(io.RawIOBase):
-    """A part of a stream as a file to read and seek in."""
+class PartReader(io.RawIOBase):
+    """Makes a part of a stream a file to read and seek in."""
 
     def __init__(self, stream: IO[bytes], part: Part) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class Excerpt(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        """Fills a buffer, and returns how many bytes were there."""
+        """Fills a buffer, and returns how many bytes there were."""
         view = memoryview(buffer).cast("B")
         filled = 0
         while filled < len(view) and self._position < self._begins[-1]:
@@ -163,7 +163,7 @@ class Excerpt(io.RawIOBase):
 
 
 def kind_of(data: Bytes) -> str:
-    """Which of the kinds that `layout_of` knows a file is of; empty for all others."""
+    """Returns the kind of a file, if it is one that `layout_of` knows; else an empty text."""
     head = data.at(after_tags(data, 0), 4)
     if head == b"fLaC":
         return "flac"
@@ -175,12 +175,12 @@ def kind_of(data: Bytes) -> str:
 
 
 def layout_of(kind: str, data: Bytes) -> Layout | None:
-    """The streams in a file of that kind; None where they cannot be told."""
+    """Finds the streams in a file of that kind; None where they cannot be told apart."""
     return {"flac": flac_layout, "ogg": ogg_layout, "chunks": chunks_layout, "mp3": mp3_layout}[kind](data)
 
 
 def after_tags(data: Bytes, position: int) -> int:
-    """The first byte behind tags: ID3v2, which stands before audio, and ID3v1 and APE, which stand behind."""
+    """Finds the first byte after tags: ID3v2, which precede audio, and ID3v1 and APE, which follow it."""
     while True:
         tag = data.at(position, _APE_HEADER_SIZE)
         if tag[:3] == b"ID3" and len(tag) >= 10:
@@ -197,7 +197,7 @@ def after_tags(data: Bytes, position: int) -> int:
 
 
 def chunks_layout(data: Bytes) -> Layout:
-    """Of wav, aiff and au, whose header says where the file ends; another may begin there."""
+    """Finds the streams of wav, aiff and au, whose header says where the file ends and another may begin."""
     starts = [0]
     while (end := _chunks_end(data, starts[-1])) and _chunks_end(data, end):
         starts.append(end)
@@ -251,7 +251,7 @@ def _even(size: int) -> int:
 
 
 def _chunks_end(data: Bytes, start: int) -> int:
-    """Where the container that begins at `start` ends; 0 where none does."""
+    """Returns where the container that begins at `start` ends; 0 where none begins there."""
     head = data.at(start, 28)
     kind, form = head[:4], head[8:12]
     if len(head) < 28:
@@ -274,7 +274,7 @@ def _between(starts: list[int], end: int) -> Iterator[tuple[int, int]]:
 
 
 def ogg_layout(data: Bytes) -> Layout:
-    """Links of a chain begin with pages flagged as first (RFC 3533, section 4).
+    """Finds the links of a chain, which begin with pages flagged as first (RFC 3533, section 4).
 
     Whether the file is whole shows in its last page: a cut one hardly ever ends with a complete page. The
     end-of-stream mark is no help, as many encoders do not write it.
@@ -331,7 +331,7 @@ class _Mp3Stream:
 
 
 def mp3_layout(data: Bytes) -> Layout | None:
-    """By all frames of the file; None where there are none of layer III."""
+    """Finds the streams of an mp3 by all its frames; None where there are none of layer III."""
     streams: list[_Mp3Stream] = []
     strange = 0
     position = after_tags(data, 0)
@@ -390,14 +390,14 @@ def _constant(head: bytes) -> tuple[int, ...]:
 
 
 def _next_mp3_frame(data: Bytes, position: int) -> int:
-    """Where the next frame begins that another one or the end of the file follows; -1 if nowhere."""
+    """Returns where the next frame begins that another one or the end of the file follows; -1 if nowhere."""
     while (position := data.find(_MP3_SYNC, position)) >= 0 and not _is_mp3_frame(data, position):
         position += 1
     return position
 
 
 def _is_mp3_frame(data: Bytes, position: int) -> bool:
-    """Whether a frame begins there that another one, a tag or the end of the file follows."""
+    """Returns whether a frame begins there that another one, a tag or the end of the file follows."""
     frame = _mp3_frame(head := data.at(position, 4))
     if frame is None:
         return False
@@ -411,7 +411,7 @@ def _is_mp3_frame(data: Bytes, position: int) -> bool:
 
 
 def _mp3_frame(header: bytes) -> tuple[int, int] | None:
-    """Bytes and samples of the layer III frame with this header; None where it is no such header."""
+    """Returns the bytes and samples of the layer III frame with this header; None for another header."""
     if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE6 != 0xE2:
         return None
     # 3 is MPEG 1, 2 is MPEG 2 at half its rates, 0 is MPEG 2.5 at a quarter of them.
@@ -426,7 +426,7 @@ def _mp3_frame(header: bytes) -> tuple[int, int] | None:
 
 
 def _tag_offset(frame: bytes) -> int:
-    """Where a frame that holds no audio but the length has its tag; 0 for a frame of audio."""
+    """Returns where a frame that holds only the length has its tag; 0 for a frame of audio."""
     if frame[36:40] == b"VBRI":
         return 36
     # Behind the side information, and the checksum if there is one and the encoder has left room for it.
@@ -440,10 +440,10 @@ def _side_information_end(header: bytes) -> int:
 
 
 def _true_header(stream: _Mp3Stream) -> tuple[bytes, int | None]:
-    """A header frame that counts the frames that are there, and what the one in the file counts.
+    """Makes a header frame with the true number of frames; also returns the number in the file's own header.
 
-    It says how many samples to leave out at both ends as the one in the file does; but the samples at the end
-    are left out only where the file ends as it says.
+    Like the file's own header it says how many samples to leave out at both ends, but those at the end only
+    where the file ends as that header says.
     """
     header = bytearray(stream.header)
     offset = _tag_offset(stream.header) if header else 0
@@ -455,7 +455,7 @@ def _true_header(stream: _Mp3Stream) -> tuple[bytes, int | None]:
     stated = int.from_bytes(header[offset + 8 : offset + 12], "big")
     missing = stated - stream.num_frames
     if missing > MISSING_MP3_FRAMES:
-        # Cut, which reading it will say.
+        # It is cut, which will show when it is read.
         return bytes(header), stated
     header[offset + 8 : offset + 12] = stream.num_frames.to_bytes(4, "big")
     after = offset + 12
@@ -472,10 +472,10 @@ def _true_header(stream: _Mp3Stream) -> tuple[bytes, int | None]:
 
 
 def _made_header(stream: _Mp3Stream) -> bytes:
-    """A header frame that counts the frames, and a silent one that is left out again.
+    """Makes a header frame with the number of frames, and a silent frame that decoders leave out again.
 
-    Behind a header frame, decoders leave out the encoder's delay, if it states one, and always their own. So
-    as to lose nothing, both together are made the length of the silent frame.
+    After a header frame, decoders leave out the encoder's delay, if it states one, and always their own. So
+    that nothing is lost, both together are made as long as the silent frame.
     """
     second, third, fourth = stream.first[1] | 1, stream.first[2] & 0x0C, stream.first[3]
     offset = _side_information_end(stream.first)
@@ -488,9 +488,9 @@ def _made_header(stream: _Mp3Stream) -> bytes:
 
 
 def flac_layout(data: Bytes) -> Layout | None:
-    """By the marks that files begin with, and the number in the last frame; None where that is not found.
+    """Finds the flac files in a file by the marks that they begin with, and their lengths by the last frame.
 
-    What is put behind a file is another file. A header without a length is given one.
+    A header without a length is given one. None where the last frame is not found.
     """
     starts = [after_tags(data, 0)]
     while (found := _next_flac(data, _flac_audio(data, starts[-1]))) >= 0:
@@ -514,7 +514,7 @@ def flac_layout(data: Bytes) -> Layout | None:
 
 
 def _flac_audio(data: Bytes, start: int) -> int:
-    """Where the frames of the file that begins at `start` begin."""
+    """Returns where the frames of the file that begins at `start` begin."""
     position = start + 4
     while len(block := data.at(position, 4)) == 4:
         position += 4 + int.from_bytes(block[1:], "big")
@@ -532,7 +532,7 @@ def _next_flac(data: Bytes, position: int) -> int:
 
 
 def _flac_samples(data: Bytes, start: int, end: int, head: bytes) -> int | None:
-    """How many samples there are, by the last frame; None if none ends where the file does."""
+    """Counts samples by the last frame; None if no frame ends where the file does."""
     largest = min(int.from_bytes(head[15:18], "big") or _LARGEST_FLAC_FRAME, _LARGEST_FLAC_FRAME)
     if data.at(end - 128, 3) == b"TAG":
         end -= 128
@@ -550,7 +550,7 @@ def _flac_samples(data: Bytes, start: int, end: int, head: bytes) -> int | None:
 
 
 def _flac_frame(head: bytes, block_size: int) -> tuple[int, int] | None:
-    """The number of a frame's first sample, and how many it has (RFC 9639, section 9.1)."""
+    """Returns the number of a frame's first sample, and how many it has (RFC 9639, section 9.1)."""
     if len(head) < 6 or head[1] & 0xFE != 0xF8 or head[3] & 1:
         return None
     block_code, rate_code = head[2] >> 4, head[2] & 0x0F

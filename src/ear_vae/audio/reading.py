@@ -19,12 +19,11 @@ from ear_vae.audio.decoding import (
     AudioPart,
     AudioSource,
     OpenedAudio,
-    one_line,
     opened_audio,
 )
 from ear_vae.audio.folders import find_files
 from ear_vae.audio.formats import AUDIO_EXTENSIONS
-from ear_vae.errors import EarVAEError
+from ear_vae.errors import EarVAEError, first_line
 from ear_vae.limits import integer
 
 LOWEST_RATE, HIGHEST_RATE = 8_000, 192_000
@@ -45,11 +44,12 @@ class AudioInfo:
     """Facts from the header of an audio file.
 
     Attributes:
-        sample_rate: In Hz.
-        channels: 1 or 2.
-        num_samples: Per channel; an estimate for an mp3 that neither states its length nor is all frames.
-        format: Such as `WAV`, `MP3` or `M4A`.
-        subtype: Such as `PCM_16` or `VORBIS`; `FFMPEG` for what only ffmpeg reads.
+        sample_rate: Sample rate in Hz.
+        channels: Number of channels, 1 or 2.
+        num_samples: Number of samples per channel; an estimate for an mp3 that neither states its length nor
+            is all frames.
+        format: Container, such as `WAV`, `MP3` or `M4A`.
+        subtype: Encoding, such as `PCM_16` or `VORBIS`; `FFMPEG` for what only ffmpeg reads.
     """
 
     sample_rate: int
@@ -119,11 +119,11 @@ def stream_audio(source: AudioSource) -> Iterator[tuple[AudioInfo, Iterator[Tens
     What only ffmpeg reads is decoded to a temporary file first.
 
     Args:
-        source: As for `read_audio`.
+        source: Path or open binary file, of a format that soundfile or ffmpeg reads, video included.
 
     Yields:
         The facts of the header, and an iterator over blocks [C, T_i] in float32 that together are what
-        `read_audio` returns. It raises what `read_audio` would raise of the samples.
+        `read_audio` returns. The iterator raises what `read_audio` raises about the samples.
 
     Raises:
         EarVAEError: As `audio_info`.
@@ -135,10 +135,10 @@ def stream_audio(source: AudioSource) -> Iterator[tuple[AudioInfo, Iterator[Tens
 
 
 def find_audio_files(folder: str | os.PathLike[str]) -> list[Path]:
-    """All files below a folder with an audio or video extension, sorted; hidden ones are left out.
+    """Lists all files below a folder with an audio or video extension, sorted; hidden ones are left out.
 
-    Folders behind links are not entered. An `AudioFileWarning` tells of each folder that cannot be listed and
-    of what has such an extension and is no ordinary file but, say, a pipe or a link that leads nowhere.
+    Folders behind links are not entered. An `AudioFileWarning` is given for each folder that cannot be
+    listed, and for whatever has such an extension but is no ordinary file, such as a pipe or a broken link.
 
     Raises:
         EarVAEError: The folder does not exist or cannot be listed.
@@ -167,7 +167,7 @@ def _info(opened: OpenedAudio, name: str) -> AudioInfo:
 
 
 def _in_one(opened: OpenedAudio, info: AudioInfo, name: str, start: int, wanted: int) -> Tensor:
-    """The samples as one tensor [C, T]."""
+    """Returns the samples as one tensor [C, T]."""
     blocks = _checked_blocks(opened, info, name, start, wanted)
     try:
         if wanted > max(BLOCK_FRAMES, _MOST_SAMPLES_PER_BYTE * opened.size):
@@ -175,7 +175,7 @@ def _in_one(opened: OpenedAudio, info: AudioInfo, name: str, start: int, wanted:
             return torch.cat(list(blocks), dim=1)
         audio = torch.empty(info.channels, wanted)
         found = 0
-        # Into place at once: of hours there is no room for a second copy.
+        # Straight into place: there is no room for a second copy of hours of audio.
         for block in blocks:
             audio[:, found : found + block.shape[1]] = block
             found += block.shape[1]
@@ -191,7 +191,7 @@ def _in_one(opened: OpenedAudio, info: AudioInfo, name: str, start: int, wanted:
 def _checked_blocks(
     opened: OpenedAudio, info: AudioInfo, name: str, start: int, wanted: int
 ) -> Iterator[Tensor]:
-    """Blocks [C, T_i] of up to `wanted` samples per channel.
+    """Yields blocks [C, T_i] of up to `wanted` samples per channel.
 
     Raises:
         EarVAEError: The file is damaged, ends before it should, or holds NaN or infinity.
@@ -235,7 +235,7 @@ def _read_blocks(part: AudioPart, name: str, start: int, wanted: int) -> Iterato
                 block = file.read(run_up + size, dtype="float32", always_2d=True)[run_up:]
             except (soundfile.LibsndfileError, RuntimeError) as error:
                 raise EarVAEError(
-                    f"{name}: damaged or truncated after {start + position} samples: {one_line(error)}"
+                    f"{name}: damaged or truncated after {start + position} samples: {first_line(error)}"
                 ) from error
             if not len(block):
                 return

@@ -36,7 +36,7 @@ _RIFF_BYTES = 2**32 - 2**16
 
 
 class PeakWarning(UserWarning):
-    """Audio above full scale went to a format that cannot hold it."""
+    """Audio above full scale was written to a format that cannot hold it."""
 
 
 def write_audio(
@@ -54,9 +54,10 @@ def write_audio(
     Args:
         destination: Path, or an open binary file (then `format` is required).
         audio: [C, T] with C of 1 or 2.
-        sample_rate: In Hz.
-        format: `wav`, `flac`, `ogg`, `mp3` or `aiff`; by default what the path's extension says.
-        subtype: libsndfile's name of the encoding, such as `PCM_16`; by default float32 for wav, 24 bits
+        sample_rate: Sample rate in Hz.
+        format: Audio format, one of `wav`, `flac`, `ogg`, `mp3` and `aiff`; by default that of the path's
+            extension.
+        subtype: Encoding, by libsndfile's name, such as `PCM_16`; by default float32 for wav, 24 bits
             for flac and aiff.
         peak: What to do with samples beyond full scale. `keep` writes them as they are, which in any
             format but float means that they are cut off, with a `PeakWarning`; `scale` lowers the whole file
@@ -75,7 +76,7 @@ def write_audio(
         )
     encoding = _encoding(destination, format, subtype, sample_rate, audio.shape[0], audio.shape[1], peak)
     blocks = audio.split(BLOCK_FRAMES, dim=1)
-    highest = max(_peak(block, name) for block in blocks)
+    highest = max(_finite_peak(block, name) for block in blocks)
     _write(destination, blocks, encoding, gain=encoding.gain(highest), overwrite=overwrite)
 
 
@@ -91,19 +92,19 @@ def write_audio_stream(
     peak: PeakPolicy = "keep",
     overwrite: bool = False,
 ) -> None:
-    """`write_audio` for audio that comes in blocks; none of it is held but for a destination that is no path.
+    """Writes audio that comes in blocks, as `write_audio`; it is held in memory only for an open file.
 
     Args:
-        destination: As for `write_audio`.
+        destination: Path, or an open binary file (then `format` is required).
         blocks: Pieces of the audio, [C, T_i].
-        sample_rate: In Hz.
-        channels: C, 1 or 2.
-        num_samples: About how many samples there will be, to choose a container that is large enough.
-        format: As for `write_audio`.
-        subtype: As for `write_audio`.
-        peak: As for `write_audio`. For `scale` the blocks are kept in a temporary file until the peak is
-            known.
-        overwrite: As for `write_audio`.
+        sample_rate: Sample rate in Hz.
+        channels: Number of channels C, 1 or 2.
+        num_samples: Approximate number of samples, to choose a container that is large enough.
+        format: Audio format, see `write_audio`.
+        subtype: Encoding, see `write_audio`.
+        peak: What to do with samples beyond full scale, see `write_audio`. For `scale` the blocks are kept
+            in a temporary file until the peak is known.
+        overwrite: Replace an existing file.
 
     Raises:
         EarVAEError: As for `write_audio`.
@@ -139,7 +140,7 @@ class _Encoding:
 
     @property
     def bounded(self) -> bool:
-        """Whether it holds nothing beyond full scale."""
+        """Whether it cannot hold samples beyond full scale."""
         return self.subtype not in _UNBOUNDED_SUBTYPES
 
     @property
@@ -148,7 +149,7 @@ class _Encoding:
         return self.peak == "clip" or (self.peak == "keep" and self.bounded)
 
     def gain(self, highest: float) -> float:
-        """To write audio with this peak."""
+        """Returns the gain for audio with this peak."""
         return 1 / highest if self.peak == "scale" and highest > 1 else 1.0
 
 
@@ -161,7 +162,7 @@ def _encoding(
     num_samples: int,
     peak: PeakPolicy,
 ) -> _Encoding:
-    """What the arguments of `write_audio` come to.
+    """Checks the arguments of `write_audio`, and returns the encoding that they ask for.
 
     Raises:
         EarVAEError: As `write_audio`.
@@ -193,7 +194,12 @@ def _unwritten(name: str, error: OSError) -> EarVAEError:
     return EarVAEError(f"{name}: could not be written: {error.strerror or error}")
 
 
-def _peak(block: Tensor, name: str) -> float:
+def _finite_peak(block: Tensor, name: str) -> float:
+    """Returns the highest absolute sample.
+
+    Raises:
+        EarVAEError: A sample is NaN or infinite.
+    """
     highest = float(block.abs().max())
     if not math.isfinite(highest):
         raise EarVAEError(f"{name}: the audio to write holds NaN or infinite samples; nothing was written")
@@ -315,7 +321,7 @@ def _write(
         nonlocal highest
         with _Encoder(target, encoding) as encoder:
             for block in blocks:
-                highest = max(highest, _peak(block, name))
+                highest = max(highest, _finite_peak(block, name))
                 scaled = block.detach().float().cpu() * gain
                 encoder.write((scaled.clamp(-1, 1) if encoding.limits else scaled).T.contiguous().numpy())
 

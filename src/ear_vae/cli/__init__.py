@@ -1,4 +1,4 @@
-"""The command `ear-vae`: the only package that knows a command line."""
+"""The command `ear-vae`: the only package that knows about command lines."""
 
 from ear_vae.cli.main import main
 

@@ -14,8 +14,8 @@ from ear_vae.pretrained import convert
 from ear_vae.pretrained.conversion import OFFICIAL_WEIGHTS_SUFFIX
 
 
-def run(options: argparse.Namespace) -> int:
-    """A model from one layout to another."""
+def run_convert(options: argparse.Namespace) -> int:
+    """Converts a model from one layout to another."""
     is_file = options.destination.lower().endswith(OFFICIAL_WEIGHTS_SUFFIX)
     layout: Literal["folder", "official"] = options.to or ("official" if is_file else "folder")
     if layout == "official" and options.dtype != "float32":

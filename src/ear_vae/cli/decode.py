@@ -14,8 +14,8 @@ from ear_vae.limits import name_in_a_line
 from ear_vae.vae import EarVAE
 
 
-def run(options: argparse.Namespace) -> int:
-    """Latent files to audio."""
+def run_decode(options: argparse.Namespace) -> int:
+    """Decodes latent files into audio."""
     weights_sha256 = fingerprints()
 
     def work(vae: EarVAE, job: Job) -> float:

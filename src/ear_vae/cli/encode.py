@@ -18,8 +18,8 @@ from ear_vae.posterior import Posterior
 from ear_vae.vae import EarVAE
 
 
-def run(options: argparse.Namespace) -> int:
-    """Audio to latent files."""
+def run_encode(options: argparse.Namespace) -> int:
+    """Encodes audio into latent files."""
     if options.seed is not None and not options.sample:
         options.refuse("--seed is for --sample; without it nothing is drawn")
     weights_sha256 = fingerprints()
@@ -64,11 +64,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _generator(seed: int | None, job: Job) -> torch.Generator | None:
-    """Source of a file's draw: for one file as in the library, in a folder another one for each file."""
+    """Returns the generator of a file's draw: with the seed itself, or in a folder with one for each file."""
     if seed is None:
         return None
     if job.relative:
-        # Of the seed and the file only, so that it does not matter what else is in the folder, or was done.
+        # Depends on the seed and the file only, not on what else is in the folder, or was done before.
         digest = hashlib.sha256(f"{seed} {job.relative}".encode(errors="surrogateescape")).digest()
         seed = int.from_bytes(digest[:7], "big")
     return torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""What is installed here, what of it does not fit together, and the cure."""
+"""The command `ear-vae env`: what is installed, what does not work together, and how to fix it."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ _OPTIONAL = {
 }
 
 
-def run(options: argparse.Namespace) -> int:
-    """What is installed here, what does not fit, and the cure, on standard output."""
+def run_env(options: argparse.Namespace) -> int:
+    """Prints what is installed, what does not work together, and how to fix it."""
     put_facts(facts(), as_json=options.json)
     return 0
 
 
 def facts() -> dict[str, Any]:
-    """Versions, devices, caches and, under `problems`, a line for each misfit that says what to do.
+    """Returns versions, devices, caches and, under `problems`, a line for each problem with what to do.
 
     Values are strings, or lists of strings.
     """
@@ -144,5 +144,5 @@ def _caches(problems: list[str]) -> list[str]:
     for folder in folders.values():
         there = next(path for path in (folder, *folder.parents) if path.exists())
         if not os.access(there, os.W_OK):
-            problems.append(f"{folder} cannot be written to; name another place with HF_HOME")
+            problems.append(f"{folder} cannot be written to; choose another place with HF_HOME")
     return [f"{what} in {folder}" for what, folder in folders.items()]

@@ -18,7 +18,7 @@ from ear_vae.evaluation.pairs import DEFAULT_PATTERN
 from ear_vae.evaluation.results import Evaluation, counted, first_names
 
 
-def run(options: argparse.Namespace) -> int:
+def run_evaluate(options: argparse.Namespace) -> int:
     """Evaluates, writes what is asked for and prints the table.
 
     Args:
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
 def _refuse_idle_options(options: argparse.Namespace) -> None:
     """Ends with a usage error where an option would do nothing."""
     if options.model and options.jobs is not None:
-        options.refuse("--jobs is for files that are there; with --model one is done after the other")
+        options.refuse("--jobs is for a folder of estimates; with --model files are done one after the other")
     if options.model and options.pattern is not None:
         options.refuse("--pattern is for a folder of estimates, not for --model")
     if options.pattern is not None and Path(options.target).is_file():
@@ -64,7 +64,7 @@ def _refuse_idle_options(options: argparse.Namespace) -> None:
 
 
 def _with_progress(options: argparse.Namespace) -> Evaluation:
-    """Evaluates, with a bar for those who watch, and a line for each failure and note."""
+    """Evaluates, with a progress bar on a terminal and a line for each failure and note."""
     shown = options.progress or (is_watched() and not options.quiet)
     bar: tqdm[NoReturn] | None = None
     with ExitStack() as stack:

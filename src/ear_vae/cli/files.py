@@ -1,4 +1,4 @@
-"""What `reconstruct`, `encode` and `decode` share: going through files with one model."""
+"""What `reconstruct`, `encode` and `decode` share: working through files with one model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def each_file(
     reads: Kind,
     writes: Kind,
 ) -> int:
-    """Plans, refuses what is bound to fail, then loads the model once and works on every file."""
+    """Pairs inputs with outputs, refuses what is bound to fail, then runs the model on every file."""
     extension = LATENT_EXTENSION if writes is LATENTS else f".{options.format or 'wav'}"
     _require_kind(Path(options.input), reads)
     what = make_plan(options.input, options.output, reads=reads, extension=extension, overwrite=options.force)
@@ -53,7 +53,7 @@ def each_file(
 
 @contextmanager
 def at_work(options: argparse.Namespace, job: Job, audio_seconds: float, vae: EarVAE) -> Iterator[None]:
-    """The networks at work on one file: no gradients, and a bar for those who watch."""
+    """Turns off gradients for the work on one file, and shows its progress on a terminal."""
     shown = options.progress or (is_watched() and not options.quiet)
     with torch.inference_mode(), progress(job.source_name, audio_seconds, vae.latent_rate, shown=shown):
         yield
@@ -62,7 +62,7 @@ def at_work(options: argparse.Namespace, job: Job, audio_seconds: float, vae: Ea
 def _require_kind(path: Path, kind: Kind) -> None:
     """Refuses latents where audio is read and the reverse, and names the command for them."""
     if not path.is_file():
-        return  # the plan takes care of it, and a pipe can be looked into only once
+        return  # make_plan refuses it, and a pipe can be read only once
     extension = path.suffix.lower()
     if kind is AUDIO and is_latent_file(path):
         raise EarVAEError(f"{path}: is a latent file; ear-vae decode turns it into audio")
@@ -70,13 +70,13 @@ def _require_kind(path: Path, kind: Kind) -> None:
         raise EarVAEError(f"{path}: is a {LATENT_EXTENSION} file, expected audio")
     if kind is LATENTS and extension in AUDIO_EXTENSIONS and not is_latent_file(path):
         raise EarVAEError(
-            f"{path}: is audio, and decode takes latent files; ear-vae encode makes them of audio, and "
+            f"{path}: is audio, and decode takes latent files; ear-vae encode makes them from audio, and "
             "ear-vae reconstruct goes from audio to audio"
         )
 
 
 def _require_extension(output: Path, kind: Kind, format: str | None) -> None:
-    """Refuses a name for an output that says something else than what is in it, or nothing."""
+    """Refuses an output whose extension contradicts what is to be in it, or that has none."""
     extension = output.suffix.lower()
     if kind is LATENTS and extension != LATENT_EXTENSION:
         raise EarVAEError(
@@ -86,7 +86,7 @@ def _require_extension(output: Path, kind: Kind, format: str | None) -> None:
     if kind is AUDIO and format is None and not extension:
         choices = ", ".join(f".{format}" for format in WRITTEN_FORMATS)
         raise EarVAEError(
-            f"{output}: has no extension to tell the format by; call it {output.name}.wav (or "
+            f"{output}: has no extension that tells the format; call it {output.name}.wav (or "
             f"another of {choices}), or choose one with --format"
         )
     if format is not None and extension[1:] in WRITTEN_FORMATS and extension != f".{format}":

@@ -1,4 +1,4 @@
-"""`ear-vae fit`: what it takes, checked before Lightning is imported, which takes seconds."""
+"""`ear-vae fit`: its arguments, checked before Lightning is imported, which takes seconds."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ _BASE = "base"
 _HELP = """\
 usage: ear-vae fit [--config NAME_OR_FILE ...] --data.folder MUSIC [options]
 
-Trains an εar-VAE, from nothing or from a model. Options override configs, later configs earlier ones.
+Trains an εar-VAE, from scratch or from a model. Options override configs, later configs earlier ones.
 
   -c, --config NAME_OR_FILE         {configs};
                                     or a YAML file, which is code: it names classes to call. Repeatable.
-  --print_config                    show the settings that result, and end
-  --ckpt_path FILE                  go on exactly where that checkpoint stopped
+  --print_config                    print the resulting settings, and end
+  --ckpt_path FILE                  resume exactly where that checkpoint stopped
   --force                           replace the checkpoints and the model of another run
-  --help-all                        all options, those of Lightning's Trainer too
+  --help-all                        all options, with those of Lightning's Trainer
   --debug                           show tracebacks
 
 data
   --data.folder MUSIC               a folder, a manifest (.csv, .jsonl), or '[A, B]'
-  --data.validation_folder MUSIC    audio to measure progress on
-  --data.batch_size N               segments a batch
+  --data.validation_folder MUSIC    audio to validate on
+  --data.batch_size N               segments per batch
   --data.segment_seconds S          length of a segment
-  --data.num_workers N              processes that read ahead
+  --data.num_workers N              worker processes that read the audio
 
 model
   --model.pretrained NAME           start from this folder, bundled name or Hub repository
@@ -45,7 +45,7 @@ model
   --model.optimizer.warmup_steps N  steps over which the rate grows from zero
   --model.optimizer.algorithm CLASS an optimizer instead of AdamW, such as torch.optim.SGD
   --model.optimizer.schedule CLASS  a schedule instead of the cosine decay
-  --model.accumulate_grad_batches N batches a step
+  --model.accumulate_grad_batches N batches per step
   --model.ema_decay D               decay of the average of the weights; 0 for none
 
 run
@@ -61,17 +61,17 @@ run
 """
 
 
-def main(arguments: Sequence[str]) -> int:
+def run_fit(arguments: Sequence[str]) -> int:
     """Runs `ear-vae fit`.
 
     Args:
-        arguments: What follows `fit`. `--config` takes the name of a shipped config or a file, any number
+        arguments: Arguments after `fit`. `--config` takes the name of a shipped config or a file, any number
             of times; later ones override earlier ones. Before the first shipped one comes `base`. A config
             file is code: it names classes to be imported and called (`class_path`).
 
     Returns:
         0, or 143 when the process was told to terminate, 130 when it was interrupted, 129 when its terminal
-        was closed; it has written a checkpoint to resume from then.
+        was closed; in these cases it has written a checkpoint to resume from.
 
     Raises:
         EarVAEError: No such config or folder, a folder that holds another run, or anything that the module or
@@ -86,18 +86,18 @@ def main(arguments: Sequence[str]) -> int:
     resolved = _with_shipped_configs([argument for argument in everything if argument != "--force"])
     if not {"--help", "--print_config"} & set(resolved):
         _require_folders(resolved)
-    run = import_module("ear_vae.cli.lightning_cli").run
-    return int(run(resolved, arguments, overwrite="--force" in arguments))
+    train = import_module("ear_vae.cli.lightning_cli").train
+    return int(train(resolved, arguments, overwrite="--force" in arguments))
 
 
 def shipped_configs() -> dict[str, Path]:
-    """The configs that come with the package, by name."""
+    """Lists the configs that come with the package, by name."""
     folder = Path(str(files("ear_vae") / "training" / "configs"))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def _in_lines(names: Sequence[str] | dict[str, Path]) -> str:
-    """The names of the configs in lines that fit beside the options."""
+    """Returns the names of the configs in lines that fit beside the options."""
     lines = [""]
     for name in names:
         if len(lines[-1]) + len(name) > 62:
@@ -131,7 +131,7 @@ def _with_shipped_configs(arguments: Sequence[str]) -> list[str]:
 
 
 def _require_folders(arguments: Sequence[str]) -> None:
-    """Looks for the folders of the data, from the configs and the options.
+    """Checks that the folders of the data exist, from configs and options.
 
     Raises:
         EarVAEError: One of them does not exist.

@@ -17,8 +17,8 @@ from ear_vae.latents import is_latent_file, load_latents
 _LONGEST_FACT = 120
 
 
-def run(options: argparse.Namespace) -> int:
-    """Facts about a model, a latent file or an audio file, on standard output."""
+def run_info(options: argparse.Namespace) -> int:
+    """Prints facts about a model, a latent file or an audio file."""
     path = Path(options.subject)
     is_file = path.is_file() or is_pipe(options.subject)
     given = [name for name in ("variant", "revision", "force_download") if getattr(options, name)]
@@ -39,7 +39,7 @@ def _file_facts(name: str) -> dict[str, Any]:
 
 
 def _is_safetensors(content: bytes) -> bool:
-    """Whether bytes begin with the length of a header, and the header."""
+    """Whether bytes begin like a safetensors file: with the length of a header, and the header."""
     return content[8:9] == b"{" and int.from_bytes(content[:8], "little") <= len(content) - 8
 
 

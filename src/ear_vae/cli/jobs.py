@@ -1,4 +1,4 @@
-"""Which file becomes which, and going through them."""
+"""Pairing inputs with outputs, and working through them."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ class Kind:
     """A kind of file that commands read and write.
 
     Attributes:
-        plural: What messages call such files.
-        extensions: By which a folder's files are recognised, in lower case and with the dot.
+        plural: Name of such files in messages.
+        extensions: Extensions by which such files are recognised in a folder, in lower case and with the dot.
     """
 
     plural: str
     extensions: frozenset[str]
 
     def find(self, folder: Path) -> Found:
-        """The files of this kind below a folder."""
+        """Lists the files of this kind below a folder."""
         return find_files(folder, self.extensions)
 
 
@@ -53,10 +53,9 @@ class Job:
     """One input and its output.
 
     Attributes:
-        source: A path, or `-` for standard input.
-        destination: A path, or `-` for standard output.
-        relative: The source's path inside the folder that is worked through, with `/`; empty for a file
-            that was named itself.
+        source: Path, or `-` for standard input.
+        destination: Path, or `-` for standard output.
+        relative: Path of the source inside the input folder, with `/`; empty for a single file.
     """
 
     source: str
@@ -65,23 +64,23 @@ class Job:
 
     @property
     def source_name(self) -> str:
-        """What messages call the input."""
+        """Name of the input in messages."""
         return "standard input" if self.source == STREAM else self.source
 
     @property
     def destination_name(self) -> str:
-        """What messages call the output."""
+        """Name of the output in messages."""
         return "standard output" if self.destination == STREAM else self.destination
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do.
+    """What is to be done, and what is left out.
 
     Attributes:
-        jobs: The inputs to go through.
-        kept: Outputs that exist and are kept.
-        unreadable: What of the folder could not be seen, and why.
+        jobs: Inputs to process, each with its output.
+        kept: Outputs that exist already and are kept.
+        unreadable: Parts of the folder that could not be read, each with the reason.
     """
 
     jobs: tuple[Job, ...]
@@ -100,12 +99,12 @@ def make_plan(
     """Pairs inputs with outputs before any work is done.
 
     Args:
-        source: A file, a folder or `-`.
-        destination: A file for a file, a folder for a folder, or `-`; None for `NAME.rebuilt` beside the
-            input.
+        source: Input: a file, a folder or `-`.
+        destination: Output: a file for a file, a folder for a folder, or `-`; None for `NAME.rebuilt` beside
+            the input.
         reads: Kind of the inputs.
-        extension: Extension of the outputs, with the dot; of a single file that is named, the name counts.
-        overwrite: Redo outputs that exist.
+        extension: Extension of the outputs, with the dot; a single output that is named keeps its own.
+        overwrite: Make outputs again that exist already.
 
     Raises:
         EarVAEError: A missing input, a folder for a file or the reverse, an output that exists or is no
@@ -126,9 +125,9 @@ def make_plan(
 
 
 def _beside(source: str, extension: str) -> str:
-    """The output of an input for which none is named: beside it, and called after it."""
+    """Returns the default output: beside the input, and named after it."""
     if source == STREAM:
-        raise EarVAEError("standard input has no name to call the output after; name it, or write to -")
+        raise EarVAEError("standard input has no name for the output to take; name the output, or write to -")
     path = Path(source)
     # A folder such as . or .. has its name elsewhere.
     path = path if path.name not in ("", "..") else path.resolve()
@@ -202,7 +201,7 @@ def _plan_folder(
 
 
 def _identity(path: Path) -> tuple[int, int]:
-    """Equal for two names of one file."""
+    """Returns what is equal for two names of one file."""
     status = path.stat()
     return status.st_dev, status.st_ino
 
@@ -213,14 +212,14 @@ def run_jobs(
     """Does every job, reports each on standard error, and goes on after one that failed.
 
     Args:
-        plan: What to do.
-        start: Makes what all jobs need; called once, and only if there is a job.
-        work: Does one job with it and returns the seconds of audio in it.
+        plan: Jobs to do.
+        start: Function that makes what all jobs share; called once, and only if there is a job.
+        work: Function that does one job with it and returns the length of its audio in seconds.
         quiet: Report failures only.
         debug: Show the traceback of each failure.
 
     Returns:
-        0, or 1 if any job failed or a part of the folder could not be seen.
+        0, or 1 if any job failed or a part of the folder could not be read.
     """
     for problem in plan.unreadable:
         say(f"ear-vae: {problem}")
@@ -236,7 +235,7 @@ def run_jobs(
             if job.relative:
                 os.makedirs(os.path.dirname(job.destination), exist_ok=True)
             seconds = work(shared, job)
-        # Decoders meet every kind of damage; whatever one file does, the others are done.
+        # Decoders meet every kind of damage; whatever happens with one file, the others are processed.
         except Exception as error:
             if debug:
                 say_traceback(error)
@@ -253,12 +252,13 @@ def run_jobs(
 
 @contextmanager
 def progress(name: str, audio_seconds: float, latent_rate: float, *, shown: bool) -> Iterator[None]:
-    """A bar over one file on standard error, its rate in seconds of audio per second.
+    """Shows a progress bar for one file on standard error, with its speed in seconds of audio per second.
 
     Args:
-        name: Shown before the bar.
-        audio_seconds: What the networks will go through, counted once for each direction.
-        latent_rate: Of the model.
+        name: Text before the bar.
+        audio_seconds: Seconds of audio that the networks will process, counted once for encoding and once for
+            decoding.
+        latent_rate: Latent frames per second of the model.
         shown: Whether there is a bar at all.
     """
     with (

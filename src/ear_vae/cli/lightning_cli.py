@@ -1,4 +1,4 @@
-"""Lightning's command line over our module and data, which `ear-vae fit` runs."""
+"""Lightning's command line for our module and data, which `ear-vae fit` runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ear_vae.training.checkpoint_reading import read_checkpoint
 from ear_vae.training.data import AudioDataModule
 from ear_vae.training.module import EarVAEModule
 
-# What Lightning says for other products, or of a logger that it falls back from as it should.
+# Lightning's advertisements, and its remarks on a logger that it rightly does without.
 _ADVERTISEMENTS = ("Tip:", "tensorboardX", "litlogger", "litmodels")
 
 
@@ -39,14 +39,14 @@ class FitCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Only `fit`; the rest of Lightning's commands is not among ours."""
+        """Returns only `fit` of Lightning's commands."""
         return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"}}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parses what it is given; the parent also looks at `sys.argv` and warns that the two differ.
+        """Parses the given arguments; the parent also looks at `sys.argv` and warns where the two differ.
 
         Raises:
-            EarVAEError: The checkpoint to resume from cannot be, or the folder holds another run.
+            EarVAEError: The checkpoint cannot be resumed from, or the folder holds another run.
         """
         assert isinstance(args, list), "main passes a list"
         self.config = parser.parse_args(args)
@@ -61,7 +61,7 @@ class FitCLI(LightningCLI):
             self._require_no_other_run()
 
     def before_instantiate_classes(self) -> None:
-        """Gives back the checkpoint to resume from."""
+        """Restores the checkpoint to resume from, which `parse_arguments` held back."""
         if options := self._options_of_fit():
             options.ckpt_path = self._checkpoint
 
@@ -76,16 +76,16 @@ class FitCLI(LightningCLI):
 
     @property
     def last_checkpoint(self) -> Path:
-        """Where the run leaves its newest checkpoint."""
+        """Path of the run's newest checkpoint."""
         return self._folder("checkpoints", "checkpoints") / "last.ckpt"
 
     @property
     def model_folder(self) -> Path:
-        """Where the run leaves its model."""
+        """Folder of the model that the run exports."""
         return self._folder("export", "model")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Links what the model decides about the data, and adds our callbacks."""
+        """Links the settings of the data that follow from the model, and adds our callbacks."""
         for target, fact in (("sample_rate", _sample_rate), ("segment_multiple", _downsampling_ratio)):
             parser.link_arguments("model", f"data.{target}", compute_fn=fact, apply_on="instantiate")
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
@@ -93,7 +93,7 @@ class FitCLI(LightningCLI):
         parser.add_lightning_class_args(ListeningExamples, "examples")
 
     def _options_of_fit(self) -> Any:
-        """None where the parts are only built (`run=False`)."""
+        """Returns the options of `fit`; None where the parts are only built (`run=False`)."""
         return self.config.get("fit")
 
     def _folder(self, group: str, name: str) -> Path:
@@ -104,7 +104,7 @@ class FitCLI(LightningCLI):
         """Refuses to write over what another run left.
 
         Raises:
-            EarVAEError: Says what is there, and the ways out.
+            EarVAEError: The folder holds a checkpoint or a model of another run.
         """
         last, model = self.last_checkpoint, self.model_folder
         if self._checkpoint is not None and Path(self._checkpoint).resolve().parent == last.resolve().parent:
@@ -118,12 +118,12 @@ class FitCLI(LightningCLI):
             )
 
 
-def run(arguments: Sequence[str], typed: Sequence[str], *, overwrite: bool = False) -> int:
-    """Trains.
+def train(arguments: Sequence[str], typed: Sequence[str], *, overwrite: bool = False) -> int:
+    """Trains with Lightning's command line.
 
     Args:
         arguments: Options of the command, with paths for the names of configs.
-        typed: The same as they were typed, for the command that goes on with the run.
+        typed: Options as the user typed them, for the command that resumes the run.
         overwrite: Replace the checkpoints and the model of another run in the same folder.
 
     Returns:
@@ -133,7 +133,7 @@ def run(arguments: Sequence[str], typed: Sequence[str], *, overwrite: bool = Fal
         EarVAEError: Anything that the module or the data refuses.
         SystemExit: Usage errors, as argparse raises them.
     """
-    # Lightning's own, to its authors.
+    # Meant for Lightning's authors.
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     warnings.filterwarnings("ignore", message=r".*tensorboardX.*")
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
@@ -143,7 +143,7 @@ def run(arguments: Sequence[str], typed: Sequence[str], *, overwrite: bool = Fal
     cli: FitCLI | None = None
 
     class Remembered(FitCLI):
-        """Is known before training starts, which is when its constructor returns."""
+        """Makes itself known before training starts; its constructor returns only after training."""
 
         def before_fit(self) -> None:
             nonlocal cli
@@ -190,11 +190,11 @@ def _say_what_is_where(cli: FitCLI | None, typed: Sequence[str], *, stopped: boo
         options += ["--trainer.max_steps", str(2 * steps)]
     left_out = ("--ckpt_path", "--trainer.max_steps") if len(options) > 2 else ("--ckpt_path",)
     command = shlex.join(["ear-vae", "fit", *_without(typed, left_out), *options])
-    say(f"{'stopped after writing a checkpoint; go on' if stopped else 'train on'} with: {command}")
+    say(f"{'stopped after writing a checkpoint; resume' if stopped else 'train further'} with: {command}")
 
 
 def _without(arguments: Sequence[str], names: Sequence[str]) -> list[str]:
-    """The arguments but those options and their values."""
+    """Returns the arguments without those options and their values."""
     kept: list[str] = []
     rest = iter(arguments)
     for argument in rest:
@@ -206,14 +206,14 @@ def _without(arguments: Sequence[str], names: Sequence[str]) -> list[str]:
 
 
 def _heeded() -> list[int]:
-    """The signals after which a checkpoint is written, beside SIGTERM, which Lightning takes care of."""
+    """Returns the signals after which a checkpoint is written, besides SIGTERM, which Lightning handles."""
     # Windows has no SIGHUP, which a terminal sends when it closes. What is ignored, as by nohup, stays so.
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGHUP") if hasattr(signal, name)]
     return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def _end(received: list[int], number: int) -> None:
-    """The first signal lets the step end and a checkpoint be written, as SIGTERM does."""
+    """Ends the step and writes a checkpoint on the first signal, as on SIGTERM; stops on the second."""
     received.append(number)
     if len(received) == 1 and callable(signal.getsignal(signal.SIGTERM)):
         if number == signal.SIGINT:

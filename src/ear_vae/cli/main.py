@@ -1,4 +1,4 @@
-"""The command `ear-vae`: what it takes, and how it ends."""
+"""The command `ear-vae`, from its arguments to its exit code."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from ear_vae.cli.terminal import (
+    OPTIONS,
+    OPTIONS_OF_FIT,
     discard_unwritten_output,
     reason,
     say,
@@ -30,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Args:
-        argv: Without the program's name; `sys.argv` by default.
+        argv: Arguments without the program's name; those in `sys.argv` by default.
 
     Returns:
         0 when all went well, 1 when a file or the command failed, 130 when interrupted.
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if "--debug" in arguments:
                 say_traceback(error)
             else:
-                say(f"ear-vae: {reason(error)}")
+                say(f"ear-vae: {reason(error, OPTIONS_OF_FIT if trains else OPTIONS)}")
             return EXIT_FAILED
         except KeyboardInterrupt:
             say("ear-vae: interrupted")
@@ -68,9 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     if arguments[:1] == ["fit"]:
-        from ear_vae.cli.fit import main as fit
+        from ear_vae.cli.fit import run_fit
 
-        return fit([argument for argument in arguments[1:] if argument != "--debug"])
+        return run_fit([argument for argument in arguments[1:] if argument != "--debug"])
     # Not before OpenMP's way of waiting is set: the formats that options offer come with torch.
     from ear_vae.cli.options import parse
 
@@ -84,12 +86,12 @@ def _run(arguments: list[str]) -> int:
 
 
 def _command(name: str) -> Any:
-    """What runs a command; only that one is imported, because torch takes seconds."""
-    return import_module(f"ear_vae.cli.{name}").run
+    """Returns the function that runs a command; only its module is imported, because torch takes seconds."""
+    return getattr(import_module(f"ear_vae.cli.{name}"), f"run_{name}")
 
 
 def _wait_without_spinning() -> None:
-    """Has OpenMP's threads sleep while they wait for each other: spinning slows down all that is not idle.
+    """Makes OpenMP's threads sleep while they wait for each other: spinning slows down everything else.
 
     It reads its environment when torch is loaded. docs/speed.md has the figures.
     """

@@ -1,4 +1,4 @@
-"""Models as commands load them: on which device, in which dtype, from where."""
+"""Loading models as the options say: from where, on which device, in which dtype."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ear_vae.vae import EarVAE
 
 
 def load_model(options: argparse.Namespace) -> EarVAE:
-    """The model of `--model`, prepared as the options say.
+    """Loads the model of `--model`, and prepares it as the options say.
 
     Raises:
-        EarVAEError: There is no such model or device, or no room for it.
+        EarVAEError: There is no such model or device, or too little memory.
     """
     device = device_of(options.device)
     vae = pretrained(options.model, options)
@@ -32,7 +32,7 @@ def load_model(options: argparse.Namespace) -> EarVAE:
 
 
 def pretrained(name: str, options: argparse.Namespace) -> EarVAE:
-    """`EarVAE.from_pretrained` with the options on where a model comes from."""
+    """Calls `EarVAE.from_pretrained` with the options about where a model comes from."""
     require_downloadable([name], options)
     return EarVAE.from_pretrained(
         name,
@@ -43,18 +43,18 @@ def pretrained(name: str, options: argparse.Namespace) -> EarVAE:
 
 
 def require_downloadable(names: Sequence[str], options: argparse.Namespace) -> None:
-    """Refuses to fetch again where nothing comes from the Hub."""
+    """Refuses `--force-download` where no model comes from the Hub."""
     if options.force_download and all(
         Path(name).expanduser().exists() or name in bundled_checkpoints() for name in names
     ):
-        options.refuse(f"--force-download is for models on the Hub; {', '.join(names)} is here")
+        options.refuse(f"--force-download is for models on the Hub; {', '.join(names)} is local")
 
 
 def device_of(name: str) -> torch.device:
-    """The device of that name.
+    """Returns the device with a name.
 
     Raises:
-        EarVAEError: There is none.
+        EarVAEError: There is no such device.
     """
     kind, _, index = name.partition(":")
     available = {
@@ -69,11 +69,11 @@ def device_of(name: str) -> torch.device:
         here = ", ".join(kind for kind, count in available.items() if count)
         raise EarVAEError(
             f"device {name!r} is not available here; this machine and this torch have: {here} "
-            "(ear-vae env says why)"
+            "(ear-vae env shows why)"
         )
     return torch.device(name)
 
 
 def fingerprints() -> Callable[[EarVAE], str]:
-    """`EarVAE.weights_sha256`, once for all files of a command: nothing changes the weights meanwhile."""
+    """Returns `EarVAE.weights_sha256` with a cache: nothing changes the weights while a command runs."""
     return functools.cache(lambda vae: vae.weights_sha256)

@@ -20,14 +20,14 @@ _MODEL = "a folder, ear-vae-tiny (bundled), ear_vae_44k or ear_vae_v2_48k (the a
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose complaints show what they were given without doing what it says to a terminal."""
+    """A parser whose error messages escape the control characters in what they were given."""
 
     def __init__(self, **options: Any) -> None:
-        # A shortened option would become another one, or none, with the next one that is added.
+        # An abbreviation would mean another option, or none, once a new option is added.
         super().__init__(allow_abbrev=False, **options)
 
     def print_help(self, file: Any = None) -> None:
-        # Not the parent's way, which takes no notice of output that does not get through.
+        # The parent ignores output that cannot be written.
         (file or sys.stdout).write(self.format_help())
 
     def error(self, message: str) -> NoReturn:
@@ -35,13 +35,14 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """What the arguments of all commands but `fit` say.
+    """Parses the arguments of every command but `fit`.
 
     Args:
-        arguments: Without the program's name.
+        arguments: Arguments without the program's name.
 
     Returns:
-        The options; the command's name is in `name`, its usage error in `refuse`.
+        The options, with the command's name in `name` and the function that ends with its usage error in
+        `refuse`.
 
     Raises:
         SystemExit: With 2 on wrong usage, with 0 after `--help` or `--version`.
@@ -58,7 +59,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _no_command(word: str, commands: Sequence[str]) -> str:
-    """What to say of a word that stands where a command should, by what it seems to be."""
+    """Returns what to say of a word in place of a command, by what it seems to be."""
     path, extension = Path(word), Path(word).suffix.lower()
     quoted = shlex.quote(word)
     if extension == ".safetensors":
@@ -76,7 +77,7 @@ def _no_command(word: str, commands: Sequence[str]) -> str:
 
 
 def _command_parser() -> tuple[argparse.ArgumentParser, list[str]]:
-    """The parser and the names of the commands."""
+    """Returns the parser and the names of the commands."""
     parser = _Parser(
         prog="ear-vae",
         description="Encode, decode and rebuild music with εar-VAE.",
@@ -117,7 +118,7 @@ def _command_parser() -> tuple[argparse.ArgumentParser, list[str]]:
         "--seed",
         type=_seed,
         metavar="N",
-        help="makes the draws of --sample repeatable, file by file",
+        help="seed that makes the draws of --sample repeatable, file by file",
     )
 
     command = add("decode", "turn latent files into audio", files, weights, download, model, audio)
@@ -139,10 +140,10 @@ def _command_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     command = add("evaluate", "measure rebuilt audio against its originals", download)
     _add_evaluation(command)
 
-    command = add("report", "a page to listen to originals and rebuilt audio", download)
+    command = add("report", "make a page to compare originals and rebuilt audio by ear", download)
     _add_report(command)
 
-    command = add("convert", "write a model in the layout of this package, or in the authors'", weights)
+    command = add("convert", "convert a model to the layout of this package, or to the authors'", weights)
     command.add_argument("source", metavar="MODEL", help=_MODEL)
     command.add_argument(
         "destination",
@@ -163,17 +164,19 @@ def _command_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     )
     command.add_argument("--force", action="store_true", help="replace a model that is already there")
 
-    command = add("release", "training checkpoint to a folder for users")
+    command = add("release", "turn a training checkpoint into a model for users")
     command.add_argument("checkpoint", metavar="CHECKPOINT", help="a .ckpt file of ear-vae fit")
     command.add_argument("destination", metavar="DESTINATION", help="a folder")
-    command.add_argument("--name", dest="name_of_model", help="of the model, by default the folder's")
-    command.add_argument("--raw", action="store_true", help="the last weights instead of their average")
+    command.add_argument("--name", dest="name_of_model", help="name of the model; by default the folder's")
+    command.add_argument("--raw", action="store_true", help="take the last weights instead of their average")
     command.add_argument(
-        "--training-state", action="store_true", help="also the discriminator and the optimizers, to train on"
+        "--training-state",
+        action="store_true",
+        help="write the discriminator and the optimizers too, for further training",
     )
-    command.add_argument("--force", action="store_true", help="replace what exists")
+    command.add_argument("--force", action="store_true", help="replace a model that is already there")
 
-    command = add("env", "show what is installed, what does not fit together, and the cure")
+    command = add("env", "show what is installed, what does not work together, and how to fix it")
     command.add_argument("--json", action="store_true", help="print JSON")
 
     subparsers.add_parser("fit", add_help=False, help="train a model; see ear-vae fit --help")
@@ -182,11 +185,14 @@ def _command_parser() -> tuple[argparse.ArgumentParser, list[str]]:
 
 def _add_evaluation(command: argparse.ArgumentParser) -> None:
     command.description = (
-        "Both signals are cut to the shorter; SI-SDR and spectral metrics are taken at 44.1 kHz, loudness "
-        "and peaks at each file's own rate. Differences in length, rate, channels or time are reported."
+        "Both signals are cut to the length of the shorter; SI-SDR and spectral metrics are computed at "
+        "44.1 kHz, loudness and peaks at each file's own rate. Differences in length, rate, channels or time "
+        "are reported."
     )
     command.add_argument("target", metavar="TARGET", help="the originals: a folder or a file")
-    command.add_argument("estimate", metavar="ESTIMATE", nargs="?", help="the same of rebuilt audio")
+    command.add_argument(
+        "estimate", metavar="ESTIMATE", nargs="?", help="the rebuilt audio: a folder or a file"
+    )
     command.add_argument(
         "--model",
         action="append",
@@ -195,19 +201,30 @@ def _add_evaluation(command: argparse.ArgumentParser) -> None:
         help="make the estimates with this folder, bundled name, Hub repository or other codec (dac, "
         "encodec, sao, agc); repeatable",
     )
-    command.add_argument("--variant", help="which model of a repository that holds several")
-    command.add_argument("--device", help="for the models: cpu (default), cuda, cuda:N or mps")
-    command.add_argument(
-        "--pattern", help="how the estimate of {name} is called, such as {name}_rebuilt; {name} by default"
-    )
-    command.add_argument("--align", action="store_true", help="take out a delay of up to 100 ms")
+    _add_comparison(command)
     command.add_argument("--json", metavar="OUT.json", help="write all figures and their summary")
     command.add_argument("--csv", metavar="OUT.csv", help="write a line for each file")
-    command.add_argument("--jobs", type=_count, help="pairs of files at a time; by default by processors")
+    command.add_argument(
+        "--jobs",
+        type=_count,
+        help="number of pairs to compare at a time; by default as many as suit the processors",
+    )
     command.add_argument("--force", action="store_true", help="replace outputs, redo finished files")
     group = command.add_mutually_exclusive_group()
     group.add_argument("--quiet", action="store_true", help="report failures only")
-    group.add_argument("--progress", action="store_true", help="show a bar even when this is no terminal")
+    group.add_argument(
+        "--progress", action="store_true", help="show a progress bar even if this is not a terminal"
+    )
+
+
+def _add_comparison(command: argparse.ArgumentParser) -> None:
+    """Adds what `evaluate` and `report` have in common."""
+    command.add_argument("--variant", help="which model to take from a repository that holds several")
+    command.add_argument("--device", help="device for the models: cpu (default), cuda, cuda:N or mps")
+    command.add_argument(
+        "--pattern", help="name of the estimate of {name}, such as {name}_rebuilt; {name} by default"
+    )
+    command.add_argument("--align", action="store_true", help="take out a delay of up to 100 ms")
 
 
 def _add_report(command: argparse.ArgumentParser) -> None:
@@ -222,14 +239,14 @@ def _add_report(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=FOLDER",
-        help="rebuilt audio, and what to call it; repeatable",
+        help="rebuilt audio, and its name on the page; repeatable",
     )
     command.add_argument(
         "--model",
         action="append",
         default=[],
         metavar="NAME",
-        help="rebuild the excerpts with this, as for ear-vae evaluate; repeatable",
+        help="rebuild the excerpts with this model, as for ear-vae evaluate; repeatable",
     )
     command.add_argument(
         "--from",
@@ -239,12 +256,7 @@ def _add_report(command: argparse.ArgumentParser) -> None:
         metavar="OUT.json",
         help="show what ear-vae evaluate --json compared, instead of TARGET; repeatable",
     )
-    command.add_argument("--variant", help="which model of a repository that holds several")
-    command.add_argument("--device", help="for the models: cpu (default), cuda, cuda:N or mps")
-    command.add_argument(
-        "--pattern", help="how the estimate of {name} is called, such as {name}_rebuilt; {name} by default"
-    )
-    command.add_argument("--align", action="store_true", help="take out a delay of up to 100 ms")
+    _add_comparison(command)
     command.add_argument("--excerpts", type=_count, default=4, help="number of excerpts (%(default)s)")
     command.add_argument(
         "--seconds", type=_positive, default=10.0, help="length of each in seconds (%(default)g)"
@@ -277,7 +289,7 @@ def _count(text: str) -> int:
 
 
 def _shared_options() -> tuple[_Parser, ...]:
-    """Parsers of the options that several commands have: files, weights, Hub, model, audio output, debug."""
+    """Returns parsers of shared options: files, weights, Hub, model, audio output, debug."""
     files, weights, download, model, audio, debug = (_Parser(add_help=False) for _ in range(6))
     files.add_argument("input", metavar="INPUT", help="a file, a folder, or - for standard input")
     files.add_argument("--force", action="store_true", help="replace outputs that exist")
@@ -340,7 +352,7 @@ def _shared_options() -> tuple[_Parser, ...]:
     debug.add_argument(
         "--debug",
         action="store_true",
-        help="show tracebacks, and what libraries in C have to say",
+        help="show tracebacks, and messages of C libraries",
     )
     return files, weights, download, model, audio, debug
 

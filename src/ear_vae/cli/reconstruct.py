@@ -11,8 +11,8 @@ from ear_vae.cli.streams import CountedBlocks, decode_to_file, require_writable_
 from ear_vae.vae import EarVAE
 
 
-def run(options: argparse.Namespace) -> int:
-    """Audio to the audio that the model makes of it."""
+def run_reconstruct(options: argparse.Namespace) -> int:
+    """Rebuilds audio through the model."""
 
     def work(vae: EarVAE, job: Job) -> float:
         with stream_audio(source_of(job)) as (info, blocks):

@@ -7,7 +7,7 @@ import argparse
 from ear_vae.training.release import release_model
 
 
-def run(options: argparse.Namespace) -> int:
+def run_release(options: argparse.Namespace) -> int:
     """Turns a training checkpoint into a folder for users."""
     release_model(
         options.checkpoint,

@@ -12,11 +12,11 @@ from ear_vae.cli.terminal import say
 from ear_vae.errors import EarVAEError
 from ear_vae.evaluation.listening.report import write_listening_report
 from ear_vae.evaluation.pairs import DEFAULT_PATTERN
-from ear_vae.evaluation.results import counted, read_json
+from ear_vae.evaluation.results import counted, read_evaluation
 
 
-def run(options: argparse.Namespace) -> int:
-    """Writes the page.
+def run_report(options: argparse.Namespace) -> int:
+    """Writes the listening report.
 
     Args:
         options: Parsed options: `output`, `target`, `system`, `model`, `evaluation`, `variant`, `pattern`,
@@ -65,13 +65,11 @@ def _refuse_idle_options(options: argparse.Namespace) -> None:
     """Ends with a usage error where an option would do nothing, or where what to compare is missing."""
     if options.evaluation:
         if options.target or options.system or options.model:
-            raise EarVAEError(
-                "an evaluation says itself what to compare; leave out TARGET, --system and --model"
-            )
+            raise EarVAEError("the evaluation says what to compare; leave out TARGET, --system and --model")
         for name in ("pattern", "variant", "align"):
             if getattr(options, name):
-                options.refuse(f"--{name} is not for --from: an evaluation says that itself")
-        of_files = all(read_json(Path(path))[1].estimate is not None for path in options.evaluation)
+                options.refuse(f"--{name} is not for --from: the evaluation has its own")
+        of_files = all(read_evaluation(Path(path))[1].estimate is not None for path in options.evaluation)
         if of_files and (options.device or options.force_download):
             option = "device" if options.device else "force-download"
             options.refuse(f"--{option} is for models; the evaluation is of files")
@@ -89,7 +87,7 @@ def _refuse_idle_options(options: argparse.Namespace) -> None:
 
 
 def _systems(given: list[str]) -> dict[str, str]:
-    """Folders by name, of options NAME=FOLDER or FOLDER."""
+    """Returns folders by name, from options NAME=FOLDER or FOLDER."""
     systems: dict[str, str] = {}
     for option in given:
         name, separator, folder = option.partition("=")

@@ -19,7 +19,14 @@ from ear_vae.vae import EarVAE
 
 
 class CountedBlocks:
-    """Blocks of audio as they come, and how many samples they have been."""
+    """Passes on blocks of audio, and counts their samples.
+
+    Args:
+        blocks: Blocks [C, T_i].
+
+    Attributes:
+        num_samples: Number of samples per channel so far.
+    """
 
     def __init__(self, blocks: Iterable[torch.Tensor]) -> None:
         self._blocks = blocks
@@ -32,17 +39,17 @@ class CountedBlocks:
 
 
 def source_of(job: Job) -> Any:
-    """What to read the input of a job from."""
+    """Returns the path of a job's input, or what came out of a pipe."""
     return content_of_pipe(job.source) if is_pipe(job.source) else job.source
 
 
 def is_pipe(source: str) -> bool:
-    """Whether it is standard input or a named pipe, such as the shell's `<(…)`: readable only once."""
+    """Whether a source is standard input or a named pipe, such as the shell's `<(…)`: readable only once."""
     return source == STREAM or Path(source).is_fifo()
 
 
 def content_of_pipe(source: str) -> NamedBytes:
-    """All that comes out of a pipe, because decoders seek and pipes cannot.
+    """Reads a pipe to its end, because decoders seek and pipes cannot.
 
     Raises:
         OSError: It cannot be read.
@@ -53,10 +60,10 @@ def content_of_pipe(source: str) -> NamedBytes:
 
 
 def flush() -> None:
-    """Sends on what standard output holds.
+    """Flushes standard output.
 
     Raises:
-        EarVAEError: It does not get through.
+        EarVAEError: It cannot be written to.
     """
     try:
         sys.stdout.flush()
@@ -75,7 +82,18 @@ def decode_to_file(
     sample_rate: int,
     source_num_samples: int,
 ) -> None:
-    """Latents in pieces [D, n] to an audio file of the source's rate, channels and length."""
+    """Decodes latents into an audio file with the rate, channels and length of the source.
+
+    Args:
+        vae: Model that decodes.
+        latents: Latents in pieces, each [D, n].
+        job: Job whose output is written.
+        options: Parsed options: `format`, `subtype`, `peak` and `force`.
+        num_samples: Length in samples at the rate of the model.
+        channels: Channels of the source, 1 or 2.
+        sample_rate: Sample rate of the source in Hz.
+        source_num_samples: Length in samples at that rate.
+    """
 
     def decoded() -> Iterator[torch.Tensor]:
         for audio in _first_samples(vae.decode_stream(latents), num_samples):
@@ -125,16 +143,16 @@ def require_writable_format(
 
 
 class NamedBytes(io.BytesIO):
-    """Bytes in memory that error messages have a name for.
+    """Bytes in memory, with a name for error messages.
 
     Attributes:
-        name: That name.
+        name: Name in error messages.
     """
 
     name = ""
 
 
 def format_of(job: Job, options: argparse.Namespace) -> str:
-    """The audio format of a job's output: what the options say, else its extension."""
+    """Returns the audio format of a job's output: that of the options, else that of its extension."""
     named = "wav" if job.destination == STREAM else Path(job.destination).suffix[1:]
     return str(options.format or named)

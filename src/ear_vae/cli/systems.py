@@ -1,4 +1,4 @@
-"""Options on the models that `evaluate` and `report` run."""
+"""Options about the models that `evaluate` and `report` run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ear_vae.evaluation.systems.codecs import is_codec
 
 
 def refuse_options_of_models(options: argparse.Namespace) -> None:
-    """Ends with a usage error where an option is for models that are not there."""
+    """Ends with a usage error where an option is for models and there are none."""
     names = [name for name in options.model if not is_codec(name)]
     for option, models in (("device", options.model), ("variant", names), ("force_download", names)):
         if getattr(options, option) and not models:

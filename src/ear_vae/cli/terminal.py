@@ -1,69 +1,72 @@
-"""What the command line prints: one line each, that no name can turn into anything else."""
+"""Printing: one line per message, with control characters escaped, whatever a file is called."""
 
 from __future__ import annotations
 
 import io
 import json
 import os
-import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from ear_vae.errors import in_one_line
+from ear_vae.errors import EarVAEError, in_one_line
 from ear_vae.limits import escaped, shortened
 
 _LONGEST_LINE = 2_000
 # Options for the arguments that errors name.
-_OPTIONS = {"overwrite": "--force"}
-# And for those that stand in the text of a message.
-_OPTIONS_IN_TEXT = (
-    (re.compile(r"\bforce_download=True"), "--force-download"),
-    (re.compile(r"\b(variant|revision)=\.\.\."), r"--\1"),
-    (re.compile(r"\b(variant|revision)=(?=')"), r"--\1 "),
-)
+OPTIONS = {
+    "overwrite": "--force",
+    "force_download": "--force-download",
+    "variant": "--variant",
+    "revision": "--revision",
+}
+OPTIONS_OF_FIT = {"overwrite": "--force", "variant": "--model.variant"}
 
 
-def reason(error: BaseException) -> str:
-    """What went wrong in a line, with the command line's options for the arguments that it names."""
-    text = in_one_line(error, _OPTIONS)
-    for argument, option in _OPTIONS_IN_TEXT:
-        text = argument.sub(option, text)
-    return text
+def reason(error: BaseException, options: Mapping[str, str] = OPTIONS) -> str:
+    """Returns what went wrong in a line, with the command's options for the arguments that it names.
+
+    Args:
+        error: Error of any class.
+        options: Options of the command by argument.
+    """
+    text = in_one_line(error, options)
+    expected = isinstance(error, (EarVAEError, OSError, MemoryError))
+    return text if expected else f"unexpected {text} (--debug shows where)"
 
 
 def say(text: str) -> None:
-    """One line on standard error; where nobody takes it, it is lost, and the work goes on."""
+    """Prints a line on standard error; if it cannot be written it is lost, and the work goes on."""
     with suppress(OSError):
         print(shortened(escaped(text), _LONGEST_LINE), file=sys.stderr)  # noqa: T201
 
 
 def say_traceback(error: BaseException) -> None:
-    """The traceback on standard error."""
+    """Prints the traceback on standard error."""
     lines = "".join(traceback.format_exception(error)).splitlines()
     with suppress(OSError):
         print("\n".join(map(escaped, lines)), file=sys.stderr)  # noqa: T201
 
 
 def put(text: str) -> None:
-    """Lines on standard output, which each end with their line break only."""
+    """Prints text on standard output; control characters other than line breaks are escaped."""
     print("\n".join(map(escaped, text.split("\n"))))  # noqa: T201
 
 
 def is_watched() -> bool:
-    """Whether somebody sees standard error as it is written."""
+    """Whether standard error is a terminal."""
     return sys.stderr.isatty()
 
 
 @contextmanager
 def usable_streams() -> Iterator[None]:
-    """Standard streams that take every character, and that are there even if the caller has closed them.
+    """Makes the standard streams take every character, and exist even if the caller has closed them.
 
-    What a caller closes gets its file descriptor back, or the next file to be opened would receive what
-    torch and others write to it. Reading from closed input and writing to closed output are errors of the
-    system; messages for closed standard error are lost.
+    A descriptor that the caller has closed is opened again, or the next file to be opened would get it, and
+    receive what torch and others write there. Reading from closed input and writing to closed output are
+    errors of the operating system; messages to closed standard error are lost.
     """
     streams = sys.stdin, sys.stdout, sys.stderr
     _fill_descriptors()
@@ -89,10 +92,10 @@ def usable_streams() -> Iterator[None]:
 
 @contextmanager
 def silent_libraries() -> Iterator[None]:
-    """Keeps out what libraries in C write to standard error past Python, such as the mp3 decoder's remarks.
+    """Silences what C libraries write to standard error themselves, such as the mp3 decoder's remarks.
 
-    Python's own standard error gets a descriptor of its own meanwhile. Where it is none of the system's, as
-    under a test or in a notebook, nothing changes.
+    Meanwhile Python's standard error has a descriptor of its own. Where it has none of the system's, as in
+    a notebook, nothing changes.
     """
     try:
         own = os.dup(2) if sys.stderr.fileno() == 2 else None
@@ -128,7 +131,7 @@ def _flush(stream: Any) -> None:
 
 
 def discard_unwritten_output() -> None:
-    """Keeps Python from failing once more, at exit, on output that nobody takes."""
+    """Keeps Python from failing again, at exit, on output that cannot be written."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -138,7 +141,7 @@ def discard_unwritten_output() -> None:
 
 
 def _fill_descriptors() -> None:
-    """Opens the null device for those of the three that are closed, so that wrong use is an error."""
+    """Opens the null device, the wrong way round, for closed descriptors: using one is then an error."""
     for descriptor, mode in ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
         if not _is_open(descriptor):
             opened = os.open(os.devnull, mode)
@@ -163,7 +166,7 @@ def _stream(descriptor: int, mode: str) -> io.TextIOWrapper:
 
 
 def put_facts(facts: dict[str, Any], *, as_json: bool, longest: int | None = None) -> None:
-    """Facts on standard output, a line each, or as JSON."""
+    """Prints facts on standard output, one per line or as JSON."""
     if as_json:
         put(json.dumps(facts))
         return

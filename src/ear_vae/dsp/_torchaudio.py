@@ -6,6 +6,8 @@ import sys
 import types
 from typing import Any
 
+from ear_vae.errors import first_line
+
 _problems: list[str] = []
 
 
@@ -20,7 +22,7 @@ def functional() -> Any:
     try:
         import torchaudio.functional
     except (OSError, RuntimeError) as error:
-        _problems.append(str(error).strip().partition("\n")[0])
+        _problems.append(first_line(error))
         for name in [n for n in sys.modules if n == "torchaudio" or n.startswith("torchaudio.")]:
             del sys.modules[name]
         sys.modules["torchaudio._extension"] = _absent_extension()

@@ -12,7 +12,7 @@ _CONSTANT_RATIO = 1e-12
 _BLOCK_SAMPLES = 2**17
 
 
-def si_sdr_db(estimate: Tensor, target: Tensor) -> Tensor:
+def scale_invariant_sdr_db(estimate: Tensor, target: Tensor) -> Tensor:
     """Scale-invariant signal-to-distortion ratio in dB, averaged over channels.
 
     Each channel is made zero-mean, the target is scaled to fit the estimate best, and what remains of

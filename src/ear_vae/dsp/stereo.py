@@ -28,7 +28,7 @@ def mid_side_left_right(stereo: Tensor, dim: int = -2) -> Tensor:
     return torch.cat(((left + right) / 2, (left - right) / 2, left, right), dim=dim)
 
 
-def correlation(stereo: Tensor) -> Tensor:
+def stereo_correlation(stereo: Tensor) -> Tensor:
     """Correlation of left and right, from -1 (opposite) to 1 (equal); NaN where one of them is silent.
 
     Args:

@@ -20,7 +20,7 @@ from ear_vae.evaluation.systems.loading import Model, as_system
 
 @dataclass(frozen=True)
 class Progress:
-    """State of a running evaluation, and the comparison that has just ended.
+    """Progress of an evaluation, with the comparison that has just ended.
 
     Attributes:
         done: Number of comparisons that have ended.
@@ -59,7 +59,7 @@ def evaluate(
     """Measures rebuilt audio against its originals, or models that rebuild the originals first.
 
     With `json` or `csv`, finished comparisons are kept in a file beside the output until all have succeeded:
-    the same call after an interruption goes on where that one was. A comparison that fails is part of the
+    the same call after an interruption continues from there. A comparison that fails is part of the
     result and does not stop the rest.
 
     Args:
@@ -80,7 +80,7 @@ def evaluate(
         overwrite: Replace any file at `json` and `csv`, and make comparisons of an interrupted run again;
             otherwise only earlier evaluations are replaced.
         progress: Function that is called before the first comparison and after each of them.
-        raise_failures: Raise the first failure instead of noting it and going on.
+        raise_failures: Raise the first failure instead of recording it and continuing.
 
     Returns:
         Figures, failures and summaries.
@@ -156,7 +156,7 @@ def evaluate(
 
 
 class _Counter:
-    """Tells how many comparisons have ended, beginning with none."""
+    """Reports how many comparisons have ended, beginning with none."""
 
     def __init__(self, progress: Callable[[Progress], None], total: int) -> None:
         self._progress, self._total, self._done = progress, total, 0
@@ -169,7 +169,7 @@ class _Counter:
 
 
 def _distinct(models: Sequence[Model]) -> Sequence[Model]:
-    """The models, of which no name may be given twice: that is found before any is loaded."""
+    """Refuses a name that is given twice, before any model is loaded; returns the models."""
     names = [model for model in models if isinstance(model, str)]
     if len(set(names)) < len(names):
         raise EarVAEError(f"a model is given twice: {', '.join(names)}")
@@ -181,7 +181,7 @@ def _files_of(task: Task) -> list[Path]:
 
 
 def _known_failures(found: Pairs, system: str, without_estimate: str) -> list[dict[str, str]]:
-    """What is known to fail before any work: originals without an estimate, and what could not be seen."""
+    """Lists failures that are known in advance: originals without an estimate, and unreadable folders."""
     failures = [
         {"name": target, "system": system, "error": without_estimate} for target in found.without_estimate
     ]
@@ -192,7 +192,7 @@ def _known_failures(found: Pairs, system: str, without_estimate: str) -> list[di
 
 
 def _absolute(name: str) -> str:
-    """The absolute path of what exists, also after the `=` of a codec; other names as they are."""
+    """Makes the path of an existing file or folder absolute, also after the `=` of a codec."""
     if Path(name).exists():
         return str(Path(name).resolve())
     codec, _, source = name.partition("=")

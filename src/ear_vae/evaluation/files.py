@@ -1,4 +1,4 @@
-"""One pair of files: differences in length, rate, channels and time are handled and noted."""
+"""Comparing one pair of files; differences in length, rate, channels and time are handled and noted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ear_vae.evaluation.pairs import Pair
 from ear_vae.evaluation.spectra import SHORTEST_SAMPLES, SPECTRAL_RATE
 from ear_vae.evaluation.systems.base import System, rebuild
 
-# Every number in a row but these is a metric or what one is made of.
+# What the metrics of loudness and peak are the differences of.
 QUANTITIES = tuple(
     f"{name}_{side}"
     for name in ("lufs", "loudness_range_lu", "true_peak_dbtp")
@@ -27,7 +27,7 @@ QUANTITIES = tuple(
 LONGEST_DELAY_SECONDS = 0.1
 _NOTED_SECONDS = 0.1
 _CORRELATED_SECONDS = 30
-# A delay is worth a word where the signals are that much more alike after it is taken out.
+# A delay is noted where taking it out makes the signals at least this much more alike.
 _NOTED_RATIO = 1.02
 
 _HIGHEST_INTEGER = 2**63
@@ -38,9 +38,9 @@ Row = dict[str, Any]
 def compare_files(pair: Pair, *, align: bool, system: System | None = None) -> Row:
     """Measures one pair.
 
-    Both signals are cut to the shorter; SI-SDR and spectral metrics are taken at 44.1 kHz, loudness and
-    peaks at each file's own rate; mono is duplicated where the other is stereo. Whatever was done, and each
-    metric that has no value, is in `notes`.
+    Both signals are cut to the length of the shorter; SI-SDR and spectral metrics are computed at 44.1 kHz,
+    loudness and peaks at each file's own rate; mono is duplicated where the other file is stereo. `notes` say
+    what was done, and which metrics have no value.
 
     Args:
         pair: Files to compare.
@@ -113,7 +113,7 @@ def _is_figure(value: Any) -> bool:
 
 
 def file_identity(path: Path | None) -> list[str | int] | None:
-    """Path, size and modification time, which change when a file does; None without a file."""
+    """Returns path, size and modification time, which change when a file does; None without a file."""
     if path is None:
         return None
     status = path.stat()
@@ -123,7 +123,7 @@ def file_identity(path: Path | None) -> list[str | int] | None:
 def figures(
     estimate: Tensor, estimate_rate: int, target: Tensor, rate: int, notes: list[str]
 ) -> dict[str, float | None]:
-    """Measures audio of equal channels.
+    """Measures audio with equal numbers of channels.
 
     Args:
         estimate: Rebuilt audio, [C, T].

@@ -1,7 +1,8 @@
 """The metrics of the paper, each a function of (estimate, target), or all at once.
 
-Both signals are cut to the shorter. SI-SDR and the spectral figures are taken at 44.1 kHz after
-torchaudio's default resampling, as published figures are; loudness and true peak at the signal's own rate.
+Both signals are cut to the length of the shorter. SI-SDR and the spectral figures are computed at 44.1 kHz
+after torchaudio's default resampling, as published figures are; loudness and true peak at the signal's own
+rate.
 Tensors are [C, T] for one pair, with scalar results, or [B, C, T] for a batch, with results [B].
 """
 
@@ -14,8 +15,9 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from ear_vae.dsp import loudness, si_sdr
+from ear_vae.dsp import loudness
 from ear_vae.dsp.resampling import resample_briefly
+from ear_vae.dsp.si_sdr import scale_invariant_sdr_db
 from ear_vae.errors import EarVAEError
 from ear_vae.evaluation.spectra import SPECTRAL_RATE, compare_spectra
 from ear_vae.limits import sample_rate_of
@@ -45,7 +47,9 @@ _WHY_UNDEFINED = {
 
 
 def si_sdr_db(estimate: Tensor, target: Tensor, *, sample_rate: int = SPECTRAL_RATE) -> Tensor:
-    """Scale-invariant signal-to-distortion ratio in dB, averaged over channels; higher is better.
+    """Computes the scale-invariant signal-to-distortion ratio in dB, averaged over channels.
+
+    Higher is better.
 
     Args:
         estimate: [C, T] or [B, C, T].
@@ -53,7 +57,8 @@ def si_sdr_db(estimate: Tensor, target: Tensor, *, sample_rate: int = SPECTRAL_R
         sample_rate: Sample rate of both in Hz.
 
     Returns:
-        See `ear_vae.dsp.si_sdr.si_sdr_db`: finite also for equal signals and for a silent estimate.
+        See `ear_vae.dsp.si_sdr.scale_invariant_sdr_db`: finite also for equal signals and for a silent
+        estimate.
 
     Raises:
         EarVAEError: Wrong or different shapes, NaN or infinity in a signal, or a target that is silent or
@@ -63,10 +68,10 @@ def si_sdr_db(estimate: Tensor, target: Tensor, *, sample_rate: int = SPECTRAL_R
 
 
 def mel_distance(estimate: Tensor, target: Tensor, *, sample_rate: int = SPECTRAL_RATE) -> Tensor:
-    """Multi-resolution mel distance: spectral convergence plus L1 of log magnitudes; 0 for equal signals.
+    """Computes the multi-resolution mel distance: spectral convergence plus L1 of log magnitudes.
 
-    A-weighted, 64 mel bands, window sizes 4096 to 512. Not symmetric. Magnitudes below 1e-4 count as
-    1e-4, so that two silent signals are equal and a silent estimate has a distance.
+    It is 0 for equal signals. A-weighted, 64 mel bands, window sizes 4096 to 512. Not symmetric. Magnitudes
+    below 1e-4 count as 1e-4, so that two silent signals are equal and a silent estimate has a distance.
 
     Args:
         estimate: [C, T] or [B, C, T], at least 47 ms.
@@ -83,7 +88,7 @@ def mel_distance(estimate: Tensor, target: Tensor, *, sample_rate: int = SPECTRA
 
 
 def stft_distance(estimate: Tensor, target: Tensor, *, sample_rate: int = SPECTRAL_RATE) -> Tensor:
-    """As `mel_distance`, over all bins of window sizes 4096 to 128.
+    """Computes the same distance as `mel_distance`, over all bins of window sizes 4096 to 128.
 
     Args:
         estimate: [C, T] or [B, C, T], at least 47 ms.
@@ -97,7 +102,7 @@ def stft_distance(estimate: Tensor, target: Tensor, *, sample_rate: int = SPECTR
 
 
 def icpc(estimate: Tensor, target: Tensor, *, sample_rate: int = SPECTRAL_RATE) -> Tensor:
-    """Phase coherence of each channel with its original, from 0 to 1 (equal).
+    """Computes the phase coherence of each channel with its original, from 0 to 1 (equal).
 
     |Σ_f w exp(jΔφ)| / Σ_f w per frame, with w = |X||Y|, averaged over frames by Σ_f w, then over window
     sizes 4096 to 512 and over the channels that are not silent. A gain, a polarity flip and a rotation of
@@ -115,7 +120,7 @@ def icpc(estimate: Tensor, target: Tensor, *, sample_rate: int = SPECTRAL_RATE) 
 
 
 def ccpc(estimate: Tensor, target: Tensor, *, sample_rate: int = SPECTRAL_RATE) -> Tensor:
-    """Coherence of the phase differences between left and right, from 0 to 1 (equal).
+    """Computes the coherence of the phase differences between left and right, from 0 to 1 (equal).
 
     As `icpc`, with the difference of estimate and target in angle(L R*) as Δφ, and w = |L||R| of the
     estimate. A bin that is silent in the target counts as having been in phase there.
@@ -132,7 +137,7 @@ def ccpc(estimate: Tensor, target: Tensor, *, sample_rate: int = SPECTRAL_RATE) 
 
 
 def true_peak_distance_db(estimate: Tensor, target: Tensor) -> Tensor:
-    """Absolute difference of the true peaks in dB; 0 where both signals are silent.
+    """Computes the absolute difference of the true peaks in dB; 0 where both signals are silent.
 
     Args:
         estimate: [C, T] or [B, C, T].
@@ -145,7 +150,7 @@ def true_peak_distance_db(estimate: Tensor, target: Tensor) -> Tensor:
 
 
 def loudness_distance_lu(estimate: Tensor, target: Tensor, *, sample_rate: int) -> Tensor:
-    """Absolute difference of the integrated loudness in LU; 0 where both signals are silent.
+    """Computes the absolute difference of integrated loudness in LU; 0 where both signals are silent.
 
     Args:
         estimate: [C, T] or [B, C, T], at least 0.4 s.
@@ -159,7 +164,7 @@ def loudness_distance_lu(estimate: Tensor, target: Tensor, *, sample_rate: int) 
 
 
 def loudness_range_distance_lu(estimate: Tensor, target: Tensor, *, sample_rate: int) -> Tensor:
-    """Absolute difference of the loudness ranges in LU.
+    """Computes the absolute difference of the loudness ranges in LU.
 
     Args:
         estimate: [C, T] or [B, C, T], at least 0.4 s.
@@ -180,19 +185,19 @@ def measure(
     estimate_sample_rate: int | None = None,
     names: Collection[str] = METRICS,
 ) -> dict[str, Tensor]:
-    """Several metrics of the same signals, faster than one by one.
+    """Computes several metrics of the same signals, faster than one by one.
 
     Args:
         estimate: [C, T] or [B, C, T].
         target: Same shape but for T.
         sample_rate: Sample rate of the target in Hz.
-        estimate_sample_rate: Sample rate of the estimate in Hz where it is another.
+        estimate_sample_rate: Sample rate of the estimate in Hz, where it differs from that of the target.
         names: Names of metrics, out of `METRICS`.
 
     Returns:
-        The metrics in float64, NaN where one is undefined (see the single functions and `why_undefined`);
-        with a metric of loudness or peak also what it is the difference of: `lufs_estimate`, `lufs_target`,
-        `loudness_range_lu_...` and `true_peak_dbtp_...`, -infinite for silence.
+        The metrics in float64, NaN where one is undefined (see each function and `why_undefined`);
+        with a metric of loudness or peak also the two values that it compares: `lufs_estimate`,
+        `lufs_target`, `loudness_range_lu_...` and `true_peak_dbtp_...`, -infinite for silence.
 
     Raises:
         EarVAEError: An unknown name, wrong or different shapes, NaN or infinity in a signal, too few
@@ -219,7 +224,7 @@ def measure(
 
 
 def why_undefined(name: str) -> str:
-    """The reason for which a metric has no value, in words."""
+    """Returns in words why a metric has no value."""
     return _WHY_UNDEFINED.get(name, "it has no finite value for these signals")
 
 
@@ -234,7 +239,7 @@ def _one(name: str, estimate: Tensor, target: Tensor, sample_rate: int) -> Tenso
 def _compare_at_44k(estimate: Tensor, target: Tensor, wanted: set[str]) -> dict[str, Tensor]:
     results = {}
     if "si_sdr_db" in wanted:
-        results["si_sdr_db"] = si_sdr.si_sdr_db(estimate, target).double()
+        results["si_sdr_db"] = scale_invariant_sdr_db(estimate, target).double()
     if wanted & (_DISTANCES | _COHERENCES):
         pair = (estimate, target) if target.ndim == 3 else (estimate.unsqueeze(0), target.unsqueeze(0))
         figures = compare_spectra(

@@ -1,4 +1,4 @@
-"""Which rebuilt file belongs to which original."""
+"""Finding out which rebuilt file belongs to which original."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Pair:
     """An original and what a system made of it.
 
     Attributes:
-        name: The original's path inside its folder, with `/`, without extension.
-        target: The original.
-        estimate: The rebuilt file; None where a model is still to make it.
+        name: Path of the original inside its folder, with `/`, without extension.
+        target: Path of the original.
+        estimate: Path of the rebuilt file; None where a model is still to make it.
     """
 
     name: str
@@ -29,13 +29,13 @@ class Pair:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs, and what belongs to none.
+    """Pairs, and files that belong to none.
 
     Attributes:
-        pairs: Sorted by name.
+        pairs: Pairs, sorted by name.
         without_estimate: Names of originals that have no rebuilt file.
         without_target: Rebuilt files that belong to no original.
-        unreadable: Parts of the folders that could not be seen, as in `ear_vae.audio.folders.Found`.
+        unreadable: Parts of the folders that could not be read, as in `ear_vae.audio.folders.Found`.
     """
 
     pairs: tuple[Pair, ...]
@@ -51,7 +51,7 @@ def find_targets(target: Path) -> Pairs:
         target: Folder of originals, searched with its subfolders, or one file.
 
     Raises:
-        EarVAEError: Nothing there, or two files of one name.
+        EarVAEError: There is no such file or folder, no audio in it, or two files of one name.
     """
     if target.is_file():
         return Pairs((Pair(target.stem, target),))
@@ -86,7 +86,7 @@ def find_pairs(target: Path, estimate: Path, *, pattern: str = DEFAULT_PATTERN) 
     rebuilt, unseen_too = _by_name(estimate)
     wanted = {name: pattern.replace("{name}", name) for name in originals}
     if target.resolve() == estimate.resolve() and pattern != DEFAULT_PATTERN:
-        # Side by side in one folder, what is an estimate of one file is no original itself.
+        # In a shared folder, the estimate of one file is not an original itself.
         for made in set(wanted.values()):
             originals.pop(made, None)
     pairs = tuple(

@@ -1,4 +1,4 @@
-"""Results of many files: summary, JSON, CSV and a table for the terminal."""
+"""Results over many files: summary, JSON, CSV and a table for the terminal."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Evaluation:
 
     @property
     def summaries(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """The result of `summarize` for each system, by its name."""
+        """Results of `summarize` by name of the system."""
         return {name: summarize(rows) for name, rows in _by_system(self.rows).items()}
 
     def as_dict(self) -> dict[str, Any]:
@@ -156,20 +156,20 @@ def summarize(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
 
 
 def worst(rows: Sequence[Row], metric: str, count: int = _WORST_SHOWN) -> list[str]:
-    """Names of the files with the worst values, worst first."""
+    """Returns the names of the files with the worst values, worst first."""
     sign = 1 if metric in HIGHER_IS_BETTER else -1
     valued = sorted((row for row in rows if row[metric] is not None), key=lambda row: sign * row[metric])
     return [row["name"] for row in valued[:count]]
 
 
-def read_json(path: Path) -> tuple[list[Row], Inputs]:
+def read_evaluation(path: Path) -> tuple[list[Row], Inputs]:
     """Reads the rows of an evaluation, and what was compared.
 
     Args:
         path: File that `Evaluation.write_json` wrote.
 
     Raises:
-        EarVAEError: The file is missing, or no evaluation.
+        EarVAEError: The file is missing, or is not an evaluation.
     """
     try:
         if path.exists() and not path.is_file():
@@ -270,12 +270,12 @@ def _shown(value: float | None, metric: str) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """The number with its noun in the singular or plural: `1 file`, `2 files`."""
+    """Returns a number with its noun in the singular or plural: `1 file`, `2 files`."""
     return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
 def first_names(names: Sequence[str]) -> str:
-    """The first names, escaped, and how many more there are: a terminal is no place for thousands."""
+    """Returns the first names, escaped, and the number of the others: thousands would fill a terminal."""
     more = len(names) - _NAMES_SHOWN
     return ", ".join(map(escaped, names[:_NAMES_SHOWN])) + (f" and {more} more" if more > 0 else "")
 

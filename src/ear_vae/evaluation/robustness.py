@@ -21,16 +21,16 @@ _STEPS_OF_8_BITS = 255
 
 @dataclass(frozen=True)
 class RobustnessPoint:
-    """One point of the curve.
+    """One point of the robustness curve.
 
     Attributes:
-        perturbation: `none`, `noise`, `float16` or `int8`.
+        perturbation: Kind of perturbation: `none`, `noise`, `float16` or `int8`.
         level: Standard deviation of the noise, relative to that of each latent channel; 0 for the others.
-        latent_error: Root mean square of what was changed, relative to that of the latents about their
-            mean, over all channels.
+        latent_error: Root mean square of the change, relative to that of the latents around their mean, over
+            all channels.
         against_original: Metrics of the decoded audio against the original.
-        against_clean: Metrics of the decoded audio against what the untouched latents decode to; empty for
-            those.
+        against_clean: Metrics of the decoded audio against that of the untouched latents; empty for those
+            themselves.
     """
 
     perturbation: str
@@ -49,16 +49,16 @@ def latent_robustness(
     names: Collection[str] = _NAMES,
     generator: torch.Generator | None = None,
 ) -> list[RobustnessPoint]:
-    """The curve: untouched latents, stored in float16 and in 8 bits, and with noise of growing level.
+    """Measures audio decoded from latents that are untouched, in float16, in 8 bits, and noisy.
 
-    The latents are the posterior's mean. Noise is Gaussian, its standard deviation `level` times that of
-    each channel over the frames of this audio: what a generator of latents with that error would give.
+    The latents are the posterior's mean. Noise is Gaussian, with a standard deviation of `level` times that
+    of each channel over the frames of this audio: what a generator of latents with that error would produce.
     8 bits are 256 even steps from the lowest to the highest value of each channel.
 
     Args:
         vae: Model to measure.
-        audio: [C, T] with 1 or 2 channels.
-        sample_rate: Sample rate of `audio` in Hz; it is compared at this rate.
+        audio: Audio to encode, [C, T] with 1 or 2 channels.
+        sample_rate: Sample rate of `audio` in Hz, at which signals are compared.
         noise_levels: Levels of the noise, 0 or more.
         names: Names of metrics, out of `ear_vae.evaluation.METRICS`.
         generator: Source of the noise, on the CPU.
@@ -91,7 +91,7 @@ def latent_robustness(
 
 
 def quantize_8_bits(latents: Tensor) -> Tensor:
-    """Latents [..., D, N] rounded to 256 even steps from the lowest to the highest value of each channel."""
+    """Rounds latents [..., D, N] to 256 even steps from the lowest to the highest value of each channel."""
     low = latents.amin(dim=-1, keepdim=True)
     step = (latents.amax(dim=-1, keepdim=True) - low) / _STEPS_OF_8_BITS
     return torch.where(step > 0, low + ((latents - low) / step).round() * step, latents)

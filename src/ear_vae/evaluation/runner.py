@@ -1,4 +1,4 @@
-"""Going through many pairs: in parallel, resumable, and on after one that failed."""
+"""Comparing many pairs: in parallel, resumable, and regardless of single failures."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def run_tasks(
     finished: Callable[[Task, Row | str], None] = lambda task, result: None,
     debug: bool = False,
 ) -> Results:
-    """Makes every comparison.
+    """Makes all comparisons.
 
     Args:
         tasks: Comparisons; those with a system are made here one after the other, those of two files in
@@ -84,7 +84,7 @@ def run_tasks(
         jobs: Number of processes; by default one for each processor, and fewer for few pairs. With 1 all
             is done in this process.
         finished: Function that is called with each task and its row, or the reason for its failure.
-        debug: Raise a failure as it is, instead of noting it and going on; only in this process.
+        debug: Raise a failure as it is instead of recording it and continuing; only in this process.
 
     Raises:
         EarVAEError: `partial` cannot be written.
@@ -153,7 +153,7 @@ def _in_processes(
 
 
 def _prepare_process(threads: int) -> None:
-    # Ctrl-C, and that it was closed, reach every process of the terminal; the first one decides.
+    # Ctrl-C and closing the terminal reach every process in it; the first one decides.
     for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -161,10 +161,10 @@ def _prepare_process(threads: int) -> None:
 
 
 def _attempt(task: Task, debug: bool) -> Row | str:
-    """The row, or in one line why there is none."""
+    """Returns the row, or in one line why there is none."""
     try:
         row = compare_files(task.pair, align=task.align, system=task.system)
-    # Whatever one file does, the others are done.
+    # Whatever happens with one file, the others are compared.
     except Exception as error:
         if debug:
             raise
@@ -184,7 +184,7 @@ def _key_or_none(task: Task) -> str | None:
 
 
 def _read_partial(partial: Path) -> dict[str, Row]:
-    """Rows by key; a line that an interrupted run has left half-written, or that is damaged, is not there."""
+    """Reads rows by key; a line that is damaged, or half-written by an interrupted run, is ignored."""
     known: dict[str, Row] = {}
     if not partial.is_file():
         return known

@@ -48,7 +48,7 @@ class SpectralFigures(NamedTuple):
 def compare_spectra(
     estimate: Tensor, target: Tensor, *, distances: bool = True, coherences: bool = True
 ) -> SpectralFigures:
-    """All spectral figures of pairs at 44.1 kHz, in memory that does not grow with their length.
+    """Computes all spectral figures of pairs at 44.1 kHz, in memory that does not grow with their length.
 
     Args:
         estimate: Rebuilt audio, [B, C, T] in float32 with T of at least 2049.
@@ -80,7 +80,7 @@ def compare_spectra(
             for size in COHERENCE_SIZES:
                 phase.add(size, _spectra(pair, size, first, stop))
     none = torch.full(target.shape[:1], torch.nan, dtype=torch.float64, device=target.device)
-    # There is nothing to relate an error to, and no direction to compare with.
+    # With a silent target there is nothing to relate an error to, and no phase to compare with.
     hopeless = _silent(target) & ~_silent(estimate)
     return SpectralFigures(
         mel.value().masked_fill_(hopeless, torch.nan) if mel else none,
@@ -95,7 +95,7 @@ def _silent(audio: Tensor) -> Tensor:
 
 
 class _Distances:
-    """Spectral convergence plus L1 distance of log magnitudes, summed up over blocks, per window size."""
+    """Adds up spectral convergence and L1 distance of log magnitudes over blocks, per window size."""
 
     def __init__(self, sizes: Sequence[int], target: Tensor) -> None:
         empty = torch.zeros(4, target.shape[0], dtype=torch.float64, device=target.device)
@@ -111,7 +111,7 @@ class _Distances:
         self._sums[size] += torch.stack((difference, norm, logarithm, count))
 
     def value(self) -> Tensor:
-        """The mean over sizes, [B]."""
+        """Returns the mean over sizes, [B]."""
         each = [
             (difference / norm).sqrt() + logarithm / count
             for difference, norm, logarithm, count in self._sums.values()
@@ -120,12 +120,12 @@ class _Distances:
 
 
 class _Coherences:
-    """How far phase differences agree over the bins of each frame, summed up over blocks, per size."""
+    """Adds up how far phase differences agree over the bins of each frame, over blocks, per size."""
 
     def __init__(self, target: Tensor) -> None:
         batch, channels, _ = target.shape
         empty = torch.zeros(2, batch, channels + 1, dtype=torch.float64, device=target.device)
-        # The channels, then the pair of left and right.
+        # For each channel, then for the pair of left and right.
         self._sums = {size: empty.clone() for size in COHERENCE_SIZES}
 
     def add(self, size: int, spectra: Tensor) -> None:
@@ -139,11 +139,11 @@ class _Coherences:
             self._sums[size][..., -1] += _coherence(between * direction.conj())
 
     def per_channel(self) -> Tensor:
-        """ICPC [B]: the mean over sizes, then over the channels that have one."""
+        """Returns ICPC [B]: the mean over sizes, then over the channels that have a value."""
         return self._over_sizes()[:, :-1].nanmean(dim=1)
 
     def cross_channel(self) -> Tensor:
-        """CCPC [B]: the mean over sizes."""
+        """Returns CCPC [B]: the mean over sizes."""
         return self._over_sizes()[:, -1]
 
     def _over_sizes(self) -> Tensor:
@@ -168,7 +168,7 @@ def _blocks(target: Tensor) -> Iterator[tuple[int, int]]:
 
 
 def _segment(estimate: Tensor, target: Tensor, first: int, stop: int, *, weighted: bool) -> Tensor:
-    """Both signals around the frames of a block, reflected at the ends of the signal: [2, B, C, samples].
+    """Cuts both signals around the frames of a block, reflected at their ends: [2, B, C, samples].
 
     The segment begins `_REACH` before `first` and ends where the last frame does, or later.
     """
@@ -192,7 +192,7 @@ def _segment(estimate: Tensor, target: Tensor, first: int, stop: int, *, weighte
 
 
 def _spectra(pair: Tensor, size: int, first: int, stop: int) -> Tensor:
-    """Spectra of the frames centred in the block: [2, B, C, frames, bins]."""
+    """Computes the spectra of the frames centred in the block: [2, B, C, frames, bins]."""
     hop = size // 4
     num_frames = -(-(stop - first) // hop)
     start = _REACH - size // 2

@@ -1,4 +1,4 @@
-"""Distortion of tones through a system (THD+N after AES17), and the spectrum of what it gets wrong."""
+"""Distortion of tones by a system (THD+N after AES17), and the spectrum of its error."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ear_vae.errors import EarVAEError
 AES17_HZ, AES17_DBFS = 997.0, -1.0
 SWEEP_HZ = (40.0, 100.0, 250.0, 500.0, AES17_HZ, 2000.0, 4000.0, 8000.0, 12_000.0, 16_000.0)
 SWEEP_DBFS = (-1.0, -10.0, -20.0, -40.0, -60.0)
-# What counts as heard; AES17's band.
+# The band of AES17.
 _BAND_HZ = (20.0, 20_000.0)
 _HARMONICS = 10
-# Cut off at either end of what a system returns, where it fades in or out.
+# Cut off at both ends of what a system returns, where it fades in or out.
 _SETTLING_SECONDS = 0.25
 _LOWEST_POWER = 1e-30
 
@@ -26,16 +26,16 @@ AudioFunction = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class ToneDistortion:
-    """What a system makes of one tone.
+    """Distortion of one tone by a system.
 
     Attributes:
         frequency_hz: Frequency of the tone in Hz.
         level_dbfs: Level of the tone that went in; 0 for a sine with peaks at full scale.
         gain_db: Level of the tone that came out, relative to what went in.
-        thd_n_db: All that came out but the tone, from 20 Hz to 20 kHz, relative to all that came out
-            (root mean squares); NaN where a channel comes out silent.
-        thd_db: The 2nd to 10th harmonics relative to the tone; -infinite where none fits into the band, NaN
-            where a channel comes out silent.
+        thd_n_db: Level of everything but the tone that came out, from 20 Hz to 20 kHz, relative to everything
+            that came out (root mean squares); NaN where a channel comes out silent.
+        thd_db: Level of the 2nd to 10th harmonics relative to the tone; -infinite where none fits in the
+            band, NaN where a channel comes out silent.
     """
 
     frequency_hz: float
@@ -46,7 +46,7 @@ class ToneDistortion:
 
 
 def tone(frequency_hz: float, sample_rate: int, *, level_dbfs: float, seconds: float = 3.0) -> Tensor:
-    """A stereo sine [2, T], equal in both channels, that fades in and out over 10 ms."""
+    """Makes a stereo sine [2, T], equal in both channels, that fades in and out over 10 ms."""
     time = torch.arange(round(seconds * sample_rate), dtype=torch.float64) / sample_rate
     fade = (torch.minimum(time, time.flip(0)) / 0.01).clamp(max=1)
     sine = 10 ** (level_dbfs / 20) * torch.sin(2 * math.pi * frequency_hz * time) * fade
@@ -60,10 +60,10 @@ def tone_distortion(
     frequency_hz: float = AES17_HZ,
     level_dbfs: float = AES17_DBFS,
 ) -> ToneDistortion:
-    """THD+N and THD of a system at one frequency and level.
+    """Measures THD+N and THD of a system at one frequency and level.
 
-    AES17 takes the tone out with a notch of Q 1.2 to 3. Here the sine that fits the output best is taken
-    out, so that also what lies close to the tone, such as a wavering level, counts as distortion.
+    AES17 removes the tone with a notch of Q 1.2 to 3. Here the sine that fits the output best is removed, so
+    that whatever lies close to the tone, such as a wavering level, counts as distortion too.
 
     Args:
         system: Function that takes audio [2, T] at `sample_rate` and returns it, about as long, with 1 or 2
@@ -112,12 +112,12 @@ def distortion_sweep(
     frequencies_hz: Iterable[float] = SWEEP_HZ,
     levels_dbfs: Iterable[float] = (AES17_DBFS,),
 ) -> list[ToneDistortion]:
-    """`tone_distortion` at every frequency, for every level.
+    """Measures `tone_distortion` at every frequency, for every level.
 
     Args:
         system: Function to measure, as for `tone_distortion`.
         sample_rate: Sample rate of the audio in Hz.
-        frequencies_hz: Those that do not fit below the Nyquist frequency are left out.
+        frequencies_hz: Frequencies of the tones; those above the Nyquist frequency are left out.
         levels_dbfs: Levels of the tones, such as `SWEEP_DBFS`.
 
     Raises:
@@ -134,17 +134,17 @@ def distortion_sweep(
 def residual_spectrum(
     estimate: Tensor, target: Tensor, sample_rate: int, *, window_size: int = 8192
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean power spectra of what is wrong and of what should be there.
+    """Computes the mean power spectra of the error and of the target.
 
     Args:
-        estimate: [C, T].
-        target: Same shape but for T; both are cut to the shorter.
+        estimate: Rebuilt audio, [C, T].
+        target: Original audio, same shape but for T; both are cut to the shorter.
         sample_rate: Sample rate of the audio in Hz.
         window_size: Size of the Hann window in samples; windows overlap by half.
 
     Returns:
         Frequencies in Hz, power of `estimate - target` and power of `target` per bin in dB, each [F] in
-        float64. The powers of all bins sum up to the mean square, averaged over channels.
+        float64. The powers of all bins add up to the mean square, averaged over channels.
 
     Raises:
         EarVAEError: Different channels, or fewer samples than one window.
@@ -172,7 +172,7 @@ def _settled(output: Tensor, sample_rate: int) -> Tensor:
 def _without_harmonics(
     audio: Tensor, frequency_hz: float, sample_rate: int, count: int
 ) -> tuple[Tensor, Tensor]:
-    """What remains of audio [C, T] without the first harmonics, and their amplitudes [C, count]."""
+    """Returns audio [C, T] without its first harmonics, and their amplitudes [C, count]."""
     angle = 2 * math.pi * frequency_hz / sample_rate * torch.arange(audio.shape[1], dtype=torch.float64)
     orders = torch.arange(1, count + 1, dtype=torch.float64)[:, None]
     waves = torch.cat((torch.cos(orders * angle), torch.sin(orders * angle)))
@@ -181,7 +181,7 @@ def _without_harmonics(
 
 
 def _band_power(audio: Tensor, sample_rate: int) -> Tensor:
-    """Mean square from 20 Hz to 20 kHz of audio [C, T]."""
+    """Returns the mean square of audio [C, T] from 20 Hz to 20 kHz."""
     num_samples = audio.shape[1]
     frequencies = torch.fft.rfftfreq(num_samples, 1 / sample_rate, dtype=torch.float64)
     inside = (frequencies >= _BAND_HZ[0]) & (frequencies <= _BAND_HZ[1])

@@ -23,6 +23,7 @@ class ReconstructionMetrics(Metric):
     Args:
         sample_rate: Sample rate of the audio in Hz.
         names: Names of metrics, out of `ear_vae.evaluation.METRICS`.
+        kwargs: Arguments of `torchmetrics.Metric`.
 
     Raises:
         EarVAEError: An unknown name or none.
@@ -61,12 +62,12 @@ class ReconstructionMetrics(Metric):
             self._add(name, "undefined", (~defined).sum())
 
     def compute(self) -> Any:
-        """Means by name, in float64; NaN, with a warning, where no pair had a value."""
+        """Returns means by name, in float64; NaN, with a warning, where no pair had a value."""
         return {name: self._mean(name) for name in self.names}
 
     @property
     def undefined(self) -> dict[str, int]:
-        """Pairs that each mean leaves out."""
+        """Number of pairs that each mean leaves out."""
         return {name: int(getattr(self, f"{name}_undefined")) for name in self.names}
 
     def _add(self, name: str, state: str, value: Tensor) -> None:
@@ -79,92 +80,67 @@ class ReconstructionMetrics(Metric):
         return total / count
 
 
-class _SingleMetric(ReconstructionMetrics):
+class SingleMetric(ReconstructionMetrics):
+    """Mean of one metric over all pairs seen, a scalar; its subclasses say of which.
+
+    Args:
+        sample_rate: Sample rate of the audio in Hz.
+        kwargs: Arguments of `torchmetrics.Metric`.
+    """
+
     name: str
 
     def __init__(self, sample_rate: int, **kwargs: Any) -> None:
         super().__init__(sample_rate, (self.name,), **kwargs)
 
     def compute(self) -> Tensor:
-        """The mean over all pairs seen, a scalar in float64; NaN, with a warning, where none had a value."""
+        """Returns the mean over all pairs seen, in float64; NaN, with a warning, where none had a value."""
         return self._mean(self.name)
 
 
-class SiSdr(_SingleMetric):
-    """Mean of `si_sdr_db` over pairs.
-
-    Args:
-        sample_rate: Sample rate of the audio in Hz.
-    """
+class SiSdr(SingleMetric):
+    """Mean of `si_sdr_db` over pairs, see `SingleMetric`."""
 
     name, higher_is_better = "si_sdr_db", True
 
 
-class MelDistance(_SingleMetric):
-    """Mean of `mel_distance` over pairs.
-
-    Args:
-        sample_rate: Sample rate of the audio in Hz.
-    """
+class MelDistance(SingleMetric):
+    """Mean of `mel_distance` over pairs, see `SingleMetric`."""
 
     name, higher_is_better = "mel_distance", False
 
 
-class StftDistance(_SingleMetric):
-    """Mean of `stft_distance` over pairs.
-
-    Args:
-        sample_rate: Sample rate of the audio in Hz.
-    """
+class StftDistance(SingleMetric):
+    """Mean of `stft_distance` over pairs, see `SingleMetric`."""
 
     name, higher_is_better = "stft_distance", False
 
 
-class Icpc(_SingleMetric):
-    """Mean of `icpc` over pairs.
-
-    Args:
-        sample_rate: Sample rate of the audio in Hz.
-    """
+class Icpc(SingleMetric):
+    """Mean of `icpc` over pairs, see `SingleMetric`."""
 
     name, higher_is_better = "icpc", True
 
 
-class Ccpc(_SingleMetric):
-    """Mean of `ccpc` over pairs.
-
-    Args:
-        sample_rate: Sample rate of the audio in Hz.
-    """
+class Ccpc(SingleMetric):
+    """Mean of `ccpc` over pairs, see `SingleMetric`."""
 
     name, higher_is_better = "ccpc", True
 
 
-class TruePeakDistance(_SingleMetric):
-    """Mean of `true_peak_distance_db` over pairs.
-
-    Args:
-        sample_rate: Sample rate of the audio in Hz.
-    """
+class TruePeakDistance(SingleMetric):
+    """Mean of `true_peak_distance_db` over pairs, see `SingleMetric`."""
 
     name, higher_is_better = "true_peak_distance_db", False
 
 
-class LoudnessDistance(_SingleMetric):
-    """Mean of `loudness_distance_lu` over pairs.
-
-    Args:
-        sample_rate: Sample rate of the audio in Hz.
-    """
+class LoudnessDistance(SingleMetric):
+    """Mean of `loudness_distance_lu` over pairs, see `SingleMetric`."""
 
     name, higher_is_better = "loudness_distance_lu", False
 
 
-class LoudnessRangeDistance(_SingleMetric):
-    """Mean of `loudness_range_distance_lu` over pairs.
-
-    Args:
-        sample_rate: Sample rate of the audio in Hz.
-    """
+class LoudnessRangeDistance(SingleMetric):
+    """Mean of `loudness_range_distance_lu` over pairs, see `SingleMetric`."""
 
     name, higher_is_better = "loudness_range_distance_lu", False

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from ear_vae.config import EarVAEConfig
 from ear_vae.dsp.stream_buffer import StreamBuffer
 from ear_vae.network import Decoder, Encoder
+from ear_vae.network.blocks import convolutions
 
 # Of a tile along the file, by device: what its widest activation would take in one piece. A CPU has all
 # stages but the last whole, about half as much at a time.
@@ -61,7 +62,7 @@ def observe_tiles(callback: Callable[[int], None]) -> Iterator[None]:
 def encoder_reach(encoder: nn.Module, downsampling_ratio: int) -> tuple[int, int]:
     """Samples before and after its own `downsampling_ratio` samples that one latent frame depends on."""
     first, last = 0, 0
-    for conv in reversed(_convolutions(encoder)):
+    for conv in reversed(convolutions(encoder)):
         (kernel,), (stride,), (dilation,), padding = _geometry(conv)
         first = first * stride - padding
         last = last * stride - padding + dilation * (kernel - 1)
@@ -71,7 +72,7 @@ def encoder_reach(encoder: nn.Module, downsampling_ratio: int) -> tuple[int, int
 def decoder_reach(decoder: nn.Module, downsampling_ratio: int) -> tuple[int, int]:
     """Latent frames before and after its own that the samples of one frame depend on."""
     first, last = 0, downsampling_ratio - 1
-    for conv in reversed(_convolutions(decoder)):
+    for conv in reversed(convolutions(decoder)):
         (kernel,), (stride,), (dilation,), padding = _geometry(conv)
         if isinstance(conv, nn.ConvTranspose1d):
             # Output t takes input n where 0 <= t + padding - n * stride < kernel.
@@ -411,11 +412,6 @@ def _assembled(
         output[rows, ..., start * outputs_per_frame : stop * outputs_per_frame] = tile
     assert output is not None, "an empty input is refused before it comes here"
     return output
-
-
-def _convolutions(network: nn.Module) -> list[nn.Conv1d | nn.ConvTranspose1d]:
-    """The convolutions in the order they run, which is the order they are registered in."""
-    return [module for module in network.modules() if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d))]
 
 
 def _geometry(

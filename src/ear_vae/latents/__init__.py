@@ -1,4 +1,4 @@
-"""Latent files: what the encoder gave, with all it takes to decode it again."""
+"""Latent files: what the encoder returned, with all it takes to decode it."""
 
 from ear_vae.latents.file import Latents, is_latent_file, load_latents, save_latents
 

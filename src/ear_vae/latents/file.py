@@ -1,4 +1,4 @@
-"""The latent file: a safetensors file that says what it needs to be decoded."""
+"""Reading and writing latent files: safetensors files with all it takes to decode them."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ _INTEGERS = (
 
 @dataclass(frozen=True)
 class Latents:
-    """Latents of one piece of audio, with what it takes to turn them back into it.
+    """Latents of one piece of audio, with all it takes to decode them.
 
     Attributes:
-        mean: The posterior's means, or one draw from it where `sampled` is true; [D, N], floating point.
-        std: The posterior's standard deviations, [D, N], or None.
-        sample_rate: Rate of the model that made them, 1 000 to 768 000 Hz.
+        mean: Means of the posterior, or one draw from it where `sampled` is true; [D, N], floating point.
+        std: Standard deviations of the posterior, [D, N], or None.
+        sample_rate: Sample rate of the model that made them, 1 000 to 768 000 Hz.
         downsampling_ratio: Samples per latent frame, at most 65 536.
-        num_samples: Samples at `sample_rate` that are not padding; N is this over `downsampling_ratio`,
+        num_samples: Length at `sample_rate` in samples, without padding; N is this over `downsampling_ratio`,
             rounded up.
         audio_channels: Channels of the source, 1 or 2.
-        source_sample_rate: Rate of the source, 1 000 to 768 000 Hz.
-        source_num_samples: Length of the source at its own rate.
+        source_sample_rate: Sample rate of the source, 1 000 to 768 000 Hz.
+        source_num_samples: Length of the source in samples at its own rate.
         model_name: Name of the model that made them; a file keeps one line of 100 characters of it.
         weights_sha256: Fingerprint of its weights.
-        sampled: Whether `mean` holds a draw.
+        sampled: Whether `mean` holds a draw from the posterior.
     """
 
     mean: Tensor
@@ -77,7 +77,7 @@ class Latents:
 
     @property
     def duration_seconds(self) -> float:
-        """Length of the audio."""
+        """Length of the audio in seconds."""
         return self.num_samples / self.sample_rate
 
 
@@ -88,7 +88,7 @@ def save_latents(
 
     Args:
         destination: Path or open binary file.
-        latents: What to write; the tensors keep their dtype.
+        latents: Latents to write; the tensors keep their dtype.
         overwrite: Replace an existing file.
 
     Raises:
@@ -161,7 +161,7 @@ def load_latents(source: str | os.PathLike[str] | IO[bytes]) -> Latents:
 
 
 def is_latent_file(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is a safetensors file that calls itself a latent file."""
+    """Whether a path is a safetensors file that is marked as a latent file."""
     try:
         with safe_open(Path(path), framework="pt") as file:
             return unpack_facts(file.metadata()).get("format") == FORMAT
@@ -190,7 +190,7 @@ def _read(source: str | os.PathLike[str] | IO[bytes], name: str) -> tuple[dict[s
 
 
 def _header_metadata(data: bytes) -> dict[str, str]:
-    """The metadata of safetensors bytes, which `safetensors.torch.load` has accepted but does not return."""
+    """Returns the metadata of safetensors bytes, which `safetensors.torch.load` has accepted but drops."""
     length = int.from_bytes(data[:8], "little")
     return dict(parse_json(data[8 : 8 + length]).get("__metadata__") or {})
 

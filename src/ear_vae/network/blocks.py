@@ -139,3 +139,8 @@ class ResidualUnit(nn.Module):
 def residual_units(channels: int) -> nn.Sequential:
     """The three residual units of one block, with dilations 1, 3 and 9."""
     return nn.Sequential(*(ResidualUnit(channels, dilation) for dilation in RESIDUAL_DILATIONS))
+
+
+def convolutions(network: nn.Module) -> list[nn.Conv1d | nn.ConvTranspose1d]:
+    """The one-dimensional convolutions of a network, in the order they are registered and run in."""
+    return [module for module in network.modules() if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d))]

@@ -1,6 +1,6 @@
-"""From a name to config and weights, and back: folders, the Hub, official layouts, bundled checkpoints.
+"""From a name to config and weights, and back: folders, the Hub, the official layout, bundled checkpoints.
 
-It deals in configs, state dicts and folders; `EarVAE.from_pretrained` makes models of them.
+This package handles configs, state dicts and folders; `EarVAE.from_pretrained` makes models of them.
 """
 
 from ear_vae.pretrained.bundled import bundled_checkpoints

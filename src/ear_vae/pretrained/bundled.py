@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def bundled_checkpoints() -> dict[str, Path]:
-    """Folders of the bundled checkpoints by name.
+    """Lists the folders of the bundled checkpoints by name.
 
-    They lie inside an installed package, and in the top-level folder `checkpoints` of a source checkout.
+    They are inside an installed package, and in the top-level folder `checkpoints` of a source checkout.
     """
     package = Path(str(files("ear_vae")))
     for folder in (package / "checkpoints", package.parents[1] / "checkpoints"):

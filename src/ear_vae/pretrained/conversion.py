@@ -1,4 +1,4 @@
-"""Writing a model out of the Hub's or the official layout, and into it."""
+"""Converting models between this package's layout and the official one."""
 
 from __future__ import annotations
 
@@ -37,19 +37,24 @@ def convert(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Writes any model that `resolve` finds in another layout.
+    """Writes a model in this package's layout or in the official one.
 
     Args:
-        source: A folder in our layout or in the official one, the name of a bundled checkpoint, or a Hub
+        source: Model to convert: a folder in either layout, the name of a bundled checkpoint, or a Hub
             repository id `owner/name`.
-        destination: The folder, or a path that ends in `.pyt` for official weights alone.
-        to: `folder` for our layout, `official` for that of the published weights; by default our own, unless
-            the destination ends in `.pyt`.
+        destination: Folder to write, whose parents are made; or a path that ends in `.pyt`, for the pickled
+            state dict of the official layout alone.
+        to: Layout to write. `folder` is this package's, with the model named after the folder; `official` is
+            that of the published weights: `config.json`, `config/NAME.json` and `pretrained_weight/NAME.pyt`,
+            which `EarVAE.from_pretrained` reads too. By default `official` for a path that ends in `.pyt`,
+            else `folder`.
         variant: Which model of a repository that holds several.
         revision: Branch, tag or commit on the Hub.
-        cache_dir: Where downloads and conversions are kept instead of the Hub's usual folder.
-        dtype: Dtype to store the weights in, of our layout only; float32 by default.
-        overwrite: Replace what exists at the destination.
+        cache_dir: Folder for downloads and conversions instead of the Hub's usual one.
+        dtype: Dtype to store the weights in, for the layout `folder` only; float32 by default. With float16
+            the file is half as large, and loads as float32.
+        overwrite: Replace what exists at the destination; in a folder that exists, its other files and its
+            README.md stay.
 
     Returns:
         The destination.
@@ -61,91 +66,30 @@ def convert(
     """
     if to not in (None, "folder", "official"):
         raise EarVAEError(f"to must be 'folder' or 'official', got {shown(to)}")
-    _require_elsewhere(Path(source), Path(destination))
-    is_official_file = Path(destination).suffix.lower() == OFFICIAL_WEIGHTS_SUFFIX
-    origin: dict[str, Any] = {"variant": variant, "revision": revision, "cache_dir": cache_dir}
-    if (to or ("official" if is_official_file else "folder")) == "folder":
-        return convert_to_folder(source, destination, dtype=dtype, overwrite=overwrite, **origin)
-    if dtype not in (None, torch.float32):
+    destination = Path(destination)
+    _require_elsewhere(Path(source), destination)
+    is_official_file = destination.suffix.lower() == OFFICIAL_WEIGHTS_SUFFIX
+    official = (to or ("official" if is_official_file else "folder")) == "official"
+    if official and dtype not in (None, torch.float32):
         raise EarVAEError(f"official weights are float32: {dtype} is for our own folders only; leave it out")
-    return convert_to_official(source, destination, overwrite=overwrite, **origin)
-
-
-def convert_to_folder(
-    source: str | os.PathLike[str],
-    destination: str | os.PathLike[str],
-    *,
-    variant: str | None = None,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    dtype: torch.dtype | None = None,
-    overwrite: bool = False,
-) -> Path:
-    """Writes any model that `resolve` finds as a folder in our layout, named after the folder.
-
-    Args:
-        source: As for `resolve`.
-        destination: The folder; its parents are made.
-        variant: As for `resolve`.
-        revision: As for `resolve`.
-        cache_dir: As for `resolve`.
-        dtype: Dtype to store the weights in, float32 by default; float16 halves the file, and loads as
-            float32.
-        overwrite: Replace the model in a folder that exists; its other files, and its README.md, stay.
-
-    Returns:
-        The folder.
-
-    Raises:
-        EarVAEError: As for `resolve`, the destination exists or cannot be written to, or the dtype cannot
-            hold the weights.
-    """
-    destination = Path(destination)
-    _require_free(destination, overwrite)
-    checkpoint = resolve(source, variant=variant, revision=revision, cache_dir=cache_dir)
-    config, state = read_folder(checkpoint.folder)
-    with _folder(destination) as folder:
-        write_folder(folder, config, state, name=destination.resolve().name, dtype=dtype)
-    return destination
-
-
-def convert_to_official(
-    source: str | os.PathLike[str],
-    destination: str | os.PathLike[str],
-    *,
-    variant: str | None = None,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    overwrite: bool = False,
-) -> Path:
-    """Writes any model that `resolve` finds in the official layout, for tools that read that one.
-
-    Args:
-        source: As for `resolve`.
-        destination: A path that ends in `.pyt`, for the pickled state dict alone, or a folder, for
-            `config.json`, `config/NAME.json` and `pretrained_weight/NAME.pyt`, which
-            `from_pretrained` reads too.
-        variant: As for `resolve`.
-        revision: As for `resolve`.
-        cache_dir: As for `resolve`.
-        overwrite: Replace an existing file, or those files of an existing folder.
-
-    Returns:
-        The destination.
-
-    Raises:
-        EarVAEError: As for `resolve`, or the destination exists or cannot be written to.
-    """
-    destination = Path(destination)
-    single_file = destination.suffix.lower() == OFFICIAL_WEIGHTS_SUFFIX
-    if not single_file:
+    if not (official and is_official_file):
         _require_free(destination, overwrite)
     checkpoint = resolve(source, variant=variant, revision=revision, cache_dir=cache_dir)
     config, state = read_folder(checkpoint.folder)
-    if single_file:
+    if not official:
+        with _folder(destination) as folder:
+            write_folder(folder, config, state, name=destination.resolve().name, dtype=dtype)
+    elif is_official_file:
         _write_official_weights(state, config, destination, overwrite)
-        return destination
-    name = re.sub(r"[^\w.-]", "_", re.split("[:/]", checkpoint.name)[-1]).strip(".") or "model"
+    else:
+        _write_official_folder(state, config, destination, checkpoint.name)
+    return destination
+
+
+def _write_official_folder(
+    state: Mapping[str, Tensor], config: EarVAEConfig, destination: Path, model_name: str
+) -> None:
+    name = re.sub(r"[^\w.-]", "_", re.split("[:/]", model_name)[-1]).strip(".") or "model"
     config_name, weights_name = f"config/{name}.json", f"pretrained_weight/{name}{OFFICIAL_WEIGHTS_SUFFIX}"
     entry = {
         "config": config_name,
@@ -159,14 +103,13 @@ def convert_to_official(
         _write_official_weights(state, config, folder / weights_name, overwrite=True)
         _write_json(to_official_config(config), folder / config_name)
         _write_json({VARIANTS_KEY: {name: entry}}, folder / CONFIG_FILE)
-    return destination
 
 
 def _write_official_weights(
     state: Mapping[str, Tensor], config: EarVAEConfig, path: Path, overwrite: bool
 ) -> None:
     official = OrderedDict(
-        # Cloned: a view would save its whole storage.
+        # Cloned, because a view would be saved with its whole storage.
         (name, tensor.detach().to("cpu", torch.float32).clone())
         for name, tensor in to_official(state, config).items()
     )
@@ -194,7 +137,7 @@ def _require_elsewhere(source: Path, destination: Path) -> None:
 
 
 def _require_free(destination: Path, overwrite: bool) -> None:
-    """Before any work: the destination is new, an empty folder, or a folder to overwrite."""
+    """Refuses a destination that is neither new, nor an empty folder, nor a folder to overwrite."""
     if destination.exists() and not destination.is_dir():
         raise EarVAEError(f"{destination}: is a file, expected the path of a folder to write")
     if destination.is_dir() and not overwrite and any(destination.iterdir()):
@@ -203,7 +146,7 @@ def _require_free(destination: Path, overwrite: bool) -> None:
 
 @contextmanager
 def _folder(destination: Path) -> Iterator[Path]:
-    """A folder to fill: `destination` itself if it exists, else one that becomes it when all went well."""
+    """Gives a folder to fill: `destination` if it exists, else one that takes its place in the end."""
     try:
         if destination.is_dir():
             yield destination

@@ -31,16 +31,21 @@ _FORMAT, _FORMAT_VERSION = "ear-vae", 1
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder in our own layout, and the name its model goes by."""
+    """A folder in our own layout with a model.
+
+    Attributes:
+        folder: Path of the folder.
+        name: Name of the model.
+    """
 
     folder: Path
     name: str
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """sha256 over names, shapes and values of a state dict, in the order of the names.
+    """Computes the sha256 of the names, shapes and values of a state dict, in the order of the names.
 
-    The values are rounded to bfloat16, so that a model is the same one in every dtype that it runs in.
+    The values are rounded to bfloat16, so that a model has one fingerprint in every dtype that it runs in.
     """
     digest = hashlib.sha256()
     for name in sorted(state):
@@ -59,18 +64,19 @@ def read_folder(folder: Path) -> tuple[EarVAEConfig, dict[str, Tensor]]:
     """
     config = EarVAEConfig.from_json(folder / CONFIG_FILE)
     path = folder / WEIGHTS_FILE
-    # Tensors of inference mode could not be trained later.
+    # Tensors made in inference mode could not be trained later.
     with torch.inference_mode(False), torch.no_grad():
         stored, facts = read_safetensors(path)
         require_fit(path, stored, expected_shapes(config, path=path))
         state = {name: tensor.float().contiguous() for name, tensor in stored.items()}
-    # A file of another program may state none.
+    # A file written by another program may state none.
     stated = facts.get("weights_sha256")
     if stated is not None and stated != (found := fingerprint(state)):
         raise EarVAEError(
             f"{path}: its weights have the fingerprint {found}, the file states {shown(stated)}: it is "
-            "damaged, or was changed after it was written; get it again (from the Hub with "
-            "force_download=True), or write changed weights with EarVAE.save_pretrained"
+            "damaged, or was changed after it was written; write changed weights with "
+            "EarVAE.save_pretrained, or fetch the file again",
+            argument="force_download",
         )
     return config, state
 
@@ -86,12 +92,12 @@ def write_folder(
     """Writes a folder in our layout; existing files of the same names are replaced one by one.
 
     Args:
-        directory: The folder, made if needed.
-        config: The architecture.
-        state: The state dict, which fits the config.
+        directory: Folder to write, made if needed.
+        config: Architecture of the model.
+        state: State dict that fits the config.
         name: Name of the model in its card.
-        dtype: Dtype to store, by default that of each tensor. The file states the fingerprint of the stored
-            values.
+        dtype: Dtype to store the weights in; by default that of each tensor. The file states the fingerprint
+            of the stored values.
 
     Raises:
         EarVAEError: The tensors are not those of the config, as of a network with weight norm or one that
@@ -147,7 +153,7 @@ def markdown_text(text: str) -> str:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All tensors of a safetensors file, and what `write_folder` states of them.
+    """Reads all tensors of a safetensors file, and what `write_folder` stated about them.
 
     Raises:
         EarVAEError: The file is missing, truncated, not a safetensors file, of a dtype that torch does not
@@ -208,11 +214,11 @@ def _require_writable(directory: Path, state: Mapping[str, Tensor], shapes: Mapp
 
 
 def expected_shapes(config: EarVAEConfig, *, path: Path) -> dict[str, torch.Size]:
-    """Returns name and shape of every tensor of our state dict.
+    """Returns the name and shape of every tensor of our state dict.
 
     Args:
-        config: The architecture.
-        path: Where it came from, for messages.
+        config: Architecture of the model.
+        path: Path that the config came from, for messages.
 
     Raises:
         EarVAEError: The config names an unknown architecture, or asks for tensors beyond any memory.

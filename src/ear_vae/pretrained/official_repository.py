@@ -26,13 +26,13 @@ _ENTRY_TYPES = {"config": str, "weights": str, "sample_rate": int, "downsampling
 
 @dataclass(frozen=True)
 class VariantEntry:
-    """What an official `config.json` says of one model.
+    """Entry of one model in an official `config.json`.
 
     Attributes:
-        name: The variant's name.
+        name: Name of the variant.
         config: Path of its network config, relative to the repository and inside it.
-        weights: Path of its weights, likewise.
-        sample_rate: Rate of its audio in Hz.
+        weights: Path of its weights, relative to the repository and inside it.
+        sample_rate: Sample rate of its audio in Hz.
         downsampling_ratio: Samples per latent frame.
     """
 
@@ -44,12 +44,12 @@ class VariantEntry:
 
 
 def choose_variant(values: Mapping[str, Any], variant: str | None, *, where: str) -> VariantEntry:
-    """The entry of a variant in an official `config.json`; an only one needs no name.
+    """Returns the entry of a variant in an official `config.json`; a single variant needs no name.
 
     Args:
-        values: The parsed file.
-        variant: The name asked for.
-        where: The file, for messages.
+        values: Content of the parsed file.
+        variant: Name of the variant; None for a single one.
+        where: Name of the file in messages.
 
     Raises:
         EarVAEError: The variant is not named though there are several, or unknown, or its entry is
@@ -62,7 +62,9 @@ def choose_variant(values: Mapping[str, Any], variant: str | None, *, where: str
         )
     choices = ", ".join(shown(name) for name in list(variants)[:20])
     if variant is None and len(variants) > 1:
-        raise EarVAEError(f"{where}: holds several models; choose one with variant=..., one of {choices}")
+        raise EarVAEError(
+            f"{where}: holds several models; choose one of {choices}", argument="variant", value=...
+        )
     name = next(iter(variants)) if variant is None else variant
     if name not in variants:
         raise EarVAEError(f"{where}: has no variant {shown(name)}; it has {choices}")
@@ -86,14 +88,14 @@ def choose_variant(values: Mapping[str, Any], variant: str | None, *, where: str
 
 
 def _require_inner_path(path: str, *, where: str) -> None:
-    """Refuses what could lead out of a folder on any system, whatever the folder holds."""
+    """Refuses a path that could lead out of its folder on any operating system."""
     windows = PureWindowsPath(path)  # splits at both kinds of slashes and knows drives
     if not path or "\0" in path or "\\" in path or windows.drive or windows.root or ".." in windows.parts:
         raise EarVAEError(f"{where} must be a relative path inside the folder, with '/', got {shown(path)}")
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 of a file, in hexadecimal.
+    """Computes the sha256 of a file, in hexadecimal.
 
     Raises:
         EarVAEError: The file is missing or cannot be read.
@@ -111,9 +113,9 @@ def file_sha256(path: Path) -> str:
 
 
 def conversions_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
-    """Where conversions are kept: under `cache_dir`, else beside the Hub's own caches."""
+    """Returns where conversions are kept: under `cache_dir`, else beside the Hub's own caches."""
     if cache_dir is None:
-        # Takes a second to import; local folders need none of it.
+        # Imported here because it takes a second, which local folders do not need.
         from huggingface_hub import constants
 
         cache_dir = constants.HF_HOME
@@ -123,18 +125,18 @@ def conversions_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
 def convert_variant(
     entry: VariantEntry, config_path: Path, weights_path: Path, *, weights_sha256: str, cache: Path
 ) -> tuple[Path, EarVAEConfig]:
-    """A folder in our layout with the model of official files, converted unless it was before.
+    """Converts the model in official files to a folder in our layout, unless it was converted before.
 
     The folder's name is a digest of the files' content, so it never goes stale. Each file is put in
     place atomically and their checksums come last: several processes may convert the same model at
     once, and a folder that is incomplete or damaged is made again.
 
     Args:
-        entry: The variant's entry in `config.json`.
-        config_path: The variant's network config.
-        weights_path: The variant's pickled state dict.
-        weights_sha256: sha256 of that file.
-        cache: Where such folders are kept.
+        entry: Entry of the variant in `config.json`.
+        config_path: Path of the variant's network config.
+        weights_path: Path of the variant's pickled state dict.
+        weights_sha256: sha256 of the pickled state dict.
+        cache: Folder in which converted folders are kept.
 
     Returns:
         The folder and its config.
@@ -177,7 +179,9 @@ def _write_conversion(entry: VariantEntry, config_path: Path, weights_path: Path
             temporary.write_text(json.dumps(sums), encoding="utf-8")
     except (OSError, EarVAEError) as error:
         raise EarVAEError(
-            f"{error}; converted weights are kept there: name a writable place with cache_dir=... or HF_HOME"
+            f"{error}; converted weights are kept there: name a writable place in HF_HOME",
+            argument="cache_dir",
+            value=...,
         ) from error
 
 

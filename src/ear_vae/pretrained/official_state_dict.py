@@ -1,4 +1,4 @@
-"""The official state dicts and configs, and the way from them to ours and back."""
+"""Converting official state dicts and configs to ours, and back."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ear_vae.config import EarVAEConfig
-from ear_vae.errors import EarVAEError
+from ear_vae.errors import EarVAEError, first_line
 from ear_vae.limits import shortened, shown
 from ear_vae.network.transformer import ROTARY_BASE
 from ear_vae.pretrained.folder import expected_shapes, require_fit
@@ -23,7 +23,7 @@ _ROTARY_KEY = "transformers.rotary_pos_emb.inv_freq"
 
 
 def read_official(path: Path) -> dict[str, Tensor]:
-    """The state dict of an official `.pyt`, unpickled with tensors only: nothing in it can run.
+    """Reads the state dict of an official `.pyt`; only tensors are unpickled, so nothing in it can run.
 
     Raises:
         EarVAEError: The file is missing, damaged, or holds anything but a flat dict of tensors.
@@ -37,7 +37,7 @@ def read_official(path: Path) -> dict[str, Tensor]:
 
 
 def load_tensors(path: Path) -> Any:
-    """What a file of `torch.save` holds, if that is tensors and plain values only: nothing in it can run.
+    """Reads a file of `torch.save` that holds tensors and plain values only, so that nothing in it can run.
 
     Raises:
         EarVAEError: The file is missing, damaged, or holds anything else.
@@ -50,7 +50,7 @@ def load_tensors(path: Path) -> Any:
     except FileNotFoundError:
         raise EarVAEError(f"{path}: no such file, the weights are missing") from None
     except pickle.UnpicklingError as error:
-        # Of torch's text only this: the rest advises to load it all the same.
+        # Only this part of torch's text: the rest advises loading it all the same.
         found = re.search(r"GLOBAL (\S+)", str(error))
         held = f" ({shown(found[1])})" if found else ""
         raise EarVAEError(
@@ -58,14 +58,12 @@ def load_tensors(path: Path) -> Any:
             "dict from where you trust it"
         ) from error
     except Exception as error:  # torch raises many kinds for files that are not its own
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise EarVAEError(
-            f"{path}: not a readable PyTorch file: {shortened(reason, _LONGEST_REASON)}"
-        ) from error
+        reason = shortened(first_line(error), _LONGEST_REASON)
+        raise EarVAEError(f"{path}: not a readable PyTorch file: {reason}") from error
 
 
 def official_config(values: Any, *, sample_rate: int, state: Mapping[str, Tensor]) -> EarVAEConfig:
-    """Our config for an official one; whether there is a transformer is decided by the weights.
+    """Returns our config for an official one; the weights decide whether there is a transformer.
 
     Raises:
         EarVAEError: A field is missing or asks for something the published networks do not have.
@@ -109,7 +107,7 @@ def official_config(values: Any, *, sample_rate: int, state: Mapping[str, Tensor
 
 
 def to_official_config(config: EarVAEConfig) -> dict[str, Any]:
-    """The official config of the same architecture."""
+    """Returns the official config of the same architecture."""
     shared = {
         "channels": config.channels,
         "c_mults": list(config.channel_multipliers),
@@ -139,12 +137,12 @@ def to_official_config(config: EarVAEConfig) -> dict[str, Any]:
 
 
 def from_official(path: Path, state: Mapping[str, Tensor], config: EarVAEConfig) -> dict[str, Tensor]:
-    """Our state dict for an official one: names changed, weight norm folded.
+    """Returns our state dict for an official one: names changed, weight norm folded.
 
     Args:
-        path: Where `state` came from, for messages.
+        path: Path that `state` came from, for messages.
         state: The official tensors.
-        config: What they must fit.
+        config: Config that the tensors must fit.
 
     Raises:
         EarVAEError: Tensors are missing, unexpected or misshapen, or a norm has a bias.
@@ -174,7 +172,7 @@ def from_official(path: Path, state: Mapping[str, Tensor], config: EarVAEConfig)
 
 
 def to_official(state: Mapping[str, Tensor], config: EarVAEConfig) -> dict[str, Tensor]:
-    """The official state dict of our tensors, with weight norm (v the weight itself, g its norm)."""
+    """Returns the official state dict of our tensors, with weight norm (v the weight itself, g its norm)."""
     official_state: dict[str, Tensor] = {}
     for name, official, kind in _names(config):
         if kind == "weight_norm":
@@ -197,7 +195,7 @@ def to_official(state: Mapping[str, Tensor], config: EarVAEConfig) -> dict[str, 
 
 
 def _names(config: EarVAEConfig) -> Iterator[tuple[str, str, str]]:
-    """(our name, official name, kind) of every tensor; for kind `weight_norm` both are prefixes."""
+    """Yields (our name, official name, kind) of every tensor; for kind `weight_norm` both are prefixes."""
 
     def conv(ours: str, official: str, *, bias: bool = True) -> Iterator[tuple[str, str, str]]:
         yield ours, official, "weight_norm"

@@ -11,7 +11,7 @@ from torch import Tensor
 from ear_vae.config import EarVAEConfig
 from ear_vae.errors import EarVAEError
 from ear_vae.pretrained.folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, write_folder
-from ear_vae.pretrained.resolve import reason_in_a_line
+from ear_vae.pretrained.resolve import what_the_hub_says
 
 
 def push(
@@ -24,14 +24,14 @@ def push(
     private: bool | None = None,
     commit_message: str = "Upload εar-VAE",
 ) -> str:
-    """Creates a Hub repository if needed and uploads what `write_folder` writes.
+    """Creates a Hub repository if needed, and uploads what `write_folder` writes.
 
     A model card that is already there is kept.
 
     Args:
-        config: The architecture.
-        state: The state dict, which fits the config.
-        repo_id: `owner/name`.
+        config: Architecture of the model.
+        state: State dict that fits the config.
+        repo_id: Repository to upload to, `owner/name`.
         name: Name of the model in its card.
         token: Access token with the right to write.
         private: Make a new repository private; by default what the account's settings say.
@@ -43,7 +43,7 @@ def push(
     Raises:
         EarVAEError: As `write_folder`, or the Hub refused or could not be reached.
     """
-    # Takes a second to import, and `EarVAE` is to be there without.
+    # Imported here because it takes a second, which `EarVAE` does not need.
     from huggingface_hub import CommitOperationAdd, HfApi
 
     with tempfile.TemporaryDirectory(prefix="ear-vae-") as temporary:
@@ -61,7 +61,9 @@ def push(
             )
         except Exception as error:  # the client lets through whatever its HTTP library of the day raises
             raise EarVAEError(
-                f"{repo_id}: the upload failed: {reason_in_a_line(error)}; a token with the right to write "
-                "is needed, from a login to the Hub or token=..."
+                f"{repo_id}: the upload failed: {what_the_hub_says(error)}; a token with the right to write "
+                "is needed: log in to the Hub, or give one",
+                argument="token",
+                value=...,
             ) from error
     return str(commit.commit_url)

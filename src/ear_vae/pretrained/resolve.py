@@ -1,4 +1,4 @@
-"""From a name to a local folder with a model: existing folders, bundled checkpoints, the Hub."""
+"""From a name to a local folder with a model: an existing folder, a bundled checkpoint, or the Hub's."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ear_vae.config import EarVAEConfig
-from ear_vae.errors import EarVAEError
-from ear_vae.limits import read_json, shown
+from ear_vae.errors import EarVAEError, first_line
+from ear_vae.limits import read_json
 from ear_vae.pretrained.bundled import bundled_checkpoints
 from ear_vae.pretrained.folder import CONFIG_FILE, WEIGHTS_FILE, Checkpoint, expected_shapes
 from ear_vae.pretrained.official_repository import (
@@ -27,13 +27,14 @@ _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _COMMIT = _GIT_SHA1 = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
-# The two published models, as recorded by a public downstream project; width tells them from others.
+# The two published models; width tells them from others.
 _PUBLISHED_REPOSITORY = "earlab/EAR_VAE"
 _PUBLISHED_CHANNELS = 128
-_PUBLISHED_SHA256 = {
+PUBLISHED_SHA256 = {
     "ear_vae_44k": "0362dc7e96566869747dbe079b0a6d71c090b0a3a5d5077779e7be17c096d9d5",
     "ear_vae_v2_48k": "cc53f3f043aaae01307ffe1439b3a1c9d9e019652e6c13e089cd18d6037c2d3f",
 }
+"""Checksums of the authors' weights by variant, as recorded by a public downstream project."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,10 @@ class _Source:
     """Where a model's files come from.
 
     Attributes:
-        where: What messages call it.
-        name: What a model in our layout is called.
-        variant_prefix: What stands before a variant's name in the name of an official model.
-        fetch: The file of a relative path.
+        where: Name of the source in messages.
+        name: Name of a model in our layout.
+        variant_prefix: Prefix of a variant's name in the name of an official model.
+        fetch: Function that returns the local path of a file, by its relative path.
     """
 
     where: str
@@ -63,28 +64,30 @@ def resolve(
     cache_dir: str | os.PathLike[str] | None = None,
     force_download: bool = False,
 ) -> Checkpoint:
-    """The local folder, in our layout, of a model: an existing folder, else a bundled one, else the Hub's.
+    """Finds the local folder, in our layout, of a model: an existing one, else a bundled one, else the Hub's.
 
     Args:
-        name_or_path: A folder in our layout or in the official one, the name of a bundled checkpoint, a
-            Hub repository id `owner/name`, or `ear_vae_44k` or `ear_vae_v2_48k` for the authors' model of
-            that name in `earlab/EAR_VAE`.
-        variant: Which model of an official repository.
+        name_or_path: Model to find: a folder in our layout or in the official one, the name of a bundled
+            checkpoint, a Hub repository id `owner/name`, or `ear_vae_44k` or `ear_vae_v2_48k` for the
+            authors' model of that name in `earlab/EAR_VAE`.
+        variant: Name of the model in an official repository with several.
         revision: Branch, tag or commit on the Hub.
         local_files_only: Do not go to the network.
         token: Access token for the Hub.
-        cache_dir: Where downloads and conversions are kept instead of the Hub's usual folder.
+        cache_dir: Folder for downloads and conversions instead of the Hub's usual one.
         force_download: Fetch from the Hub again even if cached.
 
     Raises:
-        EarVAEError: Nothing is found under the name, the variant is missing or unknown, a file is
+        EarVAEError: There is no model of that name, the variant is missing or unknown, a file is
             missing or damaged, the Hub cannot be reached, or the cache cannot be written to.
     """
     text = os.path.expanduser(os.fspath(name_or_path))
     bundled = bundled_checkpoints()
-    if text in _PUBLISHED_SHA256 and not os.path.exists(text):
+    if text in PUBLISHED_SHA256 and not os.path.exists(text):
         if variant not in (None, text):
-            raise EarVAEError(f"{text}: names a variant already; leave out variant={variant!r}")
+            raise EarVAEError(
+                f"{text}: names a variant already; choose no other", argument="variant", value=variant
+            )
         variant, name_or_path = text, _PUBLISHED_REPOSITORY
         text = name_or_path
     if os.path.isdir(text):
@@ -106,10 +109,14 @@ def resolve(
         raise EarVAEError(
             f"{text}: {problem}; expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE} (or in the official "
             f"layout), a bundled checkpoint ({', '.join(sorted(bundled)) or 'there are none'}), one of the "
-            f"authors' ({', '.join(_PUBLISHED_SHA256)}), or a Hub repository 'owner/name'"
+            f"authors' ({', '.join(PUBLISHED_SHA256)}), or a Hub repository 'owner/name'"
         )
     if revision is not None:
-        raise EarVAEError(f"{text}: revision={shown(revision)} is for Hub repositories only; leave it out")
+        raise EarVAEError(
+            f"{text}: revisions are for Hub repositories only; leave it out",
+            argument="revision",
+            value=revision,
+        )
     return _open(source, variant=variant, cache_dir=cache_dir)
 
 
@@ -120,7 +127,9 @@ def _open(source: _Source, *, variant: str | None, cache_dir: str | os.PathLike[
     if not isinstance(values, dict) or VARIANTS_KEY not in values:
         if variant is not None:
             raise EarVAEError(
-                f"{source.where}: holds one model and no variants; leave out variant={variant!r}"
+                f"{source.where}: holds one model and no variants; leave it out",
+                argument="variant",
+                value=variant,
             )
         # Before a large download.
         expected_shapes(EarVAEConfig.from_json(config_path), path=config_path)
@@ -131,7 +140,7 @@ def _open(source: _Source, *, variant: str | None, cache_dir: str | os.PathLike[
     folder, config = convert_variant(
         entry, variant_config, weights, weights_sha256=sha256, cache=conversions_folder(cache_dir)
     )
-    published = _PUBLISHED_SHA256.get(entry.name, sha256)
+    published = PUBLISHED_SHA256.get(entry.name, sha256)
     if config.channels == _PUBLISHED_CHANNELS and sha256 != published:
         warnings.warn(
             f"{source.where}: the weights of {entry.name} are not the known published ones: their sha256 is "
@@ -142,9 +151,9 @@ def _open(source: _Source, *, variant: str | None, cache_dir: str | os.PathLike[
 
 
 def _hub_cache(cache_dir: str | os.PathLike[str] | None) -> Path:
-    """Where the Hub's client keeps what it downloads."""
+    """Returns where the Hub's client keeps what it downloads."""
     if cache_dir is None:
-        # Here and below: takes a second to import, and `EarVAE` is to be there without.
+        # Imported here and below because it takes a second, which `EarVAE` does not need.
         from huggingface_hub import constants
 
         cache_dir = constants.HF_HUB_CACHE
@@ -162,7 +171,7 @@ def _local_source(folder: Path, name: str, hub_cache: Path) -> _Source:
                 f"an official one {CONFIG_FILE} and the files it names"
             )
         if problem := _damage(path):
-            raise EarVAEError(f"{path}: {problem}; fetch it again with force_download=True")
+            raise EarVAEError(f"{path}: {problem}; fetch it again", argument="force_download")
         return path
 
     return _Source(where=str(folder), name=name, variant_prefix="", fetch=fetch)
@@ -180,7 +189,7 @@ def _stays_inside(folder: Path, path: Path, hub_cache: Path) -> bool:
 
 
 def _link_target(path: Path) -> Path:
-    """One step along a link: what it names may be a link in its turn."""
+    """Follows a link by one step: its target may be another link."""
     return Path(os.path.normpath(path.parent.resolve() / os.readlink(path)))
 
 
@@ -219,10 +228,10 @@ def _hub_source(
         nonlocal commit
         path = download(relative, force=force_download)
         if problem := _problem(path):
-            # What is broken in the cache would stay there for ever.
+            # A broken file would stay in the cache for ever.
             if local_files_only:
                 raise EarVAEError(
-                    f"{path}: {problem}; fetch it again with force_download=True (without local_files_only)"
+                    f"{path}: {problem}; fetch it again, without local_files_only", argument="force_download"
                 )
             try:
                 path = download(relative, force=True)
@@ -230,7 +239,7 @@ def _hub_source(
                 raise EarVAEError(f"{path}: {problem}; fetching it again: {error}") from error
             if problem := _problem(path):
                 raise EarVAEError(
-                    f"{path}: {problem}, also when fetched again; try later with force_download=True"
+                    f"{path}: {problem}, also when fetched again; try later", argument="force_download"
                 )
         if relative == CONFIG_FILE and _COMMIT.fullmatch(path.parent.name):
             # The other files are to be of the same commit, even if somebody pushes meanwhile.
@@ -243,11 +252,11 @@ def _hub_source(
 def _hub_problem(
     error: Exception, repo_id: str, file: str, revision: str | None, local_files_only: bool
 ) -> str:
-    """One sentence on why a download failed, and the cure."""
+    """Says in one sentence why a download failed, and what to do."""
     from huggingface_hub import errors
 
     if type(error) is ValueError and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # what force_download failed of
+        error = error.__cause__  # why force_download failed
     at_revision = f" at revision {revision!r}" if revision else ""
     if isinstance(error, errors.GatedRepoError):
         return f"{repo_id}: access is restricted; ask for it on the repository's page and give a token"
@@ -263,27 +272,26 @@ def _hub_problem(
         if local_files_only:
             return (
                 f"{repo_id}: {file}{at_revision} is not in the local cache and local_files_only=True "
-                "forbids to download it; load it once without"
+                "forbids downloading it; load it once without"
             )
         return (
             f"{repo_id}: {file}{at_revision} is not in the local cache and the Hub cannot be asked for it "
-            f"({reason_in_a_line(error.__cause__ or error)}); check the connection, or give a local folder"
+            f"({what_the_hub_says(error.__cause__ or error)}); check the connection, or give a local folder"
         )
     if isinstance(error, errors.EntryNotFoundError):
         return f"{repo_id}: the repository has no file {file}{at_revision}; is it an εar-VAE model?"
     if isinstance(error, errors.HfHubHTTPError):
-        return f"{repo_id}: the Hub refused {file}{at_revision}: {reason_in_a_line(error)}"
-    return f"{repo_id}: the download of {file}{at_revision} failed: {reason_in_a_line(error)}; try again"
+        return f"{repo_id}: the Hub refused {file}{at_revision}: {what_the_hub_says(error)}"
+    return f"{repo_id}: the download of {file}{at_revision} failed: {what_the_hub_says(error)}; try again"
 
 
-def reason_in_a_line(error: BaseException) -> str:
-    """Returns the first two lines of what the Hub's client says of a failure, as one."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2]).rstrip(".") if lines else type(error).__name__
+def what_the_hub_says(error: BaseException) -> str:
+    """Returns the two lines in which the Hub's client says what failed, as one."""
+    return first_line(error, most=2).rstrip(".")
 
 
 def _problem(path: Path) -> str | None:
-    """What is wrong with a downloaded file as such, by its checksum or, of a config, by its being JSON."""
+    """Says what is wrong with a downloaded file: its checksum, or for a config that it is not JSON."""
     if (damage := _damage(path)) is not None:
         return damage
     if path.suffix == ".json":
@@ -295,12 +303,12 @@ def _problem(path: Path) -> str | None:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a file in the Hub's cache, by the checksum in its blob's name; None if nothing.
+    """Checks a file in the Hub's cache against the checksum in its blob's name; returns None if all is well.
 
     The Hub's client compares sizes only, and those only while it downloads.
     """
     if not path.is_symlink() or (blob := _link_target(path)).parent.name != "blobs":
-        return None  # a cache without links, as on Windows, does not tell
+        return None  # a cache without links, as on Windows, has no checksums
     if _SHA256.fullmatch(blob.name):
         kind, found = "sha256", file_sha256(path)
     elif _GIT_SHA1.fullmatch(blob.name):

@@ -1,4 +1,4 @@
-"""Checkpoints, exported models, a progress bar and listening examples beside the training steps."""
+"""Callbacks of training: checkpoints, exported models, a progress bar and listening examples."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LOSS_DECAY = 0.9
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints that are complete before they take the place of the ones before."""
+    """Writes each checkpoint completely before it replaces the previous one."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Writes to a file beside `path`, then renames it.
@@ -44,12 +44,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class Checkpoints(ModelCheckpoint):
     """Writes `last.ckpt` at regular steps, when the process is told to terminate, and at the end.
 
-    A run resumed from it goes on exactly as if it had not stopped. A file is complete before it takes the
-    place of the one before. With `monitor`, Lightning's `ModelCheckpoint` also keeps the best ones.
+    A run resumed from it continues exactly as if it had not stopped. A file is complete before it replaces
+    the previous one. With `monitor`, Lightning's `ModelCheckpoint` also keeps the best ones.
 
     Args:
         every_n_steps: Steps of the VAE between two checkpoints.
-        keep_every_n_steps: Steps of the VAE between checkpoints that stay, as `step-N.ckpt`; none by default.
+        keep_every_n_steps: Steps of the VAE between checkpoints that are kept, as `step-N.ckpt`; none by
+            default.
         directory: Folder of the checkpoints, `checkpoints` in the Trainer's root folder by default.
         monitor: Logged value to keep the best checkpoints by, such as `validation/si_sdr_db`, as
             `best-step=N.ckpt` after a validation; none by default.
@@ -88,7 +89,7 @@ class Checkpoints(ModelCheckpoint):
         self._saved: tuple[int, int] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Takes the Trainer's root folder, and lets no checkpoint be replaced before the next is complete."""
+        """Uses the Trainer's root folder by default, and has checkpoints replaced only by complete ones."""
         if self.dirpath is None:
             self.dirpath = os.path.join(trainer.default_root_dir, "checkpoints")
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
@@ -96,14 +97,14 @@ class Checkpoints(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Does not write again what was just resumed from."""
+        """Remembers the checkpoint that was resumed from, which need not be written again."""
         super().on_train_start(trainer, pl_module)
         self._saved = (trainer.global_step, 0) if trainer.ckpt_path is not None else None
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Writes a checkpoint if it is time, or the last chance."""
+        """Writes a checkpoint if one is due, or if the process is told to terminate."""
         step = trainer.global_step
         is_new = self._saved is None or step != self._saved[0]
         if trainer.received_sigterm or (step and step % self.every_n_steps == 0 and is_new):
@@ -114,7 +115,7 @@ class Checkpoints(ModelCheckpoint):
                 trainer.save_checkpoint(kept, weights_only=False)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Writes what training ended with."""
+        """Writes the last checkpoint."""
         if self._saved is None or trainer.global_step != self._saved[0]:
             self._save_last(trainer, -1)
 
@@ -139,7 +140,7 @@ class ExportModel(L.Callback):
         self._exported_step = -1
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Knows of no model of this run yet."""
+        """Forgets the models of earlier runs."""
         self._exported_step = -1
 
     def on_save_checkpoint(
@@ -150,7 +151,7 @@ class ExportModel(L.Callback):
             self._export(trainer, pl_module)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Exports what training ended with."""
+        """Exports the final model."""
         self._export(trainer, pl_module)
 
     def _export(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -161,16 +162,16 @@ class ExportModel(L.Callback):
 
 
 class StepProgressBar(TQDMProgressBar):
-    """A progress bar over the steps of the whole training, with a smoothed loss."""
+    """Shows progress over the steps of the whole training, with a smoothed loss."""
 
     def __init__(self) -> None:
-        # Each time the loss is read, which waits for the device.
+        # Reading the loss waits for the device.
         super().__init__(refresh_rate=5)
         self._smoothed: float | None = None
         self._step = -1
 
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """Shows the steps of the training, those before resuming too, and not the batches of an epoch."""
+        """Shows the steps of the whole training, also those before resuming, not the batches of an epoch."""
         bar = self.train_progress_bar
         bar.total = trainer.max_steps if trainer.max_steps > 0 else None
         bar.initial = bar.n = self._step = trainer.global_step
@@ -188,13 +189,13 @@ class StepProgressBar(TQDMProgressBar):
             self.train_progress_bar.set_postfix(self.get_metrics(trainer, pl_module))
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """The smoothed total of the loss terms, and the newest SI-SDR of a validation."""
+        """Returns the smoothed total of the loss terms, and the SI-SDR of the last validation."""
         metrics = trainer.callback_metrics
         shown = {}
         if (total := metrics.get("train/total")) is not None:
             value = float(total)
             before = value if self._smoothed is None else self._smoothed
-            if value == value:  # of a step with NaN the average would never recover
+            if value == value:  # the average would never recover from NaN
                 self._smoothed = _LOSS_DECAY * before + (1 - _LOSS_DECAY) * value
             shown["total"] = f"{before if self._smoothed is None else self._smoothed:.3f}"
         if (quality := metrics.get("validation/si_sdr_db")) is not None:
@@ -208,7 +209,7 @@ class ListeningExamples(L.Callback):
     The originals go there once. Other loggers get the figures only.
 
     Args:
-        count: Number of excerpts, from the first one.
+        count: Number of excerpts, beginning with the first.
 
     Raises:
         EarVAEError: A negative count.
@@ -230,7 +231,7 @@ class ListeningExamples(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Rebuilds the excerpt once more and sends it."""
+        """Rebuilds the excerpt again and sends it."""
         writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         if batch_idx >= self.count or not writers or not trainer.is_global_zero:
             return
@@ -247,5 +248,5 @@ class ListeningExamples(L.Callback):
                 writer.add_image(tag, spectrogram_picture(mono, pl_module.vae.sample_rate), step)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Notes that the originals are there."""
+        """Remembers that the originals were sent."""
         self._sent_originals = True

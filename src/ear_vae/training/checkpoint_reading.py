@@ -1,4 +1,4 @@
-"""Reading the checkpoints of `ear-vae fit`: without running what is in them, and whole or not at all."""
+"""Reading the checkpoints of `ear-vae fit`: nothing in them is run, and damaged ones are refused."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _FACTS: dict[str, type | tuple[type, ...]] = {
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint, on the CPU.
+    """Reads a checkpoint to the CPU.
 
     Args:
         path: A `.ckpt` file that `ear-vae fit` wrote.
@@ -68,7 +68,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise EarVAEError(f"{path}: cannot be read: {error.strerror or error}") from error
     except MemoryError:
         raise
-    except Exception as error:  # torch has many ways to say it, some of which advise to run what is there
+    except Exception as error:  # torch raises many kinds, and some texts advise running what is there
         raise EarVAEError(f"{path}: {_what_it_is(path, error)}") from error
     require_content(path, content)
     return dict(content)
@@ -118,7 +118,7 @@ def require_content(path: Path | str, content: Any) -> None:
 
 
 def require_moments(path: Path | str, content: Mapping[str, Any]) -> None:
-    """Refuses states of optimizers that are not those of the trained parameters.
+    """Refuses states of optimizers that do not fit the trained parameters.
 
     Args:
         path: Path of the checkpoint, for messages.
@@ -161,11 +161,11 @@ def require_state(path: Path | str, state: Mapping[str, Tensor], expected: Mappi
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs, for people to read; nothing of what only one of them has.
+    """Describes which values differ, for people to read; values that only one side has are left out.
 
     Args:
         before: Values by name, as in a checkpoint.
-        now: Values by name.
+        now: Values by name, as they are now.
     """
     return escaped(
         "; ".join(
@@ -250,9 +250,9 @@ def _what_it_is(path: Path, error: Exception) -> str:
 
 
 def _fits_optimizer(weights: Sequence[Tensor | None], state: Any, kind: str) -> bool:
-    """Whether it is the state of an optimizer of these weights; before its first step that has no moments.
+    """Whether a state belongs to an optimizer of these weights; before its first step it has no moments.
 
-    What other optimizers than AdamW keep of a weight is theirs to know.
+    Only the moments of AdamW are checked; what other optimizers keep is not known.
     """
     try:
         groups, moments = state["param_groups"], state["state"]
@@ -321,7 +321,7 @@ def _is_like(state: Any, like: Any, owner: type = object) -> bool:
 
 
 def _named_class(values: Any) -> str:
-    """The first name in hyper-parameters that would make Lightning import something, or an empty text."""
+    """Returns the first name in hyper-parameters that would make Lightning import something, else nothing."""
     if isinstance(values, dict):
         for name, value in values.items():
             if not isinstance(name, str) or name.startswith("_") or name in ("class_path", "init_args"):
@@ -336,7 +336,7 @@ def _named_class(values: Any) -> str:
 
 
 def _is_accumulation(saved: Mapping[str, Any]) -> bool:
-    """Whether it is what a step has of its batches: nothing, or some batches, values and gradients."""
+    """Whether this is an accumulation within a step: nothing, or some batches, values and gradients."""
     if not saved:
         return True
     batches, values, gradients = (saved.get(name) for name in ("batches", "values", "gradients"))

@@ -6,20 +6,21 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ear_vae.errors import EarVAEError
 from ear_vae.training.weight_norm import plain_weights
 
 
 class EMA(nn.Module):
-    """An exponential moving average of a network's weights, without weight norm.
+    """Keeps an exponential moving average of a network's weights, without weight norm.
 
     It starts as an exact copy. The decay grows from 0.1 to `decay` as (1 + n) / (10 + n), so that the
     start is soon forgotten.
 
     Args:
         network: Network to average, before weight norm is put on it.
-        decay: Decay of the average, in [0, 1).
+        decay: Decay of the average per update, in [0, 1).
 
     Attributes:
         network: A frozen network with the averages as its weights.
@@ -30,20 +31,21 @@ class EMA(nn.Module):
         super().__init__()
         self.network = copy.deepcopy(network).requires_grad_(False)
         self.decay = decay
-        # A number of the host: read from a GPU, it would make every step wait for the one before.
+        # A Python number: read from a GPU, it would make every step wait for the one before.
         self.updates = 0
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
-        """Moves the average towards the present weights of `network`, which may have weight norm."""
+        """Moves the average towards the current weights of `network`, which may have weight norm."""
         averages = dict(self.network.named_parameters())
         present = plain_weights(network, averages)
-        weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(list(averages.values()), list(present.values()), weight)
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        mix = get_ema_multi_avg_fn(decay)
+        mix(list(averages.values()), list(present.values()), self.updates)
         self.updates += 1
 
     def get_extra_state(self) -> Tensor:
-        """The number of updates, for the state dict."""
+        """Returns the number of updates, for the state dict."""
         return torch.tensor(self.updates)
 
     def set_extra_state(self, state: Tensor) -> None:

@@ -36,7 +36,7 @@ _HALF_BAND = (-1 / 16, 9 / 16, 9 / 16, -1 / 16)
 _COEFFICIENT_GAIN = 0.1
 # A small α makes x + sin²(αx)/β nearly x, and still lets training bend it.
 _CARRIER_LOG_ALPHA = -2.0
-# Posterior std softplus(-4) = 0.018 beside means of unit variance: the draw does not drown the signal.
+# Posterior std softplus(-4) = 0.018 beside means of unit variance: the noise does not drown the signal.
 _SCALE_BIAS = -4.0
 _SCALE_WEIGHT = 1e-3
 _BRANCH_GAIN = 1e-2
@@ -45,11 +45,11 @@ _VARIANCE_FLOOR = 1e-12
 
 @dataclass(frozen=True)
 class FilterBankPlan:
-    """Which coefficients become latents.
+    """The coefficients that become latents.
 
     Attributes:
-        indices: [D] positions among the coefficients, those of M first, then those of S.
-        scales: [D] factors that bring them to unit variance.
+        indices: Positions among the coefficients, [D]; those of M come first, then those of S.
+        scales: Factors that bring them to unit variance, [D].
     """
 
     indices: Tensor
@@ -57,11 +57,11 @@ class FilterBankPlan:
 
 
 def analyse(config: EarVAEConfig, audio: Tensor) -> Tensor:
-    """The filter bank's coefficients of audio, as the network's encoder will compute them.
+    """Computes the filter bank's coefficients of audio, as the network's encoder will compute them.
 
     Args:
-        config: The architecture.
-        audio: Stereo, [B, 2, T].
+        config: Architecture of the model.
+        audio: Stereo audio, [B, 2, T].
 
     Returns:
         [B, 2 K, N] with K coefficients of M, then K of S, for the whole frames of T; K is what the
@@ -80,14 +80,14 @@ def analyse(config: EarVAEConfig, audio: Tensor) -> Tensor:
 
 
 def choose_bands(config: EarVAEConfig, coefficients: Tensor) -> FilterBankPlan:
-    """Chooses the coefficients that leave the least of each piece's signal out.
+    """Chooses the coefficients that leave out the least of each item's signal.
 
     Greedily minimises the mean over items of the logarithm of the energy that is left out, which is the
     mean signal-to-distortion ratio in decibels: a loud item counts no more than a quiet one.
 
     Args:
-        config: The architecture.
-        coefficients: What `analyse` gave for representative music, [B, 2 K, N].
+        config: Architecture of the model.
+        coefficients: Coefficients that `analyse` returned for representative music, [B, 2 K, N].
 
     Raises:
         EarVAEError: There are fewer coefficients than latents, or no signal in any item.
@@ -117,9 +117,9 @@ def initialize(vae: EarVAE, choice: FilterBankPlan) -> None:
     """Rewrites the weights of a freshly built model so that it computes the filter bank.
 
     Args:
-        vae: A model with plain (folded) weights and its usual random start, part of which is kept
-            in the channels that carry nothing.
-        choice: Which coefficients become latents.
+        vae: Model with plain (folded) weights and its usual random start, part of which is kept in the
+            channels that carry nothing.
+        choice: Coefficients that become latents.
 
     Raises:
         EarVAEError: The architecture cannot hold the filter bank.
@@ -187,7 +187,7 @@ def initialize(vae: EarVAE, choice: FilterBankPlan) -> None:
 
 
 def mdct(hop: int, num_bins: int) -> Tensor:
-    """The lowest `num_bins` basis functions of the orthonormal MDCT with a sine window, [num_bins, 2 hop].
+    """Returns the lowest `num_bins` basis functions of the orthonormal MDCT, sine window, [num_bins, 2 hop].
 
     Reference: Princen, Johnson and Bradley, "Subband/Transform Coding Using Filter Bank Designs Based
     on Time Domain Aliasing Cancellation" (1987).
@@ -200,7 +200,7 @@ def mdct(hop: int, num_bins: int) -> Tensor:
 
 
 def _layout(config: EarVAEConfig) -> tuple[int, int]:
-    """Phases that the middle strides split each signal into, and coefficients of each signal."""
+    """Returns the phases that the middle strides split a signal into, and the coefficients of a signal."""
     num_phases = math.prod(config.strides[1:-1])
     widths = [low for _, low in config.block_widths]
     needed, carried = [2], 2
@@ -216,7 +216,7 @@ def _layout(config: EarVAEConfig) -> tuple[int, int]:
 
 
 def _phase_order(strides: tuple[int, ...]) -> Tensor:
-    """For each channel after the polyphase splits, which sample of the run of phases it holds."""
+    """Returns, for each channel after the polyphase splits, which sample of the run of phases it holds."""
     order = torch.zeros(1, dtype=torch.long)
     step = 1
     for stride in strides:
@@ -233,7 +233,7 @@ def _centred(matrix: Tensor, kernel_size: int) -> Tensor:
 
 
 def _carry(conv: nn.Conv1d | nn.ConvTranspose1d, kernel: Tensor) -> None:
-    """Puts `kernel` on the first channels of a convolution; these hear and touch no others.
+    """Puts `kernel` on the first channels of a convolution, and keeps them apart from all others.
 
     `kernel` is [out, in, taps] of the encoder's convolution; the decoder's transposed one holds the same
     array, since its dimension 0 is its input.

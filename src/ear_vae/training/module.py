@@ -50,7 +50,7 @@ from ear_vae.vae import EarVAE, Reconstruction
 _LOG = logging.getLogger(__name__)
 _FILTER_BANK_SEGMENTS = 192
 _FILTER_BANK_FRAMES = 96
-# Terms that are no function of the rebuilt audio; the balancer leaves them as they are.
+# Terms that do not depend on the rebuilt audio; the balancer leaves them as they are.
 _PENALTIES = ("kl",)
 # Arguments that say where the model comes from.
 _ORIGINS = {"config", "pretrained", "variant", "training_state", "initialization"}
@@ -59,14 +59,15 @@ _VALIDATION_METRICS = ("si_sdr_db", "mel_distance", "stft_distance", "icpc", "cc
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What is minimised.
+    """The training objective: loss terms, their weights and how they are computed.
 
     Args:
-        weights: Weights of loss terms by name; others keep those of `losses.objective.DEFAULT_LOSS_WEIGHTS`.
+        weights: Weights of loss terms by name; other terms keep those of
+            `losses.objective.DEFAULT_LOSS_WEIGHTS`.
         window_sizes: STFT window sizes in samples.
         weighting: Filter ahead of the reconstruction terms: `k`, `a` or `none`.
-        magnitude_channels: Compare magnitudes on mid, side, left and right (`mslr`), or without mid and side
-            (`lr`).
+        magnitude_channels: Channels whose magnitudes are compared: mid, side, left and right (`mslr`), or
+            left and right alone (`lr`).
         balanced: Make each weight a share of the gradient on the rebuilt audio (`losses.balancer`).
     """
 
@@ -87,11 +88,11 @@ class _Optimization(NamedTuple):
 
 @dataclass
 class _Accumulation:
-    """What a step has of its batches so far.
+    """The batches of a step so far.
 
     Attributes:
-        batches: Audio of its batches, each [B, 2, T].
-        values: What is logged, summed over the batches.
+        batches: Audio of the batches, each [B, 2, T].
+        values: Values to log, summed over the batches.
     """
 
     batches: list[Tensor] = field(default_factory=list)
@@ -107,34 +108,35 @@ class EarVAEModule(L.LightningModule):
 
     Each step trains the discriminator on the detached output of the VAE, then the VAE on the same output.
     `Trainer(max_steps=...)`, checkpoints and schedules count the steps of the VAE. All randomness of a
-    step follows from `seed` and its number, so that a resumed run goes on as if it had never stopped.
+    step follows from `seed` and its number, so that a resumed run continues as if it had never stopped.
 
-    Weight norm is put on at construction and folded away by `export`, so that neither the files nor
-    the public class know of it. Terms are logged as `train/NAME` and `validation/NAME`; validation uses
+    Weight norm is applied at construction and folded away by `export`, so that neither the files nor the
+    public class know of it. Terms are logged as `train/NAME` and `validation/NAME`; validation uses
     the average of the weights where there is one, which is what `export` writes.
 
     Args:
-        config: Architecture of a new model, the published one by default.
+        config: Architecture of a new model; the published one by default.
         pretrained: Name or folder of a model to continue from, instead of `config`.
         variant: Which model of `pretrained` to take, where it holds several.
         training_state: File that `ear-vae release --training-state` wrote beside `pretrained`: the raw
-            weights, discriminator and optimizers to go on with.
+            weights, discriminator and optimizers to continue with.
         objective: Loss terms and their weights.
         optimizer: Optimizer and learning-rate schedule of the VAE.
         discriminator: Architecture of the discriminator; without one the adversarial terms are left out, and
             may not be given weights.
         discriminator_optimizer: Optimizer and learning-rate schedule of the discriminator, if there is one.
-        adversarial_after: Steps in which a discriminator learns alone before its terms count.
-        accumulate_grad_batches: Batches whose gradients make one step, as if they were one batch of that many
-            times the size. With a discriminator the VAE runs forward twice for each of them, because the
-            discriminator takes its step before the VAE's gradient is computed.
+        adversarial_after: Number of steps in which a discriminator learns alone before its terms count.
+        accumulate_grad_batches: Number of batches whose gradients make one step, as if they were one batch of
+            that many times the size. With a discriminator the VAE runs forward twice for each of them,
+            because the discriminator takes its step before the VAE's gradient is computed.
         ema_decay: Decay of the exponential moving average of the VAE's weights; 0 for no average.
-        train_encoder: False keeps the encoder, and with it the latents, exactly as they are.
+        train_encoder: Whether the encoder is trained; False keeps it, and with it the latents, exactly as it
+            is.
         initialization: Start of a new model: `random`, the default, or `filter_bank` (see
             `ear_vae.training.filter_bank`), which needs the Trainer's data to choose its bands from.
-        gradient_checkpointing: Compute activations again on the way back instead of keeping them, see
+        gradient_checkpointing: Compute activations again in the backward pass instead of keeping them, see
             `EarVAE.gradient_checkpointing`.
-        max_skipped_steps: Steps in a row whose gradient is not finite before training stops.
+        max_skipped_steps: Number of consecutive steps with a gradient that is not finite that ends training.
         seed: Seed of the draws from the posterior.
 
     Raises:
@@ -178,7 +180,7 @@ class EarVAEModule(L.LightningModule):
                 "objective.balanced takes the gradients of a whole batch: accumulate_grad_batches must be 1"
             )
         if _vae is not None:
-            pass  # of a checkpoint, which was made with arguments that fitted
+            pass  # from a checkpoint, which was made with arguments that fitted
         elif pretrained is None:
             if not train_encoder:
                 raise EarVAEError("an encoder that is not trained must come from a pretrained model")
@@ -191,7 +193,7 @@ class EarVAEModule(L.LightningModule):
         elif config is not None:
             raise EarVAEError("give either a config for a new model or a pretrained one to continue from")
         elif initialization is not None:
-            raise EarVAEError("initialization is of a new model; a pretrained one has its weights")
+            raise EarVAEError("initialization is for a new model; a pretrained one has its weights")
         weights = _weights_in_use(
             objective.weights, discriminator is not None, adversarial_after, train_encoder
         )
@@ -211,7 +213,7 @@ class EarVAEModule(L.LightningModule):
         self.initialization = initialization or ("random" if pretrained is None else "pretrained")
         self.train_encoder = train_encoder
         self.vae.encoder.requires_grad_(train_encoder)
-        # A kernel g · v / ‖v‖ is rounded anew: what must stay bit for bit stays as it is.
+        # A kernel g · v / ‖v‖ is rounded again: what must not change by a bit gets no weight norm.
         apply_weight_norm(self.vae if train_encoder else self.vae.decoder)
         self.objective = ReconstructionObjective(
             self.vae.sample_rate,
@@ -238,7 +240,7 @@ class EarVAEModule(L.LightningModule):
         self._accumulated_gradients: dict[str, Tensor] = {}
         self._moments: dict[str, Any] | None = None
         self.skipped = {name: SkippedSteps(max_skipped_steps) for name in ("vae", "discriminator")}
-        # Given as a dictionary, because the command line would put in the classes that it made them with.
+        # As a dictionary, because the command line would add the classes that it built them from.
         self.save_hyperparameters(
             {
                 "config": self.vae.config.to_dict(),
@@ -269,7 +271,7 @@ class EarVAEModule(L.LightningModule):
     ) -> EarVAEModule:
         """Builds the module that wrote a checkpoint, with its weights.
 
-        To go on training exactly, give the checkpoint to `Trainer.fit(ckpt_path=...)`, which restores
+        To continue training exactly, give the checkpoint to `Trainer.fit(ckpt_path=...)`, which restores
         optimizers and counters. An optimizer or schedule given by class is not in the file; give it again.
 
         Args:
@@ -280,8 +282,8 @@ class EarVAEModule(L.LightningModule):
                 the model comes from, which is the checkpoint.
 
         Raises:
-            EarVAEError: The checkpoint is unreadable, damaged, names classes to import, is of another
-                program, or does not fit the settings; or there is no such device.
+            EarVAEError: The checkpoint is unreadable, damaged, names classes to import, was written by
+                another program, or does not fit the settings; or there is no such device.
         """
         if elsewhere := sorted(settings.keys() & _ORIGINS):
             raise EarVAEError(f"{', '.join(elsewhere)}: the model is that of the checkpoint; leave it out")
@@ -331,7 +333,7 @@ class EarVAEModule(L.LightningModule):
         return self.reconstruct(audio)
 
     def training_step(self, batch: Tensor, batch_index: int) -> None:
-        """Takes a batch [B, 2, T]; with the last one of a step, steps the discriminator, then the VAE."""
+        """Trains on a batch [B, 2, T]; with the last one of a step, steps the discriminator, then the VAE."""
         optimizations = self._optimizations()
         accumulation = self._accumulation
         if not accumulation.batches:
@@ -357,8 +359,8 @@ class EarVAEModule(L.LightningModule):
         """Ends a step whose batches are complete.
 
         Args:
-            optimizations: Those of the VAE and of the discriminator, if there is one.
-            drawn: The output for the last batch, where the VAE's gradient has yet to be computed.
+            optimizations: Optimizers of the VAE and of the discriminator, if there is one.
+            drawn: Output for the last batch, where the VAE's gradient has yet to be computed.
         """
         accumulation, self._accumulation = self._accumulation, _Accumulation()
         of_vae, *others = optimizations
@@ -436,12 +438,12 @@ class EarVAEModule(L.LightningModule):
             self._log_step()
 
     def _log_step(self) -> None:
-        """Makes the steps of the VAE the axis of the log where Lightning would count batches."""
+        """Logs against the steps of the VAE where Lightning would count batches."""
         if self.accumulate_grad_batches > 1:
             self.log("step", float(self.trainer.global_step))
 
     def _total_steps(self) -> int:
-        """Steps of the VAE that the Trainer will take."""
+        """Returns the number of steps of the VAE that the Trainer will take."""
         steps = min(self.trainer.estimated_stepping_batches, 2**31)
         if self.trainer.max_epochs is not None and self.trainer.max_epochs > 0:
             batches = self.trainer.max_epochs * self.trainer.num_training_batches
@@ -455,7 +457,7 @@ class EarVAEModule(L.LightningModule):
         return reconstruction
 
     def on_train_start(self) -> None:
-        """Refuses data at another rate than the model's, and goes on in the middle of a step.
+        """Refuses data at another rate than the model's, and continues a step that was interrupted.
 
         Raises:
             EarVAEError: The data is at another rate.
@@ -473,10 +475,10 @@ class EarVAEModule(L.LightningModule):
         accumulation.values = {name: value.to(self.device) for name, value in accumulation.values.items()}
 
     def folded(self, name: str | None = None, *, averaged: bool = True) -> EarVAE:
-        """A copy of the model as users load it: plain weights, evaluation mode, frozen, on the CPU.
+        """Copies the model as users load it: plain weights, evaluation mode, frozen, on the CPU.
 
         Args:
-            name: Of the copy.
+            name: Name of the copy; that of the model by default.
             averaged: Take the average of the weights, where there is one, instead of the last ones.
         """
         source = self.ema.network if averaged and self.ema is not None else self.vae
@@ -525,7 +527,7 @@ class EarVAEModule(L.LightningModule):
         vae.save_pretrained(directory)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what tells a checkpoint from one of another model, and what its release will want to know."""
+        """Adds facts that identify the model, and those that a release needs."""
         metrics = self.trainer.callback_metrics
         checkpoint[FACTS] = {
             **self._facts(),
@@ -538,7 +540,7 @@ class EarVAEModule(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another architecture, and names settings that are not those of its run.
+        """Refuses a checkpoint of another architecture, and warns of settings that have changed.
 
         Raises:
             EarVAEError: The checkpoint's architecture differs, it is damaged or not one of this module.
@@ -579,7 +581,7 @@ class EarVAEModule(L.LightningModule):
             require_like(where, state, schedule)
 
     def _facts(self) -> dict[str, Any]:
-        """What must be equal for a checkpoint to be resumed from."""
+        """Returns what must be equal for a checkpoint to be resumed from."""
         discriminator = None if self.discriminator is None else vars(self.discriminator.config)
         return {
             "config": self.vae.config.to_dict(),
@@ -595,7 +597,7 @@ class EarVAEModule(L.LightningModule):
         return [config.name for config, _ in zip(settings, self._networks(), strict=False)]
 
     def _accumulated(self) -> dict[str, Any]:
-        """What a step has of its batches so far, for a checkpoint in the middle of it."""
+        """Returns the batches, values and gradients so far, for a checkpoint in the middle of a step."""
         batches = self._accumulation.batches
         if not batches:
             return {}
@@ -607,10 +609,10 @@ class EarVAEModule(L.LightningModule):
         }
 
     def _take_up(self, where: str | Path, saved: Mapping[str, Any]) -> None:
-        """Goes on in the middle of a step.
+        """Restores what `_accumulated` returned.
 
         Raises:
-            EarVAEError: What the step had of its batches does not fit this run.
+            EarVAEError: It does not fit this run.
         """
         self._accumulation, self._accumulated_gradients = _Accumulation(), {}
         if not saved:
@@ -630,14 +632,14 @@ class EarVAEModule(L.LightningModule):
         self._accumulated_gradients = dict(gradients)
 
     def _networks(self) -> dict[str, nn.Module]:
-        """What has an optimizer, by name."""
+        """Returns the networks that have an optimizer, by name."""
         networks: dict[str, nn.Module] = {"vae": self.vae}
         if self.discriminator is not None:
             networks["discriminator"] = self.discriminator
         return networks
 
     def _settings(self) -> dict[str, str]:
-        """How the weights came about, for the model card."""
+        """Returns how the weights were trained, for the model card."""
         weights = {name: weight for name, weight in self.objective.weights.items() if weight}
         settings = {
             "loss weights": ", ".join(f"{name} {weight:g}" for name, weight in weights.items()),
@@ -656,10 +658,10 @@ class EarVAEModule(L.LightningModule):
         return settings
 
     def _reconstruct_draw(self, audio: Tensor, place: int = 0) -> Reconstruction:
-        """One pass on draws from the posterior that depend on the seed, the step and the item only.
+        """Rebuilds audio from draws from the posterior, which depend on the seed, the step and the item only.
 
         Args:
-            audio: A batch [B, 2, T].
+            audio: Batch of audio, [B, 2, T].
             place: Number of items of the same step before it.
         """
         with torch.set_grad_enabled(self.train_encoder):
@@ -669,14 +671,14 @@ class EarVAEModule(L.LightningModule):
         return Reconstruction(self.vae.decode(latents, num_samples=audio.shape[-1]), posterior)
 
     def _noise(self, item: int, like: Tensor) -> Tensor:
-        """Of an item's place in the batch of all processes, so that their number changes nothing."""
+        """Draws noise by an item's place in the batch of all processes; their number changes nothing."""
         place = item * self.trainer.world_size + self.trainer.global_rank
         entropy = (self.seed, self.trainer.global_step, place)
         state = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
         return torch.randn(like.shape, generator=torch.Generator().manual_seed(state)).to(like)
 
     def _adversarial_terms(self, estimate: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Those with a weight above 0, once they count."""
+        """Computes the adversarial terms with a weight above 0, once they count."""
         if self.discriminator is None or self.trainer.global_step < self.adversarial_after:
             return {}
         terms = {}
@@ -695,7 +697,7 @@ class EarVAEModule(L.LightningModule):
         return [name for name, weight in self.objective.weights.items() if weight and name not in _PENALTIES]
 
     def _balanced(self, terms: Mapping[str, Tensor], estimate: Tensor) -> Tensor:
-        """A scalar whose gradient is the balanced one; its value means nothing."""
+        """Returns a scalar whose gradient is the balanced one; its value has no meaning."""
         assert self.balancer is not None
         of_output = {name: value for name, value in terms.items() if name not in _PENALTIES}
         if not of_output:  # the discriminator's terms do not count yet
@@ -721,7 +723,7 @@ class EarVAEModule(L.LightningModule):
     def _vae_gradient(
         self, batch: Tensor, drawn: Reconstruction, accumulation: _Accumulation | None = None
     ) -> None:
-        """Adds the gradient of the VAE's loss on a batch to what the step has."""
+        """Adds the gradient of the VAE's loss on a batch to that of the step."""
         estimate, posterior = drawn
         terms = self.objective.terms(estimate, batch, posterior)
         terms |= self._adversarial_terms(estimate, batch)
@@ -779,13 +781,13 @@ class EarVAEModule(L.LightningModule):
 def _weights_in_use(
     given: Mapping[str, float], has_discriminator: bool, adversarial_after: int, train_encoder: bool
 ) -> dict[str, float]:
-    """Of every term, with 0 for those that this training cannot have.
+    """Returns the weight of every term, with 0 for those that this training cannot have.
 
     Raises:
-        EarVAEError: One of these was given a weight, or no term has one.
+        EarVAEError: A term that this training cannot have was given a weight, or no term has one.
     """
     if not has_discriminator and adversarial_after:
-        raise EarVAEError("adversarial_after is of a discriminator's terms, but there is no discriminator")
+        raise EarVAEError("adversarial_after is for a discriminator's terms, but there is no discriminator")
     absent = {
         **({} if has_discriminator else dict.fromkeys(ADVERSARIAL_TERMS, "there is no discriminator")),
         **({} if train_encoder else {"kl": "the encoder, which it acts on, is not trained"}),
@@ -825,20 +827,20 @@ def _described(config: OptimizerConfig) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """The same with lists for tuples, which is what files give back."""
+    """Returns a value with lists in place of tuples, as files give it back."""
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _plain_optimizer(config: OptimizerConfig) -> dict[str, Any]:
-    """Its numbers; classes are not written to files."""
+    """Returns the numbers of a config; classes are not written to files."""
     values = {item.name: getattr(config, item.name) for item in fields(config)}
     return {name: _plain(value) for name, value in values.items() if not (value is None or callable(value))}
 
 
 def _from_plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `EarVAEModule` from the hyper-parameters in a checkpoint."""
+    """Returns arguments of `EarVAEModule` from the hyper-parameters in a checkpoint."""
     kinds = {
         "objective": ObjectiveConfig,
         "optimizer": OptimizerConfig,

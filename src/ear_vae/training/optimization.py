@@ -74,7 +74,7 @@ class OptimizerConfig:
             raise EarVAEError("schedule: ReduceLROnPlateau needs a metric every step; choose another one")
 
     def factor(self, step: int, total_steps: int) -> float:
-        """The learning rate at `step` as a fraction of `learning_rate`."""
+        """Returns the learning rate at `step` as a fraction of `learning_rate`."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps)
@@ -85,11 +85,11 @@ class OptimizerConfig:
         """Builds the optimizer of `parameters` and its schedule; on a GPU a step of AdamW is one kernel.
 
         Args:
-            parameters: The trained parameters.
-            total_steps: Steps of the whole training, which the cosine decay takes.
+            parameters: Parameters to train.
+            total_steps: Number of steps of the whole training, over which the cosine decays.
 
         Raises:
-            EarVAEError: The optimizer does not take these parameters.
+            EarVAEError: The optimizer does not accept these parameters.
         """
         optimizer = self._optimizer(list(parameters))
         if self.schedule is None:
@@ -102,7 +102,7 @@ class OptimizerConfig:
         return optimizer, schedule
 
     def described(self) -> dict[str, Any]:
-        """The settings as numbers and words, for people to read."""
+        """Returns the settings as numbers and words, for people to read."""
         shared = {"warmup_steps": self.warmup_steps, "gradient_clip": self.gradient_clip}
         optimizer, schedule = self._example()
         if self.algorithm is None:
@@ -124,7 +124,7 @@ class OptimizerConfig:
         return _name(self._example()[0])
 
     def _example(self) -> tuple[Optimizer, LRScheduler | None]:
-        """The optimizer of one weight, with the schedule that replaces the cosine decay, if any."""
+        """Returns an optimizer of one weight, with the schedule that replaces the cosine decay, if any."""
         optimizer = self._optimizer([nn.Parameter(torch.zeros(1, 1))])
         if self.schedule is None:
             return optimizer, None
@@ -153,12 +153,12 @@ class OptimizerConfig:
 
 
 def trained(network: nn.Module) -> list[nn.Parameter]:
-    """The parameters of a network that are not frozen."""
+    """Returns the parameters of a network that are not frozen."""
     return [parameter for parameter in network.parameters() if parameter.requires_grad]
 
 
 def skips_by_itself(optimizer: Optimizer) -> bool:
-    """Whether the optimizer leaves out a step by a flag on the device (`found_inf`), as fused ones do."""
+    """Whether the optimizer skips a step by a flag on the device (`found_inf`), as fused ones do."""
     return all(group.get("fused") for group in optimizer.param_groups)
 
 
@@ -179,7 +179,7 @@ class SkippedSteps:
         self.in_a_row = 0
 
     def count(self, finite: bool, what: str) -> None:
-        """Takes note of a step.
+        """Counts a step.
 
         Args:
             finite: Whether the gradient was finite; the same on every process.

@@ -17,11 +17,11 @@ _COLOURS = ((0, 0, 0), (36, 20, 110), (180, 40, 120), (250, 160, 50), (255, 255,
 
 
 def spectrogram_picture(audio: Tensor, sample_rate: int) -> Tensor:
-    """The spectrogram of audio over a logarithmic frequency axis.
+    """Draws the spectrogram of audio over a logarithmic frequency axis.
 
     Args:
-        audio: One channel, [T].
-        sample_rate: In Hz.
+        audio: One channel of audio, [T].
+        sample_rate: Sample rate in Hz.
 
     Returns:
         Colours [3, 256, W] from 0 to 1, low frequencies at the bottom; the range is the 90 dB below a

@@ -1,4 +1,4 @@
-"""From a training checkpoint to files for others: a model to use, and all it takes to train it further."""
+"""Turning a training checkpoint into files for others: a model, and what it takes to train it further."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def release_model(
 ) -> Path:
     """Turns a training checkpoint into a folder for `EarVAE.from_pretrained` and the Hub.
 
-    A new folder appears only once all of it is written and the model in it was loaded.
+    A new folder appears only once everything is written, and the model in it could be loaded.
 
     Args:
         checkpoint: A `.ckpt` file that `ear-vae fit` wrote.
         directory: Folder for the weights, the config, and a card with the facts of the run.
-        name: Name of the model, the directory's by default.
+        name: Name of the model; that of the directory by default.
         averaged: Take the average of the weights, where there is one, instead of the last ones.
         training_state: Also write `training_state.safetensors`: the last weights, the discriminator and both
             optimizers, for `EarVAEModule(training_state=...)`.
@@ -69,7 +69,7 @@ def release_model(
             argument="overwrite",
         )
     content = read_checkpoint(checkpoint)
-    averaged = averaged and "ema._extra_state" in content["state_dict"]
+    averaged = averaged and any(key.startswith("ema.") for key in content["state_dict"])
     vae = _model(checkpoint, content, averaged=averaged, name=name or directory.resolve().name)
     require_moments(checkpoint, content)
     with _complete_folder(directory, last=CONFIG_FILE) as folder:
@@ -81,13 +81,13 @@ def release_model(
         loaded = EarVAE.from_pretrained(folder).state_dict()
         if not all(torch.equal(loaded[key], tensor) for key, tensor in vae.state_dict().items()):
             raise EarVAEError(
-                f"{directory}: what was written is not what was meant to be; is the disk damaged?"
+                f"{directory}: the model that was written does not load as it was; is the disk damaged?"
             )
     return directory
 
 
 def _model(path: Path, content: Mapping[str, Any], *, averaged: bool, name: str) -> EarVAE:
-    """The model in a checkpoint.
+    """Builds the model in a checkpoint.
 
     Raises:
         EarVAEError: Its weights are not those of its config, or not finite.
@@ -121,7 +121,7 @@ def _model(path: Path, content: Mapping[str, Any], *, averaged: bool, name: str)
 
 @contextmanager
 def _complete_folder(directory: Path, *, last: str) -> Iterator[Path]:
-    """An empty folder beside `directory` whose files go there once the block has written all of them.
+    """Gives an empty folder beside `directory`, whose files are moved there once all of them are written.
 
     A new directory appears with all of them at once; in one that is there, they replace those of the same
     names one by one, `last` last.

@@ -1,4 +1,4 @@
-"""The file that lets others train on: last weights, discriminator and optimizers, without pickle."""
+"""The file to resume training from elsewhere: last weights, discriminator, optimizers; without pickle."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def save_training_state(checkpoint: Mapping[str, Any], path: Path) -> None:
-    """Writes the training state in the content of a checkpoint; an existing file is replaced.
+    """Writes the training state out of a checkpoint's content; an existing file is replaced.
 
     Raises:
         EarVAEError: The file cannot be written, an optimizer is not AdamW or has not taken a step yet.
@@ -34,14 +34,14 @@ def save_training_state(checkpoint: Mapping[str, Any], path: Path) -> None:
 
 
 def load_training_state(module: nn.Module, path: Path) -> dict[str, dict[str, dict[str, Tensor]]]:
-    """Puts the weights of a training state into a module.
+    """Loads the weights of a training state into a module.
 
     Args:
         module: An `EarVAEModule` of the same architecture.
         path: A file that `release` wrote.
 
     Returns:
-        For each optimizer the moments of each of its parameters by name.
+        Moments of every parameter, by name of the optimizer, of the parameter and of the moment.
 
     Raises:
         EarVAEError: The file is unreadable, no training state, of another architecture, or holds values that
@@ -78,10 +78,10 @@ def load_training_state(module: nn.Module, path: Path) -> dict[str, dict[str, di
 def restore_moments(
     optimizer: torch.optim.Optimizer, network: nn.Module, moments: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
-    """Gives an optimizer of a network's trained parameters the moments it had.
+    """Restores the moments of the optimizer of a network's trained parameters.
 
     Raises:
-        EarVAEError: The optimizer is not AdamW, or a parameter has none, or other ones.
+        EarVAEError: The optimizer is not AdamW, or the moments of a parameter are missing or do not fit it.
     """
     if type(optimizer) is not torch.optim.AdamW:
         raise EarVAEError(

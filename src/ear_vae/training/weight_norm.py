@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ear_vae.network.blocks import convolutions
+
 
 class WeightNorm(nn.Module):
-    """weight = g · v / ‖v‖ per kernel of dimension 0 (an input channel of a transposed convolution).
+    """Makes weight = g · v / ‖v‖ per kernel of dimension 0 (an input channel of a transposed convolution).
 
     Unlike the one in torch it starts from v of unit length, so that the learning rate turns every
     kernel equally fast whatever its gain, and takes an all-zero kernel: g = 0 with a random direction.
@@ -19,11 +21,11 @@ class WeightNorm(nn.Module):
     """
 
     def forward(self, g: Tensor, v: Tensor) -> Tensor:
-        """The weight of the lengths `g` and the directions `v`."""
+        """Returns the weight of the lengths `g` and the directions `v`."""
         return v * (g / _norm(v))
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Lengths and directions of a weight."""
+        """Returns the lengths and directions of a weight."""
         g = _norm(weight)
         direction = torch.where(g == 0, torch.randn_like(weight), weight)
         return g, direction / _norm(direction)
@@ -31,12 +33,12 @@ class WeightNorm(nn.Module):
 
 def apply_weight_norm(network: nn.Module) -> None:
     """Puts weight norm on every convolution of `network`; its output does not change."""
-    for conv in _convolutions(network):
+    for conv in convolutions(network):
         parametrize.register_parametrization(conv, "weight", WeightNorm())
 
 
 def plain_weights(network: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """The named tensors of a network with weight norm as those of one without."""
+    """Returns the named tensors of a network with weight norm as a network without it has them."""
     # A parametrized module computes its folded weight when asked for it by name.
     return {name: getattr(*_owner(network, name)).detach().clone() for name in names}
 
@@ -55,10 +57,6 @@ def load_plain_weights(network: nn.Module, state: Mapping[str, Tensor]) -> None:
 def _owner(network: nn.Module, name: str) -> tuple[nn.Module, str]:
     module, _, attribute = name.rpartition(".")
     return network.get_submodule(module), attribute
-
-
-def _convolutions(network: nn.Module) -> list[nn.Module]:
-    return [module for module in network.modules() if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d))]
 
 
 def _norm(weight: Tensor) -> Tensor:

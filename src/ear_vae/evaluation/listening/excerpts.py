@@ -1,8 +1,8 @@
 """Excerpts to listen to: chosen from the originals, rebuilt by every system, brought to one level, measured.
 
-Which files: all if there are few, else evenly spaced from the first to the last in the order that is given.
-Where in a file: at its loudest, so that the choice favours no system; a file that gives several excerpts is
-cut into as many equal parts, and each gives its loudest.
+Which files: all if there are few, otherwise evenly spaced ones, from the first to the last in the given
+order. Where in a file: where it is loudest, so that the choice favours no system; for several excerpts, a
+file is cut into as many equal parts, and the loudest place of each is taken.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from torch import Tensor
 from ear_vae.audio import audio_info, read_audio
 from ear_vae.dsp.loudness import SHORTEST_SECONDS, Loudness
 from ear_vae.dsp.resampling import resample
-from ear_vae.dsp.stereo import correlation, side_to_mid_db
+from ear_vae.dsp.stereo import side_to_mid_db, stereo_correlation
 from ear_vae.errors import EarVAEError
 from ear_vae.evaluation.files import delay_seconds, figures
 from ear_vae.evaluation.runner import Task
 from ear_vae.evaluation.systems.base import rebuild
 
 ORIGINAL = "Original"
-# What browsers play everywhere, and more than ears need.
+# Every browser plays this rate, and ears need no more.
 HIGHEST_RATE = 48_000
 LARGEST_GAIN_DB = 20.0
 # Excerpts start on whole tenths of a second, which are whole samples at all usual rates.
 _STEPS_PER_SECOND = 10
-# What models and resampling see on either side of an excerpt.
+# Audio that models and resampling see on either side of an excerpt.
 _MARGIN_SECONDS = 1
 
 
@@ -40,9 +40,9 @@ class ExcerptSpan:
 
     Attributes:
         name: Name of the file.
-        target: The original.
+        target: Path of the original.
         start_seconds: Start in seconds, in whole tenths.
-        seconds: Length in seconds; there is less where the file ends.
+        seconds: Length in seconds; it may go past the end of the file.
     """
 
     name: str
@@ -53,7 +53,7 @@ class ExcerptSpan:
 
 @dataclass(frozen=True)
 class Signal:
-    """The original's or one system's audio of an excerpt.
+    """Audio of an excerpt: that of the original, or of one system.
 
     Attributes:
         name: `ORIGINAL`, or the name of the system.
@@ -76,12 +76,12 @@ class Signal:
 
 @dataclass(frozen=True)
 class Excerpt:
-    """An original and what the systems made of it.
+    """An excerpt of an original, and what the systems made of it.
 
     Attributes:
         span: Part of the original that it holds.
         sample_rate: Sample rate of all signals in Hz.
-        signals: The original, then the systems in their order.
+        signals: Signals of the original, then of the systems in their order.
     """
 
     span: ExcerptSpan
@@ -94,14 +94,14 @@ class Excerpt:
         return self.signals[0].audio.shape[1] / self.sample_rate
 
     def shortened(self, seconds: float) -> Excerpt:
-        """Returns its beginning of that length in seconds."""
+        """Returns its first seconds."""
         num_samples = max(1, int(seconds * self.sample_rate))
         cut = (replace(signal, audio=signal.audio[:, :num_samples]) for signal in self.signals)
         return replace(self, signals=tuple(cut))
 
 
 def evenly_spaced(count: int, available: int) -> list[int]:
-    """`count` indices below `available`, the first and the last among them, or all if there are fewer."""
+    """Returns `count` indices below `available`, with the first and the last, or all if there are fewer."""
     if count >= available:
         return list(range(available))
     if count == 1:
@@ -110,7 +110,7 @@ def evenly_spaced(count: int, available: int) -> list[int]:
 
 
 def choose_spans(originals: Sequence[tuple[str, Path]], *, count: int, seconds: float) -> list[ExcerptSpan]:
-    """Chooses the parts of originals to hear, the same for the same files.
+    """Chooses parts of originals to listen to, always the same for the same files.
 
     Args:
         originals: Names and files, in the order to choose from.
@@ -136,7 +136,7 @@ def loudest(audio: Tensor, sample_rate: int, seconds: float, parts: int = 1) -> 
     """Finds where the loudest stretch begins in each of equal parts, in seconds.
 
     Args:
-        audio: [C, T].
+        audio: Audio to search, [C, T].
         sample_rate: Sample rate of `audio` in Hz.
         seconds: Length of a stretch in seconds.
         parts: Number of parts; they must be as long as a stretch, unless there is only one.
@@ -201,7 +201,7 @@ def measured(excerpt: Excerpt) -> Excerpt:
 
 
 def _estimate(span: ExcerptSpan, task: Task, target: Tensor, rate: int) -> tuple[Tensor, list[str]]:
-    """[C, T] as long as the target, and what was done to it."""
+    """Returns audio [C, T] as long as the target, and notes on what was done to it."""
     notes: list[str] = []
     num_samples = target.shape[1]
     if task.pair.estimate is None:
@@ -244,7 +244,7 @@ def _duration(path: Path) -> float:
 
 
 def _read_span(path: Path, start_seconds: float, seconds: float, rate: int) -> Tensor:
-    """[C, T] of a file at a rate, with zeros where the file has nothing."""
+    """Reads audio [C, T] of a file at a rate, with zeros beyond its ends."""
     own_rate = audio_info(path).sample_rate
     margin = _MARGIN_SECONDS * own_rate
     first = round(start_seconds * own_rate) - margin
@@ -260,7 +260,7 @@ def _read_span(path: Path, start_seconds: float, seconds: float, rate: int) -> T
 def _with_stereo(signal: Signal) -> Signal:
     if signal.audio.shape[0] < 2:
         return signal
-    alike, side_db = float(correlation(signal.audio)), float(side_to_mid_db(signal.audio))
+    alike, side_db = float(stereo_correlation(signal.audio)), float(side_to_mid_db(signal.audio))
     return replace(
         signal,
         correlation=alike if math.isfinite(alike) else None,

@@ -88,7 +88,7 @@ class Means:
 
 
 def means_of(excerpts: Sequence[Excerpt]) -> Means:
-    """The mean of every metric over the excerpts that have a value."""
+    """Computes the mean of every metric over the excerpts that have a value."""
     systems: dict[str, dict[str, float | None]] = {}
     for index, signal in enumerate(excerpts[0].signals[1:], start=1):
         systems[signal.name] = {}
@@ -107,7 +107,7 @@ def fitting(excerpts: Sequence[Excerpt], megabytes: float) -> list[Excerpt]:
         megabytes: Largest size of the page in 10⁶ bytes.
 
     Raises:
-        EarVAEError: Even a second of each is too much.
+        EarVAEError: Even one second of each excerpt is too much.
     """
     budget = 1e6 * megabytes - _PAGE_BYTES
     seconds = max(excerpt.seconds for excerpt in excerpts)
@@ -118,7 +118,7 @@ def fitting(excerpts: Sequence[Excerpt], megabytes: float) -> list[Excerpt]:
                 f"a page of {megabytes:g} MB cannot hold {counted(len(excerpts), 'excerpt')} with "
                 f"{len(excerpts[0].signals)} signals each; ask for fewer excerpts or for more megabytes"
             )
-        # A little less than what would do if all seconds were alike.
+        # A little less than would be enough if all seconds were alike.
         seconds = max(_SHORTEST_SECONDS, int(10 * seconds * min(0.97, 0.98 * budget / size)) / 10)
         fitted = [excerpt.shortened(seconds) for excerpt in excerpts]
     return fitted
@@ -152,7 +152,7 @@ def write_page(
 
 
 def page_text(excerpts: Sequence[Excerpt], *, title: str, means: Means) -> str:
-    """The whole HTML document; equal for equal arguments."""
+    """Makes the whole HTML document; equal for equal arguments."""
     folder = resources.files("ear_vae.evaluation.listening") / "assets"
     style = _file(folder, "style.css")
     parts = "\n".join(_file(folder, name) for name in _SCRIPTS)
@@ -217,9 +217,9 @@ def _excerpt(excerpt: Excerpt) -> dict[str, Any]:
 
 
 def _table(systems: Sequence[Mapping[str, float | None]]) -> list[dict[str, Any]]:
-    """A row for each metric, with a cell for each system and the best ones marked.
+    """Makes a row for each metric, with a cell for each system and the best ones marked.
 
-    All that are no real difference behind the best one are best; where that is everyone, nobody is.
+    A system that is not noticeably behind the best one counts as best too; where all are, none is marked.
     """
     rows = []
     for metric in METRICS:
@@ -260,9 +260,9 @@ def _peak(audio: Tensor) -> float:
 
 
 def _flac(audio: Tensor, sample_rate: int) -> bytes:
-    """16-bit FLAC of audio [C, T], lowered to full scale if it exceeds it.
+    """Encodes audio [C, T] as 16-bit FLAC, lowered to full scale if it exceeds it.
 
-    Every browser decodes it, without a delay and to the sample.
+    Every browser decodes it sample by sample, without a delay.
     """
     samples = (audio / max(1.0, _peak(audio)) * _FULL_SCALE).round().clamp(-_FULL_SCALE, _FULL_SCALE - 1)
     buffer = io.BytesIO()
@@ -274,7 +274,7 @@ def _flac(audio: Tensor, sample_rate: int) -> bytes:
 
 
 def _base64(excerpt: Excerpt) -> list[str]:
-    """Each signal's file as text."""
+    """Returns the file of each signal as text."""
     files = (_flac(signal.audio, excerpt.sample_rate) for signal in excerpt.signals)
     return [base64.b64encode(file).decode("ascii") for file in files]
 
@@ -284,7 +284,7 @@ def _audio_bytes(excerpts: Sequence[Excerpt]) -> int:
 
 
 def _json(data: Any) -> str:
-    """JSON that cannot end the block it stands in."""
+    """Writes JSON that cannot end the block it stands in."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return re.sub("[<>&\u2028\u2029]", lambda match: f"\\u{ord(match[0]):04x}", text)
 

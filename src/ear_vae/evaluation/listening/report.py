@@ -15,7 +15,7 @@ from ear_vae.evaluation.files import Row
 from ear_vae.evaluation.listening.excerpts import Excerpt, ExcerptSpan, choose_spans, cut, measured
 from ear_vae.evaluation.listening.page import Means, fitting, write_page
 from ear_vae.evaluation.pairs import DEFAULT_PATTERN, Pair, find_pairs, find_targets
-from ear_vae.evaluation.results import counted, read_json, summarize
+from ear_vae.evaluation.results import counted, read_evaluation, summarize
 from ear_vae.evaluation.runner import Task
 from ear_vae.evaluation.systems.base import System
 from ear_vae.evaluation.systems.loading import Model, as_system
@@ -31,7 +31,7 @@ class ListeningReport:
     """What a listening report holds.
 
     Attributes:
-        path: The page.
+        path: Path of the page.
         excerpts: Number of excerpts on it.
         seconds: Length of the longest excerpt in seconds.
         num_bytes: Size of the page.
@@ -49,10 +49,10 @@ class ListeningReport:
 
 @dataclass
 class _Sources:
-    """What the page is made of.
+    """Sources of the page.
 
     Attributes:
-        target: The originals.
+        target: Path of the originals.
         tasks: Comparisons by system, then by name of the file.
         rows: Rows of evaluations by system; empty without.
     """
@@ -126,9 +126,7 @@ def write_listening_report(
     require_free(path, overwrite=overwrite)
     if evaluations:
         if targets is not None or systems or models:
-            raise EarVAEError(
-                "an evaluation says itself what to compare; give no originals, systems or models"
-            )
+            raise EarVAEError("an evaluation says what to compare; give no originals, systems or models")
         sources = _from_evaluations([Path(each) for each in evaluations], device, force_download)
     elif targets is None:
         raise EarVAEError("give the originals, or an evaluation of them")
@@ -181,10 +179,10 @@ def _require_no_input(path: Path, sources: _Sources, evaluations: Sequence[str |
 
 
 def _attempt(span: ExcerptSpan, sources: _Sources, *, raise_failures: bool) -> Excerpt | str:
-    """The excerpt, or in one line why there is none."""
+    """Returns the excerpt, or in one line why there is none."""
     try:
         return cut(span, [by_name[span.name] for by_name in sources.tasks.values()])
-    # Whatever one file does, the others are shown.
+    # Whatever happens with one file, the others are shown.
     except Exception as error:
         if raise_failures:
             raise
@@ -194,7 +192,7 @@ def _attempt(span: ExcerptSpan, sources: _Sources, *, raise_failures: bool) -> E
 def _from_evaluations(
     paths: Sequence[Path], device: str | torch.device | None, force_download: bool
 ) -> _Sources:
-    read = [read_json(path) for path in paths]
+    read = [read_evaluation(path) for path in paths]
     targets = sorted({inputs.target for _, inputs in read})
     if len(targets) > 1:
         raise EarVAEError(f"the evaluations are of different originals: {', '.join(targets)}")
@@ -225,12 +223,12 @@ def _from_evaluations(
 
 
 def _short(model: str) -> str:
-    """The last part of a model's folder; a name on the Hub as it is."""
+    """Returns the last part of a model's folder; a name on the Hub as it is."""
     return Path(model).resolve().name if Path(model).exists() else model
 
 
 def _title(sources: _Sources) -> str:
-    """Names of the systems and of the originals, as a sentence would have them."""
+    """Makes a title of the names of the systems and of the originals."""
     names = list(sources.tasks)
     more = len(names) - _SYSTEMS_IN_TITLE
     if more > 0:
@@ -240,7 +238,7 @@ def _title(sources: _Sources) -> str:
 
 
 def _common_files(sources: _Sources, notes: list[str]) -> list[tuple[str, Path]]:
-    """Names and originals of the files that every system has, best first where they have been evaluated."""
+    """Lists names and originals of the files that every system has, best first if they were evaluated."""
     first, *others = sources.tasks.values()
     everywhere = [name for name in first if all(name in theirs for theirs in others)]
     known = {name for theirs in sources.tasks.values() for name in theirs}
@@ -257,7 +255,7 @@ def _common_files(sources: _Sources, notes: list[str]) -> list[tuple[str, Path]]
         for theirs in sources.rows.values():
             for row in theirs:
                 if row["name"] in distances:
-                    # Without a value a file is no example of anything.
+                    # A file without a value comes last.
                     value = row[_RANKED_BY]
                     distances[row["name"]] += float("inf") if value is None else value
         everywhere.sort(key=lambda name: distances[name])

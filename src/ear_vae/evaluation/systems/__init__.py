@@ -1,4 +1,4 @@
-"""What rebuilds audio: ours, and other codecs to compare with."""
+"""Systems that rebuild audio: our models, and other codecs to compare with."""
 
 from ear_vae.evaluation.systems.base import EarVAESystem, System, rebuild
 

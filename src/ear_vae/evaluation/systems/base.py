@@ -13,7 +13,7 @@ from ear_vae.vae import EarVAE
 
 
 class System(Protocol):
-    """What can be evaluated: anything with these attributes and this method."""
+    """Anything with these attributes and this method can be evaluated."""
 
     @property
     def name(self) -> str:
@@ -21,7 +21,7 @@ class System(Protocol):
 
     @property
     def identity(self) -> str:
-        """Text that differs for other weights."""
+        """Text that is different for other weights."""
 
     @property
     def sample_rate(self) -> int:
@@ -58,17 +58,17 @@ class EarVAESystem:
         self.channels = vae.audio_channels
 
     def reconstruct(self, audio: Tensor) -> Tensor:
-        """Audio [channels, T], through the posterior's mean."""
+        """Rebuilds audio [channels, T] from the posterior's mean."""
         return self._vae.reconstruct(audio)
 
 
 def rebuild(system: System, audio: Tensor, sample_rate: int) -> Tensor:
-    """Rebuilds audio of any rate and one or two channels.
+    """Rebuilds audio at any rate, with one or two channels.
 
     Args:
         system: System that rebuilds it.
-        audio: [C, T] with C of 1 or 2. For a stereo system mono is duplicated and the mean of what comes
-            back is taken; a mono system rebuilds the channels one by one.
+        audio: Audio to rebuild, [C, T] with C of 1 or 2. For a stereo system mono is duplicated, and the mean
+            of what comes back is taken; a mono system rebuilds the channels one by one.
         sample_rate: Sample rate of `audio` in Hz; it is resampled to the system's rate and back.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Other codecs as systems, each through its own library, none of which the package needs."""
+"""Other codecs as systems, each through its own library; all of these are optional."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from ear_vae.dsp import _torchaudio as torchaudio
-from ear_vae.errors import EarVAEError
+from ear_vae.errors import EarVAEError, first_line
 from ear_vae.evaluation.systems.base import System
 from ear_vae.inference.tiling import run_tiled
 
-# Convolutional codecs go through long audio in tiles of this length with this much around them, more than any
-# of them hears.
+# Convolutional codecs process long audio in tiles of this length with this much context, which is more than
+# the receptive field of any of them.
 _TILE_SECONDS, _CONTEXT_SECONDS = 20, 2
 _INSTALL = 'pip install "ear-vae[codecs]"'
 
@@ -29,9 +29,9 @@ class Codec:
     """A codec that `--model NAME` or `--model NAME=SOURCE` names.
 
     Attributes:
-        source: Hub repository that the bare name stands for.
+        source: Hub repository that the name alone stands for.
         library: Name of the library that it needs, for messages.
-        build: Loads it from a repository or folder.
+        build: Function that loads it from a repository or folder.
     """
 
     source: str
@@ -54,21 +54,20 @@ class CodecSystem:
 
     def __init__(self, name: str, source: str, codec: Codec, device: torch.device) -> None:
         self.name = name
-        # Their libraries import torchaudio, which has to come up even where its extension does not fit.
+        # Their libraries import torchaudio, which must be importable even where its extension does not fit.
         torchaudio.functional()
         try:
             network, self.sample_rate, self.channels, self._rebuild = codec.build(source, device)
         except ImportError as error:
             raise EarVAEError(f"{name} needs {codec.library}: {_INSTALL} ({error})") from error
-        # Whatever a foreign library makes of a wrong folder, a refused download or a damaged file.
+        # Whatever a library raises for a wrong folder, a refused download or a damaged file.
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise EarVAEError(f"{name}: cannot be loaded from {source}: {reason}") from error
+            raise EarVAEError(f"{name}: cannot be loaded from {source}: {first_line(error)}") from error
         self.identity = _digest(network)
         self._device = device
 
     def reconstruct(self, audio: Tensor) -> Tensor:
-        """Audio [channels, T] at `sample_rate`, rebuilt, at most T samples long."""
+        """Rebuilds audio [channels, T] at `sample_rate`; returns at most T samples."""
         with torch.inference_mode():
             rebuilt = self._rebuild(audio.unsqueeze(0).to(self._device))
         return rebuilt[0, :, : audio.shape[-1]].float().to(audio.device)
@@ -111,7 +110,7 @@ def _encodec(source: str, device: torch.device) -> tuple[Any, int, int, Callable
 
     model = EncodecModel.from_pretrained(source, use_safetensors=True).to(device).eval()
     config = model.config
-    # It cuts into its own overlapping chunks, which is part of the codec.
+    # It cuts audio into overlapping chunks itself, which is part of the codec.
     prepare = EncodecFeatureExtractor(
         feature_size=config.audio_channels,
         sampling_rate=config.sampling_rate,
@@ -171,7 +170,7 @@ def _agc(source: str, device: torch.device) -> tuple[Any, int, int, Callable[[Te
 
 
 def _tiled(network: Callable[[Tensor], Tensor], hop: int, sample_rate: int) -> Callable[[Tensor], Tensor]:
-    """`network` for audio [1, C, T] of any length, in tiles on the grid of its frames."""
+    """Makes `network` take audio [1, C, T] of any length, in tiles on the grid of its frames."""
     context = -(-_CONTEXT_SECONDS * sample_rate // hop)
 
     def in_tiles(audio: Tensor) -> Tensor:
@@ -189,7 +188,7 @@ def _tiled(network: Callable[[Tensor], Tensor], hop: int, sample_rate: int) -> C
 
 
 def _digest(network: torch.nn.Module) -> str:
-    """sha256 over the names and values of all weights."""
+    """Computes the sha256 of the names and values of all weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())

@@ -1,4 +1,4 @@
-"""From a name to a system that rebuilds audio."""
+"""Loading a system that rebuilds audio by its name."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def as_system(
     variant: str | None = None,
     force_download: bool = False,
 ) -> System:
-    """The system of a name, a model or a system.
+    """Makes a system of a name or a model; a system is returned as it is.
 
     Args:
         model: Name for `load_system`, an `EarVAE`, or a system, which is returned as it is.

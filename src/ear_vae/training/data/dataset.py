@@ -1,4 +1,4 @@
-"""Random segments of audio files, each a function of the seed and its number alone."""
+"""Random segments of audio files, each determined by the seed and its number alone."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _MOST_FAILURES = 200
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to a segment, both channels alike, so that the phases between them mean the same after.
+    """Changes segments, both channels alike, so that the phase between them keeps its meaning.
 
     Args:
-        gain_db: A gain between 0 dB and minus that many, evenly in dB.
+        gain_db: Largest attenuation; it is drawn uniformly in dB from 0 to this.
         swap_channels: Probability of exchanging left and right.
-        invert_polarity: Probability of turning both channels over.
-        speed: Play faster or slower by up to this fraction, in steps of one per cent, as a tape does:
-            pitch and tempo together; 0 for never, at least 0.01 otherwise.
+        invert_polarity: Probability of inverting the polarity of both channels.
+        speed: Largest change of speed, as a fraction: 0 for none, at least 0.01 otherwise; drawn in steps of
+            one per cent, and like that of a tape it changes pitch and tempo together.
 
     Raises:
         EarVAEError: A value is out of range.
@@ -56,35 +56,35 @@ class Augmentation:
             raise EarVAEError(f"speed must be 0, or from 0.01 to 0.5, got {self.speed}")
 
     def speed_percent(self, random: np.random.Generator) -> int:
-        """How fast to play, 100 for as it is."""
+        """Draws a speed in per cent, 100 for the original one."""
         # Rounded down, and never beyond what was asked for; 0.29 * 100 is a little below 29.
         steps = math.floor(100 * self.speed + 1e-6)
         return 100 + int(random.integers(-steps, steps + 1)) if steps else 100
 
     def __call__(self, segment: Tensor, random: np.random.Generator) -> Tensor:
-        """All but the speed, on a segment [2, T]."""
+        """Changes all but the speed of a segment [2, T]."""
         gain_db, swap, flip = random.random(3)
         gain = 10 ** (-self.gain_db * gain_db / 20) * (-1 if flip < self.invert_polarity else 1)
         return float(gain) * (segment.flip(0) if swap < self.swap_channels else segment)
 
 
 class SegmentDataset(Dataset[Tensor]):
-    """Random segments of files; item `index` is always the same segment for one seed and one list of files.
+    """Draws random segments of files; item `index` is always the same for one seed and one list of files.
 
-    A file is drawn with a probability proportional to its duration times its weight, a position in it
+    A file is drawn with a probability proportional to its duration times its weight, and a position in it
     uniformly. The segment is read by seeking and resampled if needed; mono files become stereo. Where a file
-    turns out to be unreadable it is reported, once by each process, and another draw takes its place.
+    turns out to be unreadable it is reported, once by each process, and another segment is drawn.
 
     Args:
-        files: What to draw from, none shorter than a segment.
-        sample_rate: Of the segments, in Hz.
-        segment_samples: Length of a segment.
-        seed: Fixes which segment an index stands for.
-        augmentation: What is done to the segments.
-        min_level_db: Segments whose root mean square is below that many dB under full scale are drawn
-            again.
-        mono: `skip` draws segments with two equal channels again.
-        length: What `len` says; any index is good.
+        files: Files to draw from, none shorter than a segment.
+        sample_rate: Sample rate of the segments in Hz.
+        segment_samples: Length of a segment in samples.
+        seed: Seed that fixes which segment an index stands for.
+        augmentation: Changes to the segments; None for none.
+        min_level_db: Lowest root mean square of a segment in dB relative to full scale; quieter ones are
+            drawn again.
+        mono: Treatment of segments with two equal channels: `skip` draws them again.
+        length: Length that `len` returns; every index is valid.
     """
 
     def __init__(
@@ -117,10 +117,10 @@ class SegmentDataset(Dataset[Tensor]):
         return self._length
 
     def __getitem__(self, index: int) -> Tensor:
-        """Segment [2, segment_samples].
+        """Reads segment `index`, [2, segment_samples].
 
         Raises:
-            EarVAEError: 200 draws on end could not be read.
+            EarVAEError: 200 segments that were drawn could not be read.
         """
         random = np.random.default_rng((self.seed, index))
         segment: Tensor | None = None
@@ -132,8 +132,8 @@ class SegmentDataset(Dataset[Tensor]):
             try:
                 segment = self._read(self.files[number], position, percent)
             except EarVAEError as error:
-                # The file stays in the game, whatever else it holds: a process that has not met its bad
-                # place must draw the same segments as one that has.
+                # The file can be drawn again: a process that has not come across its damage must draw the
+                # same segments as one that has.
                 failures += 1
                 self._report(number, error, failures)
                 continue
@@ -159,7 +159,7 @@ class SegmentDataset(Dataset[Tensor]):
         return self.min_level == 0 or float(segment.square().mean().sqrt()) >= self.min_level
 
     def _read(self, file: AudioFile, position: float, percent: int) -> Tensor:
-        """A segment [2, segment_samples] from a relative position, played at `percent` of the speed."""
+        """Reads a segment [2, segment_samples] at a relative position, played at `percent` of the speed."""
         rate, target_rate = file.sample_rate, self.sample_rate
         if percent != 100:
             rate, target_rate = rate * percent, target_rate * 100

@@ -18,18 +18,18 @@ _GRACE_SECONDS = 60
 
 
 class SegmentSampler(DistributedSampler[int]):
-    """Numbers of segments, without end over the epochs: each goes on where the one before ended.
+    """Yields numbers of segments that continue over the epochs: each starts where the one before ended.
 
-    Of every batch of all processes, process r takes the numbers r, r + W, r + 2 W and so on, so that the
-    segments of a step do not depend on how many processes share them.
+    Of W processes, process r takes the numbers r, r + W, r + 2 W and so on, so that the segments of a step do
+    not depend on how many processes share them.
 
     It is a `DistributedSampler` so that Lightning, which puts its own around any other, leaves it alone.
 
     Args:
-        dataset: What the numbers are of.
-        per_epoch: Segments of an epoch over all processes; a multiple of their number.
-        rank: Of this process.
-        processes: How many there are.
+        dataset: Dataset of the segments.
+        per_epoch: Segments per epoch over all processes; a multiple of the number of processes.
+        rank: Number of this process, from 0.
+        processes: Number of processes.
     """
 
     def __init__(self, dataset: SegmentDataset, *, per_epoch: int, rank: int, processes: int) -> None:
@@ -41,24 +41,24 @@ class SegmentSampler(DistributedSampler[int]):
         return self.per_epoch // self.num_replicas
 
     def __iter__(self) -> Iterator[int]:
-        """From the position, which who takes the segments moves on, to the end of its epoch."""
+        """Yields from the position, which `SegmentLoader` moves on, to the end of its epoch."""
         end = (self.position // self.per_epoch + 1) * self.per_epoch
         return iter(range(self.position + self.rank, end, self.num_replicas))
 
 
 class SegmentLoader(DataLoader[Tensor]):
-    """Batches [B, 2, T] of segments; what the Trainer saves of it is how many were taken.
+    """Loads batches [B, 2, T] of segments; its state is the number of segments that were taken.
 
-    Resuming therefore reads the batches that would have come next, in the middle of an epoch too, and
+    Resuming therefore reads the batches that would have come next, also in the middle of an epoch, and
     none of those before.
 
     Args:
-        dataset: What to take from.
+        dataset: Dataset of the segments.
         batch_size: Segments in a batch of one process.
-        segments_per_epoch: Over all processes; what does not fill a step of them all is left out.
-        rank: Of this process.
-        processes: How many there are.
-        settings: Of `torch.utils.data.DataLoader`.
+        segments_per_epoch: Segments per epoch over all processes; those that do not fill a step are left out.
+        rank: Number of this process, from 0.
+        processes: Number of processes.
+        settings: Further arguments of `torch.utils.data.DataLoader`.
 
     Raises:
         EarVAEError: An epoch that holds less than one step.
@@ -91,23 +91,23 @@ class SegmentLoader(DataLoader[Tensor]):
         )
 
     def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
-        """What is left of the epoch."""
+        """Yields the remaining batches of the epoch."""
         for batch in super().__iter__():
             # Before the batch is used: a checkpoint is written after that, but before the next is asked for.
             self.segments.position += self.step_segments
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """How many segments were taken, over all processes."""
+        """Returns the number of segments that were taken, over all processes."""
         return {"segments": self.segments.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on after the segments of a state.
+        """Continues after the segments of a state.
 
-        With another batch size or number of processes than before, from the start of the step it falls in.
+        With another batch size or number of processes, it continues from the start of the step it is in.
 
         Raises:
-            EarVAEError: The state does not say how many.
+            EarVAEError: The state does not say how many segments were taken.
         """
         position = integer(state.get("segments")) if isinstance(state, dict) else None
         if position is None or position < 0:

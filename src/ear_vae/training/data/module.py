@@ -18,7 +18,7 @@ from ear_vae.limits import sample_rate_of, whole_number
 from ear_vae.training.checkpoint_reading import changes
 from ear_vae.training.data.dataset import Augmentation, SegmentDataset
 from ear_vae.training.data.loader import SegmentLoader
-from ear_vae.training.data.sources import AudioFile, Policy, find_files
+from ear_vae.training.data.sources import AudioFile, Policy, find_usable_files
 
 _LOG = logging.getLogger(__name__)
 
@@ -26,29 +26,29 @@ _LOG = logging.getLogger(__name__)
 class AudioDataModule(L.LightningDataModule):
     """Random training segments and fixed validation excerpts of audio files in any format.
 
-    Which segments a step trains on follows from `seed` and the number of the step alone: not from the
-    number of workers or processes, and not from interruptions.
+    Which segments a step trains on depends on `seed` and the number of the step alone: not on the number of
+    workers or processes, and not on interruptions.
 
     Args:
         folder: Training audio: a folder, which is searched recursively, a manifest (`.csv` or `.jsonl`, see
-            `ear_vae.training.data.sources.find_files`), or a list of these.
-        validation_folder: Validation audio, likewise; without it there is no validation.
-        sample_rate: What everything is resampled to, in Hz; the model's.
+            `ear_vae.training.data.sources.find_usable_files`), or a list of these.
+        validation_folder: Validation audio, given like `folder`; without it there is no validation.
+        sample_rate: Sample rate in Hz to which everything is resampled; that of the model.
         segment_seconds: Length of a training segment, rounded to whole `segment_multiple`s.
-        segment_multiple: In samples; the model's downsampling ratio.
+        segment_multiple: Number of samples of which segments are multiples; the model's downsampling ratio.
         validation_seconds: Length of a validation excerpt, taken from the middle of each file.
-        batch_size: Segments per step and process.
-        segments_per_epoch: After which the Trainer's epoch ends, over all processes.
-        num_workers: Processes that read ahead.
-        augmentation: What is done to training segments; None for nothing.
-        min_level_db: Training segments quieter than this, as root mean square in dB under full scale, are
-            drawn again; None keeps silence.
-        mono: `duplicate` makes two equal channels of mono files; `skip` leaves them out, and draws segments
-            with two equal channels again.
-        min_bandwidth_hz: Leaves out files whose spectrum breaks off below, as that of many mp3s does at
-            16 kHz. Finding out takes a while, once.
-        cache_dir: Where lengths and bandwidths of files are remembered; the user's cache by default.
-        seed: Fixes which segments are drawn.
+        batch_size: Number of segments per step and process.
+        segments_per_epoch: Number of segments per epoch of the Trainer, over all processes.
+        num_workers: Number of processes that read ahead.
+        augmentation: Changes to training segments; None for none.
+        min_level_db: Lowest root mean square of a training segment in dB relative to full scale; quieter ones
+            are drawn again. None keeps silence.
+        mono: Treatment of mono files: `duplicate` makes two equal channels of them; `skip` leaves them out,
+            and draws segments with two equal channels again.
+        min_bandwidth_hz: Lowest bandwidth of a training file in Hz; the spectrum of many mp3s breaks off at
+            16 kHz. Measuring it takes a while, once.
+        cache_dir: Folder in which lengths and bandwidths of files are cached; in the user's cache by default.
+        seed: Seed that fixes which segments are drawn.
 
     Raises:
         EarVAEError: A value is out of range; on `setup`, nothing usable is found.
@@ -111,16 +111,18 @@ class AudioDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Finds the files; called by the Trainer."""
         if stage == "fit" and not self.train_files:
-            self.train_files = find_files(self.sources, self.policy, cache_dir=self.cache_dir)
+            self.train_files = find_usable_files(self.sources, self.policy, cache_dir=self.cache_dir)
         if self.validation_sources and not self.validation_files:
             policy = Policy(self.validation_seconds)
-            self.validation_files = find_files(self.validation_sources, policy, cache_dir=self.cache_dir)
+            self.validation_files = find_usable_files(
+                self.validation_sources, policy, cache_dir=self.cache_dir
+            )
         if not self.validation_sources and self.trainer is not None:
             # An empty loader would do the same, but each rank and epoch would warn of it.
             self.trainer.limit_val_batches = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What is trained on, as plain values; goes into checkpoints."""
+        """Returns what is trained on as plain values, for checkpoints."""
         return {
             "data": [str(source).encode(errors="backslashreplace").decode() for source in self.sources],
             "files": len(self.train_files),
@@ -133,7 +135,7 @@ class AudioDataModule(L.LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Says how the data differ from those of the checkpoint that is resumed from."""
+        """Warns where the data differ from those of the checkpoint that is resumed from."""
         changed = changes(state_dict, self.state_dict())
         if changed and (self.trainer is None or self.trainer.is_global_zero):
             _LOG.warning(
@@ -141,15 +143,15 @@ class AudioDataModule(L.LightningDataModule):
             )
 
     def segments(self, *, samples: int | None = None) -> SegmentDataset:
-        """Training segments as they are in the files, without augmentation.
+        """Returns training segments as they are in the files, without augmentation.
 
         Args:
-            samples: Length of a segment; that of the training segments by default.
+            samples: Length of a segment in samples; that of the training segments by default.
         """
         return self._dataset(samples or self.segment_samples, None)
 
     def train_dataloader(self) -> SegmentLoader:
-        """Batches [B, 2, segment_samples] of random segments."""
+        """Returns a loader of batches [B, 2, segment_samples] of random segments."""
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return SegmentLoader(
             self._dataset(self.segment_samples, self.augmentation),
@@ -163,7 +165,7 @@ class AudioDataModule(L.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[Tensor]:
-        """One excerpt [1, 2, T] of each validation file."""
+        """Returns a loader of one excerpt [1, 2, T] of each validation file."""
         dataset = _MiddleExcerpts(self.validation_files, self.sample_rate, self.validation_seconds)
         return DataLoader(dataset, batch_size=1)
 

@@ -1,4 +1,4 @@
-"""Which files there are to train on, and what is known of them."""
+"""Finding the files to train on, and what is known about them."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ import torch
 
 from ear_vae._atomic import atomic_path
 from ear_vae.audio import AUDIO_EXTENSIONS, audio_info, read_audio
+from ear_vae.audio.folders import find_files
 from ear_vae.audio.reading import HIGHEST_RATE, LOWEST_RATE
 from ear_vae.dsp.bandwidth import bandwidth_hz
 from ear_vae.errors import EarVAEError
@@ -29,23 +30,23 @@ _LOG = logging.getLogger(__name__)
 _BANDWIDTH_EXCERPTS, _BANDWIDTH_SECONDS = 6, 1.0
 # Counts up when the same file would give other facts than before.
 _CACHE_VERSION = 2
-# So that a folder of ten thousand unreadable files does not hide everything else that is said.
+# So that ten thousand unreadable files do not hide all other messages.
 _MOST_REPORTED = 10
-# No format packs as many samples into a byte; who remembers more has not looked at the file.
+# No format packs as many samples into a byte: a cache that says more is wrong.
 _MOST_SAMPLES_PER_BYTE = 2**14
 
 
 @dataclass(frozen=True)
 class AudioFile:
-    """One readable file, what its header says and how much it counts.
+    """A readable file, with the facts of its header and its weight.
 
     Attributes:
-        path: Where it is.
-        sample_rate: In Hz.
-        num_samples: Per channel.
-        channels: 1 or 2.
-        bandwidth_hz: Of its spectrum (`ear_vae.dsp.bandwidth`); None where nobody asked.
-        weight: How often its seconds are drawn, relative to those of other files.
+        path: Path of the file.
+        sample_rate: Sample rate in Hz.
+        num_samples: Number of samples per channel.
+        channels: Number of channels, 1 or 2.
+        bandwidth_hz: Bandwidth of its spectrum in Hz (`ear_vae.dsp.bandwidth`); None if it was not measured.
+        weight: Weight with which its seconds are drawn, relative to those of other files.
     """
 
     path: Path
@@ -63,12 +64,12 @@ class AudioFile:
 
 @dataclass(frozen=True)
 class Policy:
-    """Which files are left out.
+    """Says which files are left out.
 
     Args:
-        min_seconds: Shorter ones.
-        min_bandwidth_hz: Those whose spectrum breaks off below, as many mp3s do at 16 kHz.
-        mono: `duplicate` makes two equal channels of them, `skip` leaves them out.
+        min_seconds: Shortest duration of a file in seconds.
+        min_bandwidth_hz: Lowest bandwidth of a file in Hz; the spectrum of many mp3s breaks off at 16 kHz.
+        mono: Treatment of mono files: `duplicate` makes two equal channels of them, `skip` leaves them out.
 
     Raises:
         EarVAEError: A value is out of range.
@@ -85,18 +86,20 @@ class Policy:
             raise EarVAEError(f"min_bandwidth_hz must be positive, got {self.min_bandwidth_hz}")
 
 
-def find_files(sources: Sequence[Path], policy: Policy, *, cache_dir: Path | None = None) -> list[AudioFile]:
-    """What can be used of folders and manifests, in the order of sources and paths.
+def find_usable_files(
+    sources: Sequence[Path], policy: Policy, *, cache_dir: Path | None = None
+) -> list[AudioFile]:
+    """Finds the usable files of folders and manifests, in the order of sources and paths.
 
     A manifest is a `.csv` with a column `path`, or a `.jsonl` with an object of that key on each line;
-    paths are relative to it. `weight` beside it says how often the seconds of that file are drawn.
-    Headers and bandwidths are remembered in a cache as long as size and time of a file stay the same.
-    What is left out is reported through `logging`.
+    paths are relative to it. A column or key `weight` says how often the seconds of that file are drawn.
+    Headers and bandwidths are cached as long as size and time of a file stay the same. Files that are left
+    out are reported through `logging`.
 
     Args:
-        sources: Folders, which are searched recursively but for what is hidden, and manifests.
-        policy: What to leave out.
-        cache_dir: Where the cache is kept; `~/.cache/ear-vae`, or below `XDG_CACHE_HOME`, by default.
+        sources: Manifests, and folders, which are searched recursively except for what is hidden.
+        policy: Which files to leave out.
+        cache_dir: Folder of the cache; `~/.cache/ear-vae`, or below `XDG_CACHE_HOME`, by default.
 
     Raises:
         EarVAEError: A source does not exist or is not understood, or nothing usable is left.
@@ -128,7 +131,7 @@ def find_files(sources: Sequence[Path], policy: Policy, *, cache_dir: Path | Non
 
 
 def _conditions(policy: Policy) -> list[tuple[str, Callable[[AudioFile], bool]]]:
-    """For each condition, what to call a file that fails it, and whether it holds."""
+    """Returns, for each condition, a description of a file that fails it, and a function that checks it."""
     conditions: list[tuple[str, Callable[[AudioFile], bool]]] = []
     least_seconds, least_hz = policy.min_seconds, policy.min_bandwidth_hz
     conditions.append(
@@ -154,9 +157,11 @@ def _report(what: str, entries: Sequence[str]) -> None:
 
 
 def _listed(source: Path) -> Iterable[tuple[Path, float]]:
-    """Paths and weights of one source."""
+    """Lists the paths and weights of one source."""
     if source.is_dir():
-        return [(path, 1.0) for path in _audio_below(source)]
+        found = find_files(source, AUDIO_EXTENSIONS)
+        _report("unreadable", found.unreadable)
+        return [(path, 1.0) for path in found.files]
     if not source.exists():
         raise EarVAEError(f"{source}: does not exist; give a folder of audio or a manifest")
     if not source.is_file():
@@ -175,26 +180,6 @@ def _listed(source: Path) -> Iterable[tuple[Path, float]]:
     except (OSError, ValueError, csv.Error) as error:
         raise EarVAEError(f"{source}: cannot be read as a manifest: {error}") from error
     return [_entry(source, line, row) for line, row in rows]
-
-
-def _audio_below(folder: Path) -> list[Path]:
-    """Regular files with the extension of audio, sorted; what cannot be looked into is reported."""
-    found: list[Path] = []
-    others: list[Path] = []
-    closed: list[str] = []
-    for place, folders, names in os.walk(
-        folder, onerror=lambda error: closed.append(f"{error.filename}: {error.strerror}")
-    ):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            path = Path(place, name)
-            if name.startswith(".") or path.suffix.lower() not in AUDIO_EXTENSIONS:
-                continue
-            # A pipe would be waited for, without end; what is not accessible is said with its reason later.
-            (found if os.path.isfile(path) or not os.path.exists(path) else others).append(path)
-    _report("unreadable folder", sorted(closed))
-    _report("not a regular file", sorted(map(str, others)))
-    return sorted(found)
 
 
 def _csv_rows(manifest: Path) -> list[tuple[int, Mapping[str, Any]]]:
@@ -231,10 +216,10 @@ def _default_cache_dir() -> Path:
 
 
 class _Cache:
-    """Headers and bandwidths of the files of some sources, kept in one JSON file.
+    """Keeps headers and bandwidths of the files of some sources in one JSON file.
 
-    Several processes may read and write it at once: each replaces the whole, and what one of them loses is
-    looked up again.
+    Several processes may read and write it at once: each replaces the whole file, and what is lost that way
+    is looked up again.
     """
 
     def __init__(self, folder: Path, sources: Sequence[Path]) -> None:
@@ -248,7 +233,7 @@ class _Cache:
                 self.known = dict(json.loads(self.path.read_text(encoding="utf-8")))
 
     def examined(self, path: Path, *, measure: bool) -> AudioFile | EarVAEError:
-        """What is known of a file, or looked up now; why it cannot be used."""
+        """Returns what is known about a file, looked up if need be, or why it cannot be used."""
         try:
             status = path.stat()
             if not stat.S_ISREG(status.st_mode):
@@ -271,7 +256,7 @@ class _Cache:
         return file
 
     def save(self) -> None:
-        """Writes what was used, if it is news."""
+        """Writes what was used, if it is new."""
         if self.used == self.known:
             return
         try:
@@ -279,10 +264,10 @@ class _Cache:
             with atomic_path(self.path, overwrite=True) as temporary:
                 temporary.write_text(json.dumps(self.used, sort_keys=True), encoding="utf-8")
         except (OSError, EarVAEError) as error:
-            _LOG.warning("the lengths of the audio files are not remembered: %s", error)
+            _LOG.warning("the lengths of the audio files could not be cached: %s", error)
 
     def _remembered(self, path: Path, stamp: list[int]) -> AudioFile | None:
-        """What is known of the file as it is now, if all of it can be true."""
+        """Returns what the cache knows about the file as it is now, if all of it is plausible."""
         entry = self.known.get(str(path.resolve()))
         if not isinstance(entry, dict) or entry.get("stamp") != stamp:
             return None
@@ -301,7 +286,7 @@ class _Cache:
 
 
 def _bandwidth_of(file: AudioFile) -> float:
-    """Of one second each from places all over the file."""
+    """Measures the bandwidth of one-second excerpts from all over the file."""
     length = min(file.num_samples, max(4096, round(_BANDWIDTH_SECONDS * file.sample_rate)))
     if length < 4096:
         return file.sample_rate / 2
