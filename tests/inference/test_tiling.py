@@ -267,10 +267,20 @@ class Living(TorchDispatchMode):
         self.now -= size
 
 
-@pytest.mark.parametrize(("name", "activations"), [("encoder", 5.0), ("decoder", 5.8)])
-def test_what_a_tile_of_a_gpu_takes(name: str, activations: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "fused", "activations"),
+    [("encoder", False, 5.0), ("decoder", False, 5.8), ("encoder", True, 4.0), ("decoder", True, 4.3)],
+)
+def test_what_a_tile_of_a_gpu_takes(
+    name: str, fused: bool, activations: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Counted on shapes alone, each Snake being one pass, as on a GPU."""
     monkeypatch.setattr("ear_vae.network.blocks.snake", lambda x, *_, compiled: torch.empty_like(x))
+    monkeypatch.setattr("ear_vae.network.blocks.fuses_sums", lambda x: fused)
+    monkeypatch.setattr(
+        "ear_vae.network.blocks.snake_of_sum",
+        lambda x, *logs, keep_sum: torch.ops.ear_vae.snake(*x.take(), *logs, keep_sum),
+    )
     with torch.device("meta"):
         config = EarVAEConfig()
         network = getattr(EarVAE(config), name).requires_grad_(False)
