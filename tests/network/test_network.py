@@ -477,6 +477,35 @@ def test_snake_on_a_gpu(shape: tuple[int, ...], last: bool) -> None:
     torch.testing.assert_close(x_there.grad.cpu(), x.grad, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("sine", "error"), [("exact", 1.3e-7), ("reduced", 6e-8), ("approx", 7e-7)])
+def test_sines_on_a_gpu(sine: str, error: float) -> None:
+    angle = 1000 * torch.randn(1_000_000)
+    squares, _ = importlib.import_module("sine_kernels").sines(angle.cuda(), sine)
+    assert (squares.cpu() - angle.double().sin().square()).abs().max() < error
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@PARTS
+@SHAPES
+def test_snake_of_a_sum_on_a_gpu(shape: tuple[int, ...], last: bool, parts: tuple[bool, bool, bool]) -> None:
+    has_bias, has_residual, keep_sum = parts
+    logs, x, residual = torch.randn(2, 3), *(of_shape(*shape, last=last, dtype=torch.float32) for _ in "12")
+    given = [x, torch.randn(3) if has_bias else None, residual if has_residual else None, *(0.3 * logs)]
+    results = []
+    for device in ("cpu", "cuda"):
+        inputs = [None if t is None else t.detach().to(device).requires_grad_() for t in given]
+        total, activated = torch.ops.ear_vae.snake(*inputs, keep_sum)
+        assert activated.stride() == x.stride()
+        there = [t for t in inputs if t is not None]
+        gradients = torch.autograd.grad((activated + total if keep_sum else activated).sum(), there)
+        results.append([t.cpu() for t in (total, activated, *gradients)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
 def test_snake_keeps_bfloat16_but_computes_its_sine_in_float32() -> None:
     snake = random_snake(1, torch.float32)
     with torch.no_grad():

@@ -23,9 +23,6 @@ from torch.nn import functional
 
 from ear_vae.network.snake import DeferredSum, fuses_sums, snake, snake_of_sum
 
-# Larger kernels leave the cache while they are reordered, which then takes ten times as long a value.
-_LARGE_KERNEL_BYTES = 2**23
-
 # By the parameter's identity, with the parameter so that no other takes that over.
 _kept_kernels: ContextVar[dict[int, tuple[Tensor, Tensor]] | None] = ContextVar("kept_kernels", default=None)
 
@@ -51,11 +48,10 @@ class Conv1d(nn.Conv1d):
                 x, self.weight, bias, stride=stride, padding=padding[0], dilation=dilation
             )
         num_outputs = (x.shape[-1] + 2 * padding[0] - dilation * (kernel - 1) - 1) // stride + 1
-        if kernel > 1 and _few(x, num_outputs, self):
-            windows = functional.unfold(
-                x, (1, kernel), dilation=(1, dilation), padding=(0, padding[0]), stride=(1, stride)
-            )
-            return _channels_last(_product(self.weight.flatten(1), windows, bias).unsqueeze(-2))
+        if kernel > 1 and _few(x, num_outputs, self.out_channels):
+            rows = functional.pad(x.squeeze(-2).mT, (0, 0, padding[0], padding[0]))
+            windows = rows.unfold(1, dilation * (kernel - 1) + 1, stride)[..., ::dilation].flatten(2)
+            return functional.conv2d(windows.mT.unsqueeze(-2), self.weight.flatten(1)[..., None, None], bias)
         return functional.conv2d(
             x,
             _image_kernel(self.weight),
@@ -76,8 +72,9 @@ class ConvTranspose1d(nn.ConvTranspose1d):
         assert not isinstance(padding, str)
         if x.ndim == 3:
             return functional.conv_transpose1d(x, self.weight, bias, stride=stride, padding=padding[0])
-        if _few(x, x.shape[-1], self):
-            windows = _product(self.weight.flatten(1).T, x.squeeze(-2), None)
+        if _few(x, x.shape[-1], self.out_channels):
+            # Item by item: a batched product would copy the weight for each.
+            windows = torch.stack([self.weight.flatten(1).T @ item for item in x.squeeze(-2).unbind()])
             length = (x.shape[-1] - 1) * stride - 2 * padding[0] + kernel
             y = functional.fold(
                 windows, (1, length), (1, kernel), padding=(0, padding[0]), stride=(1, stride)
@@ -111,7 +108,9 @@ def keep_kernels(kept: dict[int, tuple[Tensor, Tensor]] | None = None) -> Iterat
     Args:
         kept: Where to keep them; by default where the enclosing block does, else for this block alone.
     """
-    token = _kept_kernels.set((_kept_kernels.get() or {}) if kept is None else kept)
+    if kept is None:
+        kept = _kept_kernels.get()
+    token = _kept_kernels.set({} if kept is None else kept)
     try:
         yield
     finally:
@@ -132,27 +131,14 @@ def _image_kernel(weight: Tensor) -> Tensor:
     return kept[id(weight)][1]
 
 
-def _few(x: Tensor, positions: int, convolution: Conv1d | ConvTranspose1d) -> bool:
+def _few(x: Tensor, positions: int, out_channels: int) -> bool:
     """Whether a kernel outweighs the input's windows, so that reordering it would take the longer."""
-    weight = convolution.weight
-    return (
-        x.device.type == "cpu"
-        and x.shape[0] * positions < convolution.out_channels
-        and weight.numel() * weight.element_size() >= _LARGE_KERNEL_BYTES
-    )
+    return x.device.type == "cpu" and x.shape[0] * positions < out_channels
 
 
 def _channels_last(x: Tensor) -> Tensor:
     """[B, C, 1, N] as the next layer takes it; by hand, which torch.vmap takes too."""
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-def _product(weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-    """Weight [O, I] times each item of [B, I, N], plus the bias [O]: [B, O, N]."""
-    # Item by item: a batched product would copy the weight for each.
-    if bias is None:
-        return torch.stack([weight @ item for item in x.unbind()])
-    return torch.stack([torch.addmm(bias[:, None], weight, item) for item in x.unbind()])
 
 
 class Snake(nn.Module):
