@@ -29,6 +29,9 @@ from ear_vae.inference.tiling import (
 from ear_vae.network.blocks import keep_kernels
 
 HOP_1024 = EarVAEConfig(channels=4)
+HOP_8 = EarVAEConfig(
+    channels=4, latent_dim=8, transformer_depth=0, channel_multipliers=(1, 2), strides=(2, 4)
+)
 HOP_960 = EarVAEConfig(channels=4, sample_rate=48_000, strides=(2, 2, 4, 6, 10), transformer_depth=0)
 BOTH = pytest.mark.parametrize("config", [HOP_1024, HOP_960], ids=["hop1024", "hop960"])
 TOLERANCE = 1e-5
