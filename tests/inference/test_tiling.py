@@ -30,7 +30,7 @@ from ear_vae.network.blocks import keep_kernels
 
 HOP_1024 = EarVAEConfig(channels=4)
 HOP_8 = EarVAEConfig(
-    channels=4, latent_dim=8, transformer_depth=0, channel_multipliers=(1, 2), strides=(2, 4)
+    channels=4, latent_dim=32, transformer_depth=0, channel_multipliers=(1, 2), strides=(2, 4)
 )
 HOP_960 = EarVAEConfig(channels=4, sample_rate=48_000, strides=(2, 2, 4, 6, 10), transformer_depth=0)
 BOTH = pytest.mark.parametrize("config", [HOP_1024, HOP_960], ids=["hop1024", "hop960"])
@@ -339,7 +339,9 @@ class Kernels(TorchDispatchMode):
 def test_tiles_share_kernels_that_are_reordered_once(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     vae = EarVAE(
-        EarVAEConfig(channels=4, latent_dim=8, channel_multipliers=(1, 2), strides=(2, 4))
+        EarVAEConfig(
+            channels=4, latent_dim=32, transformer_depth=0, channel_multipliers=(1, 2), strides=(2, 4)
+        )
     ).requires_grad_(False)
     audio = torch.randn(1, 2, 8 * 600)
     expected = vae.encode(audio).mean
@@ -373,7 +375,9 @@ def test_tiles_share_kernels_that_are_reordered_once(where: str, monkeypatch: py
 
 def test_a_single_tile_keeps_no_kernels() -> None:
     vae = EarVAE(
-        EarVAEConfig(channels=4, latent_dim=8, channel_multipliers=(1, 2), strides=(2, 4))
+        EarVAEConfig(
+            channels=4, latent_dim=32, transformer_depth=0, channel_multipliers=(1, 2), strides=(2, 4)
+        )
     ).requires_grad_(False)
     with Kernels() as seen:
         vae.encode(torch.randn(1, 2, 8 * 100))
