@@ -57,7 +57,7 @@ PY
 train_step() {
   local name=$1
   shift
-  within 4 "$python" "$here/training_step.py" "$@" --data.folder "$music" --json "$out/train-$name.json" ||
+  within 2 "$python" "$here/training_step.py" "$@" --data.folder "$music" --json "$out/train-$name.json" ||
     { status=$?; echo "train-$name: ended with $status, see above"
       echo "{\"exit_status\": $status}" >"$out/train-$name.json"; }
 }
@@ -76,7 +76,7 @@ run() {
         --json "$out/$stage.json"
       ;;
     infer)
-      if [ "$device" = cpu ]; then small+=(--seconds 0.2 --batch 1 --matrix-sizes 256); else small=(--seconds 10 60 600 --batch 1 16); fi
+      if [ "$device" = cpu ]; then small+=(--seconds 0.2 --batch 1 --matrix-sizes 256); else small=(--seconds 10 60 600 --batch 1 16 --most-seconds 1000); fi
       within 9 "$python" "$here/inference.py" --device "$device" --optimize "${small[@]}" --json "$out/infer.json"
       ;;
     train | deterministic)
@@ -92,8 +92,12 @@ run() {
         return
       fi
       for checkpointing in false true; do
-        train_step "$batch-checkpointing-$checkpointing" "${settings[@]}" \
-          --model.gradient_checkpointing "$checkpointing"
+        for switched in false true; do
+          switches=()
+          if [ "$switched" = true ]; then switches=(--fused-sums --sine reduced); fi
+          train_step "$batch-checkpointing-$checkpointing-switched-$switched" ${switches[@]+"${switches[@]}"} \
+            "${settings[@]}" --model.gradient_checkpointing "$checkpointing"
+        done
       done
       ;;
     *) echo "no stage $stage: expected correct, micro, profile, infer, train or deterministic" >&2; exit 2 ;;

@@ -4,10 +4,11 @@
         [--blocks 5] [--repeats 20] [--minutes 8] --json OUT.json
 
 `micro`: every shape of convolution of encoder and decoder, in float32, TF32 and bfloat16, with plain and with
-channels-last memory; the Snake with either sine, and what it reads and writes per second; and the networks
-with the switches of `ear_vae.network.snake` on and off. `profile`: time by kernel of a pass of encoder and
-decoder in bfloat16, beside what each block would take at the assumed rates of arithmetic and memory. Stops
-after `--minutes`, keeping what is done.
+channels-last memory, for the latter also with the kernel reordered before; the Snake with each sine, alone
+and with bias and residual added, and what it reads and writes per second; and the networks with the switches
+of `ear_vae.network.snake` on and off. `profile`: time by kernel of a pass of encoder and decoder in bfloat16,
+with sums fused and without, beside what each block would take at the assumed rates of arithmetic and memory.
+Stops after `--minutes`, keeping what is done.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +28,17 @@ from torch.profiler import ProfilerActivity, profile
 
 from ear_vae import EarVAE, EarVAEConfig
 from ear_vae._atomic import atomic_path
-from ear_vae.network.blocks import Snake
-from ear_vae.network.snake import switches
+from ear_vae.network.blocks import Snake, keep_kernels
+from ear_vae.network.snake import DeferredSum, Sine, switches
 
 PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
 LAYOUTS = {"plain": torch.contiguous_format, "channels last": torch.channels_last}
 # Assumed of a large GPU in bfloat16: convolutions, those of 128 channels, and memory.
 FLOPS_PER_SECOND, NARROW_FLOPS_PER_SECOND, BYTES_PER_SECOND = 520e12, 390e12, 2.85e12
 NARROW = 128
-# Reads and writes of an activation in a residual unit: two convolutions, their biases, two Snakes, the sum.
-PASSES_A_UNIT = 15
+# Reads and writes of an activation in a residual unit: two convolutions, their biases, two Snakes, the sum;
+# and where the Snakes add biases and sum.
+PASSES_A_UNIT = {False: 15, True: 10}
 UNITS_A_BLOCK = 3
 
 
@@ -116,9 +119,10 @@ def micro(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 places = given if isinstance(module, nn.ConvTranspose1d) else output
                 flops = 2 * module.weight.numel() * places.shape[-1] * places.shape[0]
                 moved = (given.numel() + output.numel() + module.weight.numel()) * given.element_size()
-                for layout, memory_format in LAYOUTS.items():
-                    image = given.contiguous(memory_format=memory_format)
-                    seconds = seconds_of(lambda m=module, i=image: m(i), device, repeats)
+                for layout, kept in (("plain", False), ("channels last", False), ("channels last", True)):
+                    image = given.contiguous(memory_format=LAYOUTS[layout])
+                    with keep_kernels() if kept else nullcontext():
+                        seconds = seconds_of(lambda m=module, i=image: m(i), device, repeats)
                     yield {
                         "what": "convolution",
                         "network": name,
@@ -126,6 +130,7 @@ def micro(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
                         "input": list(given.shape),
                         "precision": precision,
                         "layout": layout,
+                        "kernel_reordered_before": kept,
                         "seconds": seconds,
                         "flops_per_second": flops / seconds,
                         "bytes_per_second": moved / seconds,
@@ -134,27 +139,27 @@ def micro(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for precision in ("float32", "bfloat16"):
         for name, (network, x) in networks(arguments, PRECISIONS[precision]).items():
             snakes = shapes_of(network, x, Snake)
-            for reduced in (False, True):
-                switches.reduced_sine = reduced
+            for sine in get_args(Sine):
+                # Triton's interpreter and the plain formula know only the exact one.
+                if device == "cpu" and sine != "exact":
+                    continue
+                switches.sine = sine
                 for module, given in snakes:
-                    seconds = seconds_of(lambda m=module, i=given: m(i), device, repeats)
+                    assert isinstance(module, Snake)
+                    for row in snake_rows(module, given, device, repeats):
+                        yield {"network": name, "precision": precision, "sine": sine, **row}
+                for fused in (False, True):
+                    switches.fused_sums = fused
                     yield {
-                        "what": "snake",
+                        "what": "network",
                         "network": name,
-                        "input": list(given.shape),
                         "precision": precision,
-                        "reduced_sine": reduced,
-                        "seconds": seconds,
-                        "bytes_per_second": 2 * given.numel() * given.element_size() / seconds,
+                        "sine": sine,
+                        "fused_sums": fused,
+                        "seconds": seconds_of(lambda n=network, i=x: n(i), device, repeats),
                     }
-                yield {
-                    "what": "network",
-                    "network": name,
-                    "precision": precision,
-                    "reduced_sine": reduced,
-                    "seconds": seconds_of(lambda n=network, i=x: n(i), device, repeats),
-                }
-            switches.reduced_sine = False
+                switches.fused_sums = False
+            switches.sine = "exact"
             for traced in (False, True):
                 switches.traced_formula = traced
                 torch.compiler.reset()
@@ -175,13 +180,32 @@ def micro(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             switches.traced_formula = False
 
 
-def roofline(arguments: argparse.Namespace) -> dict[str, Any]:
+def snake_rows(snake: Snake, x: Tensor, device: str, repeats: int) -> Iterator[dict[str, Any]]:
+    """The Snake of a tensor, of a sum, and of a sum that is kept as well."""
+    bias, residual = torch.randn(x.shape[1], device=x.device, dtype=x.dtype), torch.randn_like(x)
+    calls: dict[str, tuple[Callable[[], object], int]] = {
+        "x": (lambda: snake(x), 2),
+        "x + bias": (lambda: snake(DeferredSum(x, bias)), 2),
+        "x + bias + residual, kept": (lambda: snake.with_input(DeferredSum(x, bias, residual)), 4),
+    }
+    for of, (call, passes) in calls.items():
+        seconds = seconds_of(call, device, repeats)
+        yield {
+            "what": "snake",
+            "of": of,
+            "input": list(x.shape),
+            "seconds": seconds,
+            "bytes_per_second": passes * x.numel() * x.element_size() / seconds,
+        }
+
+
+def roofline(arguments: argparse.Namespace, fused: bool) -> dict[str, Any]:
     """Seconds of the residual units of each block at the assumed rates, for one direction in bfloat16."""
     config = config_of(arguments)
     positions, blocks = arguments.frames * config.downsampling_ratio, []
     for (width, _), stride in zip(config.block_widths, config.strides, strict=True):
         flops = UNITS_A_BLOCK * 2 * (7 + 1) * width**2 * positions
-        moved = UNITS_A_BLOCK * PASSES_A_UNIT * 2 * width * positions
+        moved = UNITS_A_BLOCK * PASSES_A_UNIT[fused] * 2 * width * positions
         rate = NARROW_FLOPS_PER_SECOND if width <= NARROW else FLOPS_PER_SECOND
         blocks.append(
             {
@@ -193,31 +217,36 @@ def roofline(arguments: argparse.Namespace) -> dict[str, Any]:
             }
         )
         positions //= stride
-    return {"what": "roofline", "assumed": [FLOPS_PER_SECOND, BYTES_PER_SECOND], "blocks": blocks}
+    assumed = [FLOPS_PER_SECOND, BYTES_PER_SECOND]
+    return {"what": "roofline", "fused_sums": fused, "assumed": assumed, "blocks": blocks}
 
 
 def profiled(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Time by kernel (by operator on a CPU), and the roofline."""
-    yield roofline(arguments)
     on_gpu = arguments.device == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    for name, (network, x) in networks(arguments, torch.bfloat16).items():
-        seconds = seconds_of(lambda n=network, i=x: n(i), arguments.device, arguments.repeats)
-        with profile(activities=activities) as seen:
-            network(x)
-            now(arguments.device)
-        rows = sorted(
-            (
-                {
-                    "name": event.key,
-                    "calls": event.count,
-                    "seconds": (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6,
-                }
-                for event in seen.key_averages()
-            ),
-            key=lambda row: -row["seconds"],
-        )
-        yield {"what": "pass", "network": name, "seconds": seconds, "kernels": rows[:40]}
+    for fused in (False, True):
+        switches.fused_sums = fused
+        yield roofline(arguments, fused)
+        for name, (network, x) in networks(arguments, torch.bfloat16).items():
+            seconds = seconds_of(lambda n=network, i=x: n(i), arguments.device, arguments.repeats)
+            with profile(activities=activities) as seen:
+                network(x)
+                now(arguments.device)
+            rows = sorted(
+                (
+                    {
+                        "name": event.key,
+                        "calls": event.count,
+                        "seconds": (event.self_device_time_total if on_gpu else event.self_cpu_time_total)
+                        / 1e6,
+                    }
+                    for event in seen.key_averages()
+                ),
+                key=lambda row: -row["seconds"],
+            )
+            found = {"network": name, "fused_sums": fused, "seconds": seconds, "kernels": rows[:40]}
+            yield {"what": "pass", **found}
 
 
 def main() -> None:

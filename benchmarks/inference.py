@@ -1,14 +1,15 @@
 """How fast encode and decode are, against the straight path and against what the machine can do.
 
     python benchmarks/inference.py [--quick] [--optimize] [--seconds 1 10 60 600] [--batch 1 4 16]
-        [--json OUT.json]
+        [--most-seconds 1000] [--json OUT.json]
 
 Random weights of the published size. In one run, turn by turn: `straight`, the network as published (weight
 norm on, the plain Snake formula, the whole clip at once, eager; on a GPU with and without TF32), `ear_vae`,
 and `diffusers`, its AutoencoderOobleck of the same width, where that library is installed; `--optimize` adds
-`ear_vae_optimized`, after `EarVAE.optimize_for_inference`. Each has a process of its own, so that its peak
-memory can be told. A time is the median of the repeats after two that are not counted: a CUDA graph is
-recorded in the second.
+`ear_vae_optimized`, after `EarVAE.optimize_for_inference`, and on a GPU `ear_vae_switched`, the same with the
+fused sums and the reduced sine of `ear_vae.network.snake.switches`. Each has a process of its own, so that
+its peak memory can be told. A time is the median of the repeats after two that are not counted: a CUDA graph
+is recorded in the second.
 
 On a GPU all begin and end with tensors there; `ear_vae_from_host` goes from the host's memory and back. One
 has all its runs before the next begins, and then gives back the memory it keeps.
@@ -43,11 +44,13 @@ from ear_vae import EarVAE, EarVAEConfig
 from ear_vae._atomic import atomic_path
 from ear_vae.dsp._torchaudio import functional as functional_of_torchaudio
 from ear_vae.network.blocks import Snake
+from ear_vae.network.snake import switches
 from ear_vae.training.weight_norm import apply_weight_norm
 
 STRAIGHT, OURS, OPTIMIZED, DIFFUSERS = "straight", "ear_vae", "ear_vae_optimized", "diffusers"
+SWITCHED = "ear_vae_switched"
 FROM_HOST = "ear_vae_from_host"
-TILED = (OURS, OPTIMIZED, FROM_HOST)
+TILED = (OURS, OPTIMIZED, FROM_HOST, SWITCHED)
 UNCOUNTED = 2
 DIRECTIONS = ("encode", "decode")
 MOST_STRAIGHT_SECONDS = 60
@@ -121,7 +124,9 @@ def build(
         peer, directions = of_diffusers(config)
         return peer.to(device=device, dtype=dtype), directions
     vae = EarVAE(config).eval().requires_grad_(False).to(device=device, dtype=dtype)
-    if implementation == OPTIMIZED:
+    if implementation == SWITCHED:
+        switches.fused_sums, switches.sine = True, "reduced"
+    if implementation in (OPTIMIZED, SWITCHED):
         with warnings.catch_warnings():
             # It would mean that the row shows something else than its name says.
             warnings.filterwarnings("error", "runs without being compiled")
@@ -350,6 +355,7 @@ def contenders_of(arguments: argparse.Namespace) -> list[Contender]:
         wanted.append((OPTIMIZED, "float32"))
         if arguments.device == "cuda":
             wanted += [(OPTIMIZED, "tf32"), (OPTIMIZED, "bfloat16")]
+            wanted += [(SWITCHED, "float32"), (SWITCHED, "bfloat16")]
     try:
         import diffusers  # noqa: F401
 
@@ -370,6 +376,7 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=128, help="narrower than published")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--matrix-sizes", type=int, nargs="+", help="of the products that tell the peak")
+    parser.add_argument("--most-seconds", type=float, default=float("inf"), help="of a clip times its batch")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.quick:
@@ -385,6 +392,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for seconds in arguments.seconds:
         for batch in arguments.batch:
+            if seconds * batch > arguments.most_seconds:
+                continue
             able = [
                 c for c in contenders if c.implementation in TILED or seconds * batch <= MOST_STRAIGHT_SECONDS
             ]

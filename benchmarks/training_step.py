@@ -1,6 +1,7 @@
 """How long a training step takes, and where the time goes.
 
-    python benchmarks/training_step.py --config tiny --data.folder MUSIC [--steps 10] [OPTIONS OF ear-vae fit]
+    python benchmarks/training_step.py --config tiny --data.folder MUSIC [--steps 10] [--fused-sums]
+        [--sine reduced] [OPTIONS OF ear-vae fit]
 
 Runs the module of a config on its data as `ear-vae fit` would, without checkpoints, logs and validation:
 first steps that are not counted, then steps that are timed as a whole, then as many whose parts are timed (a
@@ -19,8 +20,9 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning as L
 import torch
@@ -32,6 +34,7 @@ from ear_vae.cli.fit import shipped_configs
 from ear_vae.cli.lightning_cli import FitCLI
 from ear_vae.losses import ReconstructionObjective
 from ear_vae.losses.objective import ADVERSARIAL_TERMS
+from ear_vae.network.snake import Sine, switches
 from ear_vae.training import AudioDataModule, EarVAEModule
 
 DATA = "data: waiting for the batch"
@@ -253,10 +256,13 @@ def main() -> None:
     parser.add_argument("--config", action="append", required=True, help="shipped config or file")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--fused-sums", action="store_true", help="as ear_vae.network.snake.switches")
+    parser.add_argument("--sine", choices=get_args(Sine), default="exact", help="as there")
     parser.add_argument("--json", type=Path)
     arguments, options = parser.parse_known_args()
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    switches.fused_sums, switches.sine = arguments.fused_sums, arguments.sine
     shipped = shipped_configs()
     configs = [f"--config={shipped.get(name, name)}" for name in ("base", *arguments.config)]
     cli = FitCLI(
@@ -284,6 +290,7 @@ def main() -> None:
         parts = {part: seconds / measure.steps for part, seconds in measure.ledger.seconds.items()}
         result = {
             "batch": list(measure.batch.shape),
+            "switches": asdict(switches),
             "seconds_a_step": measure.plain_seconds / measure.steps,
             "peak_bytes": measure.peak,
             "seconds_by_part": parts,

@@ -311,11 +311,13 @@ def test_a_collection_keeps_metrics_apart_that_begin_alike() -> None:
 
 
 @pytest.mark.gpu
-def test_gpu_equals_cpu() -> None:
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_equals_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     target = band(noise(2, 10 * 48_000), 0, 0.7)
     estimate = target + noise(2, 10 * 48_000, seed=1, level=0.01)
     expected = measure(estimate, target, sample_rate=48_000)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
+        monkeypatch.setattr(backend, "allow_tf32", True)
     found = measure(estimate.cuda(), target.cuda(), sample_rate=48_000)
     for name, value in expected.items():
         assert float(found[name]) == pytest.approx(float(value), abs=1e-4), name

@@ -25,8 +25,12 @@ from ear_vae.inference.tiling import (
     run_tiled,
     tile_length,
 )
+from ear_vae.network.blocks import keep_kernels
 
 HOP_1024 = EarVAEConfig(channels=4)
+HOP_8 = EarVAEConfig(
+    channels=4, latent_dim=32, transformer_depth=0, channel_multipliers=(1, 2), strides=(2, 4)
+)
 HOP_960 = EarVAEConfig(channels=4, sample_rate=48_000, strides=(2, 2, 4, 6, 10), transformer_depth=0)
 BOTH = pytest.mark.parametrize("config", [HOP_1024, HOP_960], ids=["hop1024", "hop960"])
 TOLERANCE = 1e-5
@@ -263,10 +267,20 @@ class Living(TorchDispatchMode):
         self.now -= size
 
 
-@pytest.mark.parametrize(("name", "activations"), [("encoder", 5.0), ("decoder", 5.8)])
-def test_what_a_tile_of_a_gpu_takes(name: str, activations: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "fused", "activations"),
+    [("encoder", False, 5.0), ("decoder", False, 5.8), ("encoder", True, 4.0), ("decoder", True, 4.3)],
+)
+def test_what_a_tile_of_a_gpu_takes(
+    name: str, fused: bool, activations: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Counted on shapes alone, each Snake being one pass, as on a GPU."""
     monkeypatch.setattr("ear_vae.network.blocks.snake", lambda x, *_, compiled: torch.empty_like(x))
+    monkeypatch.setattr("ear_vae.network.blocks.fuses_sums", lambda x: fused)
+    monkeypatch.setattr(
+        "ear_vae.network.blocks.snake_of_sum",
+        lambda x, *logs, keep_sum: torch.ops.ear_vae.snake(*x.take(), *logs, keep_sum),
+    )
     with torch.device("meta"):
         config = EarVAEConfig()
         network = getattr(EarVAE(config), name).requires_grad_(False)
@@ -297,3 +311,71 @@ def test_tiles_fit_into_what_is_free_on_a_gpu(
 def assert_equal_to_peak(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert found.shape == expected.shape
     assert (found - expected).abs().max() <= TOLERANCE * max(1.0, float(expected.abs().max()))
+
+
+class Kernels(TorchDispatchMode):
+    """The kernels of more than one position that convolutions are called with, and how they lie."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.channels_last: dict[int, torch.Tensor] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func is torch.ops.aten.convolution.default and args[1].shape[-1] > 1:
+            self.calls += 1
+            if not args[1].is_contiguous():
+                assert args[1].is_contiguous(memory_format=torch.channels_last)
+                # Held, so that no other takes its place.
+                self.channels_last[args[1].data_ptr()] = args[1]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("where", ["within a stage", "along the file, as on a GPU", "a stream, as on a GPU"])
+def test_tiles_share_kernels_that_are_reordered_once(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    vae = EarVAE(
+        EarVAEConfig(
+            channels=4, latent_dim=32, transformer_depth=0, channel_multipliers=(1, 2), strides=(2, 4)
+        )
+    ).requires_grad_(False)
+    audio = torch.randn(1, 2, 8 * 600)
+    expected = vae.encode(audio).mean
+    strides = {name: weight.stride() for name, weight in vae.state_dict().items()}
+    stage_tiles = StageTiles(1, 100) if where == "within a stage" else StageTiles()
+    runner = Runner(vae, tile_frames=1000 if where == "within a stage" else 100, stage_tiles=stage_tiles)
+    if "GPU" in where:
+        # The network in one piece, which the tiles along the file share.
+        monkeypatch.setattr(Runner, "_kept_kernels", lambda self, kernels: keep_kernels(kernels))
+
+    def encode() -> torch.Tensor:
+        if "stream" in where:
+            with torch.no_grad():
+                parts = list(runner.encode_stream(audio.split(1000, dim=-1)))
+            return torch.cat(parts, dim=-1).chunk(2, dim=1)[0]
+        return runner.encode(audio).chunk(2, dim=1)[0]
+
+    with Kernels() as seen:
+        found = encode()
+    assert_equal_to_peak(found, expected)
+    kernels = [weight for name, weight in vae.encoder.named_parameters() if weight.ndim == 3]
+    several = sum(weight.shape[-1] > 1 for weight in kernels)
+    assert seen.calls >= 5 * several
+    assert len(seen.channels_last) == several
+    assert {name: weight.stride() for name, weight in vae.state_dict().items()} == strides
+    # The next run sees what has become of the weights, however that was done.
+    vae.encoder.blocks[0].conv.weight.data.mul_(2)
+    assert_equal_to_peak(encode(), vae.encode(audio).mean)
+    assert not torch.allclose(encode(), expected)
+
+
+def test_a_single_tile_keeps_no_kernels() -> None:
+    vae = EarVAE(
+        EarVAEConfig(
+            channels=4, latent_dim=32, transformer_depth=0, channel_multipliers=(1, 2), strides=(2, 4)
+        )
+    ).requires_grad_(False)
+    with Kernels() as seen:
+        vae.encode(torch.randn(1, 2, 8 * 100))
+    assert seen.calls > 0
+    assert not seen.channels_last

@@ -8,18 +8,26 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ear_vae import EarVAE
 from ear_vae.config import EarVAEConfig
 from ear_vae.network import snake as snake_module
-from ear_vae.network.blocks import Conv1d, ConvTranspose1d, ResidualUnit, Snake
-from ear_vae.network.snake import compile_snake, plain_backward, plain_forward, snake
+from ear_vae.network.blocks import Conv1d, ConvTranspose1d, ResidualUnit, Snake, residual_units
+from ear_vae.network.snake import (
+    DeferredSum,
+    compile_snake,
+    plain_backward,
+    plain_forward,
+    snake,
+    snake_of_sum,
+)
 from ear_vae.network.transformer import LatentTransformer, rotary_table, rotate
 
 
@@ -39,6 +47,12 @@ def of_shape(*shape: int, last: bool = False, dtype: torch.dtype = torch.float64
     """Noise, with the channels last in memory if asked."""
     x = torch.randn(*shape, dtype=dtype)
     return x.contiguous(memory_format=torch.channels_last) if last else x
+
+
+def operator(x: torch.Tensor, log_alpha: torch.Tensor, log_beta: torch.Tensor) -> torch.Tensor:
+    """The operator that a GPU uses, with nothing to add."""
+    result: torch.Tensor = torch.ops.ear_vae.snake(x, None, None, log_alpha, log_beta, False)[1]
+    return result
 
 
 def formula_of(snake: Snake, x: torch.Tensor) -> torch.Tensor:
@@ -77,10 +91,10 @@ def test_snake_gradients_are_those_of_the_formula(shape: tuple[int, ...], last: 
 def test_snake_passes_gradcheck(shape: tuple[int, ...], last: bool) -> None:
     snake, x = random_snake(3), of_shape(*shape[:-1], 3, last=last).requires_grad_()
     assert torch.autograd.gradcheck(snake, x)
-    # The operator that a GPU uses, in its form without Triton.
+    # The operator in its form without Triton.
     inputs = (x, snake.log_alpha, snake.log_beta)
-    assert torch.autograd.gradcheck(torch.ops.ear_vae.snake, inputs)
-    torch.testing.assert_close(torch.ops.ear_vae.snake(*inputs), snake(x))
+    assert torch.autograd.gradcheck(operator, inputs)
+    torch.testing.assert_close(operator(*inputs), snake(x))
 
 
 LAYOUTS = pytest.mark.parametrize(
@@ -98,17 +112,88 @@ LAYOUTS = pytest.mark.parametrize(
 )
 
 
+# What is added: a bias, a residual, and whether the sum is kept.
+PARTS = pytest.mark.parametrize(
+    "parts",
+    [
+        (False, False, False),
+        (True, False, False),
+        (True, True, False),
+        (True, False, True),
+        (True, True, True),
+    ],
+    ids=["nothing", "bias", "bias, residual", "bias, kept", "bias, residual, kept"],
+)
+
+
+def sum_of_parts(x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None) -> torch.Tensor:
+    """Added up in the wider dtype, then rounded to that of x and the residual."""
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    total = x.to(wide)
+    if bias is not None:
+        total = total + bias.view(-1, *(1 for _ in x.shape[2:])).to(wide)
+    if residual is not None:
+        total = total + residual.to(wide)
+    return total.to(dtype).to(wide)
+
+
+@PARTS
 @LAYOUTS
-def test_snake_operators_are_what_compilers_take(x: torch.Tensor, request: pytest.FixtureRequest) -> None:
+def test_snake_operators_are_what_compilers_take(
+    x: torch.Tensor, parts: tuple[bool, bool, bool], request: pytest.FixtureRequest
+) -> None:
     """Among others, results of the strides that are promised, and none that is a view of another."""
+    has_bias, has_residual, keep_sum = parts
     logs = torch.randn(2, x.shape[1]).unbind()
+    bias = torch.randn(x.shape[1]) if has_bias else None
+    residual = torch.randn(x.shape) if has_residual else None
     # The dynamic shapes of all layouts would take a minute.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    if "channels last" in request.node.name:
+    if request.node.callspec.id == "channels last-bias, residual, kept":
         checks += ("test_aot_dispatch_dynamic",)
     forward, backward = torch.ops.ear_vae.snake.default, torch.ops.ear_vae.snake_backward.default
-    torch.library.opcheck(forward, [x.detach().requires_grad_(), *logs], test_utils=checks)
-    torch.library.opcheck(backward, [torch.randn(x.shape), x, *logs], test_utils=checks)
+    inputs = [x.detach().requires_grad_(), bias, residual, *logs, keep_sum]
+    torch.library.opcheck(forward, inputs, test_utils=checks)
+    grads = [torch.randn(x.shape), torch.randn(x.shape) if keep_sum else None]
+    torch.library.opcheck(backward, [*grads, x, bias, residual, *logs, has_bias], test_utils=checks)
+
+
+@PARTS
+@SHAPES
+def test_snake_of_a_sum_passes_gradcheck(
+    shape: tuple[int, ...], last: bool, parts: tuple[bool, bool, bool]
+) -> None:
+    """The operator in its form without Triton; and it is the formula of what is added."""
+    has_bias, has_residual, keep_sum = parts
+    snake, x = random_snake(3), of_shape(*shape[:-1], 3, last=last).requires_grad_()
+    bias = torch.randn(3, dtype=torch.float64).requires_grad_() if has_bias else None
+    residual = of_shape(*x.shape, last=last).requires_grad_() if has_residual else None
+    inputs = (x, bias, residual, snake.log_alpha, snake.log_beta)
+
+    def results(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        total, activated = torch.ops.ear_vae.snake(*given, keep_sum)
+        return (total, activated) if keep_sum else (activated,)
+
+    total, activated = torch.ops.ear_vae.snake(*inputs, keep_sum)
+    expected = sum_of_parts(x, bias, residual)
+    torch.testing.assert_close(activated, formula_of(snake, expected))
+    assert activated.stride() == x.stride()
+    if keep_sum:
+        torch.testing.assert_close(total, expected)
+        assert total.stride() == x.stride()
+    else:
+        assert total.numel() == 0
+    if any(parts):
+        by_hand = snake_of_sum(
+            DeferredSum(x, bias, residual), snake.log_alpha, snake.log_beta, keep_sum=keep_sum
+        )
+        torch.testing.assert_close(by_hand, (total, activated))
+    assert torch.autograd.gradcheck(results, inputs)
+    if keep_sum:
+        # Where only the sum is used after all.
+        (found,) = torch.autograd.grad(torch.ops.ear_vae.snake(*inputs, True)[0].sum(), [x])
+        torch.testing.assert_close(found, torch.ones_like(x))
 
 
 @pytest.fixture(scope="module")
@@ -136,51 +221,81 @@ def kernels_on_the_cpu(interpreted: ModuleType) -> Iterator[None]:
 class TestKernels:
     """In the interpreter, and through the operators."""
 
+    @PARTS
     @LAYOUTS
-    def test_they_are_what_compilers_take(self, x: torch.Tensor, request: pytest.FixtureRequest) -> None:
-        test_snake_operators_are_what_compilers_take(x, request)
+    def test_they_are_what_compilers_take(
+        self, x: torch.Tensor, parts: tuple[bool, bool, bool], request: pytest.FixtureRequest
+    ) -> None:
+        test_snake_operators_are_what_compilers_take(x, parts, request)
 
-    @pytest.mark.parametrize("reduced", [False, True])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+    @pytest.mark.parametrize(
+        ("dtype", "sine", "tolerance"),
+        [
+            (torch.float32, "exact", 1e-5),
+            (torch.float32, "reduced", 1e-5),
+            (torch.bfloat16, "exact", 1e-2),
+            (torch.float64, "exact", 1e-5),
+        ],
+    )
+    @PARTS
     @SHAPES
     def test_they_give_the_formula(
         self,
         shape: tuple[int, ...],
         last: bool,
+        parts: tuple[bool, bool, bool],
         dtype: torch.dtype,
-        reduced: bool,
+        sine: str,
+        tolerance: float,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """With gradients, of more values than one block holds."""
-        monkeypatch.setattr(snake_module.switches, "reduced_sine", reduced)
+        """With gradients, of more values than a block holds; parameters in float32 as in mixed precision."""
+        monkeypatch.setattr(snake_module.switches, "sine", sine)
+        torch.manual_seed(0)
+        has_bias, has_residual, keep_sum = parts
         snake = random_snake(3, torch.float32)
-        x = of_shape(*shape[:-1], 1500, last=last, dtype=dtype).requires_grad_()
-        logs = snake.log_alpha, snake.log_beta
-        grad = of_shape(*x.shape, dtype=dtype)
-        found = torch.ops.ear_vae.snake(x, *logs)
-        assert (found.dtype, found.stride()) == (x.dtype, x.stride())
-        wide = x.detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_()
-        expected = formula_of(snake, wide)
-        tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float64: 1e-5}[dtype]
-        torch.testing.assert_close(found.to(wide.dtype), expected, rtol=tolerance, atol=tolerance)
-        of_found = torch.autograd.grad(found, (x, *logs), grad)
-        of_expected = torch.autograd.grad(expected, (wide, *logs), grad.to(wide.dtype))
-        for one, other in zip(of_found, of_expected, strict=True):
-            torch.testing.assert_close(one.to(other.dtype), other, rtol=tolerance, atol=10 * tolerance)
 
-    @pytest.mark.parametrize("deviation", [1, 1000])
-    def test_the_reduced_sine(self, deviation: float, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Against float64, of the same float32 angles: α and β are 1."""
-        monkeypatch.setattr(snake_module.switches, "reduced_sine", True)
-        x = deviation * torch.randn(1, 1, 50_000)
-        zeros = torch.zeros(1)
-        squares = x.double().sin().square()
-        found = torch.ops.ear_vae.snake(x, zeros, zeros) - x.double()
-        # The sum is rounded to float32 as well.
-        rounding = (x.double() + squares).abs() * 2**-24
-        assert ((found - squares).abs() - rounding).max() < 1.2e-7
-        gradient, *_ = torch.ops.ear_vae.snake_backward(torch.ones_like(x), x, zeros, zeros)
-        torch.testing.assert_close(gradient.double(), 1 + (2 * x.double()).sin(), rtol=0, atol=4e-7)
+        def coarse(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+            """Noise whose sums bfloat16 holds, so that it does not matter how the interpreter rounds them."""
+            noise = of_shape(*shape, last=last and len(shape) > 1).mul(16).round().div(16).clamp(-4, 4)
+            return noise.to(dtype).requires_grad_()
+
+        x = coarse(*shape[:-1], 1500, dtype=dtype)
+        bias = coarse(3, dtype=torch.float32) if has_bias else None
+        residual = coarse(*x.shape, dtype=dtype) if has_residual else None
+        wide = torch.promote_types(dtype, torch.float32)
+        found = torch.ops.ear_vae.snake(x, bias, residual, snake.log_alpha, snake.log_beta, keep_sum)
+        total = sum_of_parts(x, bias, residual)
+        expected = total, formula_of(snake, total)
+        used = slice(0 if keep_sum else 1, 2)
+        assert keep_sum or found[0].numel() == 0
+        for one, other in zip(found[used], expected[used], strict=True):
+            assert (one.dtype, one.stride()) == (x.dtype, x.stride())
+            torch.testing.assert_close(one.to(wide), other, rtol=tolerance, atol=tolerance)
+        grads = [of_shape(*x.shape, dtype=dtype) for _ in found[used]]
+        for given, several in (([x, residual], 10), ([bias, snake.log_alpha, snake.log_beta], 100)):
+            inputs = [tensor for tensor in given if tensor is not None]
+            gradients = torch.autograd.grad(found[used], inputs, grads, retain_graph=True)
+            wanted = torch.autograd.grad(
+                expected[used], inputs, [grad.to(wide) for grad in grads], retain_graph=True
+            )
+            for one, other in zip(gradients, wanted, strict=True):
+                assert one.dtype == other.dtype
+                torch.testing.assert_close(one, other, rtol=tolerance, atol=several * tolerance)
+
+    def test_parts_may_differ_in_dtype(self) -> None:
+        """A residual in float32 beside a convolution in bfloat16 makes a sum in float32, as x + y would."""
+        snake = random_snake(3, torch.float32)
+        x = of_shape(2, 3, 1, 40, last=True, dtype=torch.bfloat16).requires_grad_()
+        bias, residual = torch.randn(3), torch.randn(2, 3, 1, 40).requires_grad_()
+        total, activated = torch.ops.ear_vae.snake(x, bias, residual, snake.log_alpha, snake.log_beta, True)
+        expected = x.float() + bias[:, None, None] + residual
+        torch.testing.assert_close(total, expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(activated, formula_of(snake, expected), rtol=1e-5, atol=1e-5)
+        found = torch.autograd.grad(activated.sum(), (x, residual))
+        assert [gradient.dtype for gradient in found] == [torch.bfloat16, torch.float32]
+        (wanted,) = torch.autograd.grad(formula_of(snake, expected).sum(), [residual])
+        torch.testing.assert_close(found[1], wanted, rtol=1e-4, atol=1e-4)
 
     def test_a_pass_of_training(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Forward and backward through a whole model, every Snake by the kernels, against the plain one."""
@@ -193,11 +308,110 @@ class TestKernels:
             return torch.autograd.grad(vae(audio).audio.square().sum(), parameters)
 
         expected = gradients()
-        monkeypatch.setattr(
-            "ear_vae.network.blocks.snake", lambda x, *given, compiled: torch.ops.ear_vae.snake(x, *given)
-        )
+        monkeypatch.setattr("ear_vae.network.blocks.snake", lambda x, *given, compiled: operator(x, *given))
         for one, other in zip(gradients(), expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+    @pytest.mark.parametrize("checkpointing", [False, True])
+    def test_a_pass_of_training_with_sums(self, checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The same with biases and residuals added by the kernels."""
+        torch.manual_seed(0)
+        vae = EarVAE(EarVAEConfig(channels=2, channel_multipliers=(1, 1), strides=(2, 2)))
+        audio = 0.3 * torch.randn(1, 2, 64)
+        parameters = list(vae.parameters())
+        expected = torch.autograd.grad(vae(audio).audio.square().sum(), parameters)
+        sums = defer_sums(monkeypatch)
+        vae.gradient_checkpointing = checkpointing
+        found = torch.autograd.grad(vae(audio).audio.square().sum(), parameters)
+        assert len(sums) >= 2 * 2 * 6
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+    def test_inference_with_sums(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Channels last, as a Runner has it."""
+        torch.manual_seed(0)
+        vae = EarVAE(EarVAEConfig(channels=2, channel_multipliers=(1, 1), strides=(2, 2)))
+        vae.requires_grad_(False)
+        audio, latents = torch.randn(2, 2, 64), torch.randn(2, 64, 16)
+        expected = vae.encoder(audio[:, :, None]), vae.decoder(latents[:, :, None])
+        sums = defer_sums(monkeypatch)
+        images = (t[:, :, None].contiguous(memory_format=torch.channels_last) for t in (audio, latents))
+        found = tuple(network(x) for network, x in zip((vae.encoder, vae.decoder), images, strict=True))
+        # Every Snake adds a sum, and of those the first of each unit keeps it.
+        assert len(sums) == sum(isinstance(m, (Snake, ResidualUnit)) for m in vae.modules())
+        assert sum(sums) == sum(isinstance(m, ResidualUnit) for m in vae.modules())
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def defer_sums(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Has networks on a CPU run as on a GPU with `fused_sums`; returns what will be kept of each sum."""
+    kept: list[bool] = []
+
+    def by_operator(x: DeferredSum, *logs: torch.Tensor, keep_sum: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        kept.append(keep_sum)
+        result: tuple[torch.Tensor, torch.Tensor] = torch.ops.ear_vae.snake(*x.take(), *logs, keep_sum)
+        return result
+
+    monkeypatch.setattr("ear_vae.network.blocks.fuses_sums", lambda x: True)
+    monkeypatch.setattr("ear_vae.network.blocks.snake_of_sum", by_operator)
+    return kept
+
+
+@pytest.mark.parametrize("deviation", [1, 1000])
+def test_the_reduced_sine(interpreted: ModuleType, deviation: float) -> None:
+    """sin² and the sine in its derivative against float64, of the same float32 angles."""
+    angle = deviation * torch.randn(1_000_000)
+    squares, twices = importlib.import_module("sine_kernels").sines(angle, "reduced")
+    assert (squares - angle.double().sin().square()).abs().max() < 6e-8
+    assert (twices - (2 * angle.double()).sin()).abs().max() < 1.4e-7
+    # Small angles keep their digits.
+    small = torch.logspace(-15, -1, 1000)
+    squares, _ = importlib.import_module("sine_kernels").sines(small, "reduced")
+    torch.testing.assert_close(squares.double(), small.double().sin().square(), rtol=1.5e-7, atol=0)
+
+
+@pytest.mark.parametrize("error", [-(2**-21.41), 2**-21.41])
+def test_the_approximate_sine(interpreted: ModuleType, error: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the special function units stands a sine that is wrong by all that CUDA's guide concedes it."""
+    within = []
+
+    def fast_sinf(angle):  # type: ignore[no-untyped-def]
+        within.append(angle.handle.data.__abs__().max())
+        return interpreted.tl.sin(angle) + error
+
+    monkeypatch.setattr(interpreted, "libdevice", SimpleNamespace(fast_sinf=fast_sinf))
+    angle = 1000 * torch.randn(100_000)
+    squares, twices = importlib.import_module("sine_kernels").sines(angle, "approx")
+    assert 0.78 < min(within) <= max(within) < 1.58
+    assert (squares - angle.double().sin().square()).abs().max() < 7e-7
+    assert (twices - (2 * angle.double()).sin()).abs().max() < 6e-7
+
+
+def test_a_residual_unit_reads_and_writes_its_activation_ten_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of fifteen: a convolution without its bias 2, twice; bias and Snake 2; bias, residual and Snake 4."""
+    monkeypatch.setattr(snake_module.switches, "fused_sums", True)
+    passes = 0
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal passes
+            result = func(*args, **(kwargs or {}))
+            results = result if isinstance(result, tuple) else (result,)
+            if isinstance(results[0], torch.Tensor) and not func.is_view:
+                tensors = (*args, *results)
+                passes += sum(isinstance(t, torch.Tensor) and t.numel() == shape.numel() for t in tensors)
+            return result
+
+    shape = torch.Size((1, 4, 1, 1000))
+    units = residual_units(4).requires_grad_(False)
+    with FakeTensorMode(), torch.device("cuda"):
+        weights = {name: torch.empty(weight.shape) for name, weight in units.named_parameters()}
+        given = DeferredSum(torch.empty(shape), torch.empty(4), torch.empty(shape))
+        with Counting():
+            result = functional_call(units, weights, (given,))
+    assert isinstance(result, DeferredSum)
+    assert passes == 10 * len(units)
 
 
 def test_without_a_compiler_there_is_one_warning_and_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,18 +426,19 @@ def test_without_a_compiler_there_is_one_warning_and_the_formula(monkeypatch: py
     broken.forward = broken.backward = forward
     monkeypatch.setitem(sys.modules, broken.__name__, broken)
     snake_module.kernels.cache_clear()
-    inputs = torch.randn(2, 3, 8), torch.randn(3), torch.randn(3)
+    x, *logs = torch.randn(2, 3, 8), torch.randn(3), torch.randn(3)
+    forward_inputs, backward_inputs = (x, None, None, *logs, False), (x, None, x, None, None, *logs, False)
     with pytest.warns(UserWarning, match="several passes, which is slower: Failed to find C compiler"):
-        found = snake_module.by_kernel(*inputs)
+        found = snake_module.by_kernel(*forward_inputs)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        again = snake_module.by_kernel(*inputs)
-        gradients = snake_module.gradients_by_kernel(inputs[0], *inputs)
+        again = snake_module.by_kernel(*forward_inputs)
+        gradients = snake_module.gradients_by_kernel(*backward_inputs)
     snake_module.kernels.cache_clear()
     assert len(tried) == 1
-    torch.testing.assert_close(found, plain_forward(*inputs))
+    torch.testing.assert_close(found, plain_forward(*forward_inputs))
     torch.testing.assert_close(again, found)
-    for one, other in zip(gradients, plain_backward(inputs[0], *inputs), strict=True):
+    for one, other in zip(gradients, plain_backward(*backward_inputs), strict=True):
         torch.testing.assert_close(one, other)
 
 
@@ -260,6 +475,35 @@ def test_snake_on_a_gpu(shape: tuple[int, ...], last: bool) -> None:
     found.sum().backward()
     torch.testing.assert_close(found.cpu(), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(x_there.grad.cpu(), x.grad, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("sine", "error"), [("exact", 1.3e-7), ("reduced", 6e-8), ("approx", 7e-7)])
+def test_sines_on_a_gpu(sine: str, error: float) -> None:
+    angle = 1000 * torch.randn(1_000_000)
+    squares, _ = importlib.import_module("sine_kernels").sines(angle.cuda(), sine)
+    assert (squares.cpu() - angle.double().sin().square()).abs().max() < error
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@PARTS
+@SHAPES
+def test_snake_of_a_sum_on_a_gpu(shape: tuple[int, ...], last: bool, parts: tuple[bool, bool, bool]) -> None:
+    has_bias, has_residual, keep_sum = parts
+    logs, x, residual = torch.randn(2, 3), *(of_shape(*shape, last=last, dtype=torch.float32) for _ in "12")
+    given = [x, torch.randn(3) if has_bias else None, residual if has_residual else None, *(0.3 * logs)]
+    results = []
+    for device in ("cpu", "cuda"):
+        inputs = [None if t is None else t.detach().to(device).requires_grad_() for t in given]
+        total, activated = torch.ops.ear_vae.snake(*inputs, keep_sum)
+        assert activated.stride() == x.stride()
+        there = [t for t in inputs if t is not None]
+        gradients = torch.autograd.grad((activated + total if keep_sum else activated).sum(), there)
+        results.append([t.cpu() for t in (total, activated, *gradients)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_snake_keeps_bfloat16_but_computes_its_sine_in_float32() -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -30,7 +32,7 @@ from ear_vae.inference.tiling import (
     tile_length,
 )
 from ear_vae.network import Autoencoder, Decoder, Encoder
-from ear_vae.network.blocks import Snake
+from ear_vae.network.blocks import Snake, keep_kernels, total
 from ear_vae.network.snake import compile_snake
 
 _Network = TypeVar("_Network", Encoder, Decoder)
@@ -146,13 +148,16 @@ class Runner:
         ):
             # The autograd graph holds every activation anyway: tiles would only add their contexts to it.
             return upcast(self._run_with_gradients(network, self._to_model(x))).to(x.device)
-        return run_stages(
-            self._with_graphs(network, stages_of(network)),
-            x,
-            tile_frames=self._tile_length(),
-            prepare=self._prepare,
-            retrieve=lambda tile: _retrieve(tile, x.device),
-        )
+        stages, tile_frames = self._with_graphs(network, stages_of(network)), self._tile_length()
+        frames = x.shape[0] * x.shape[-1] // math.prod(stage.inputs for stage in stages)
+        with self._kept_kernels({}) if frames > tile_frames else nullcontext():
+            return run_stages(
+                stages,
+                x,
+                tile_frames=tile_frames,
+                prepare=self._prepare,
+                retrieve=lambda tile: _retrieve(tile, x.device),
+            )
 
     def _stream(
         self, network: _Network, blocks: Iterable[Tensor], stages_of: _StagesOf[_Network]
@@ -169,13 +174,20 @@ class Runner:
             prepare=self._prepare,
             retrieve=lambda tile: _retrieve(tile, first.device),
         )
+        kernels: dict[int, tuple[Tensor, Tensor]] = {}
         while True:
             # Not around the whole: between two tiles the caller's code runs.
-            with torch.no_grad():
+            with torch.no_grad(), self._kept_kernels(kernels):
                 tile = next(tiles, None)
             if tile is None:
                 return
             yield tile
+
+    def _kept_kernels(self, kernels: dict[int, tuple[Tensor, Tensor]]) -> AbstractContextManager[None]:
+        """Has the tiles of a run on a GPU share reordered kernels; on a CPU the tiles of each stage do."""
+        # A graph that found them there would read them when they are gone.
+        shared = self.model.device.type == "cuda" and not self.cuda_graphs
+        return keep_kernels(kernels) if shared else nullcontext()
 
     def _with_graphs(self, network: Encoder | Decoder, stages: list[Stage]) -> list[Stage]:
         if not self.cuda_graphs or self.model.device.type != "cuda":
@@ -191,7 +203,7 @@ class Runner:
             result: Tensor = network(x)
             return result
         for stage in network.stages():
-            x = checkpoint(stage, x, use_reentrant=False, preserve_rng_state=False)
+            x = checkpoint(_added_up, stage, x, use_reentrant=False, preserve_rng_state=False)
         return x
 
     def _tile_length(self) -> int:
@@ -227,6 +239,11 @@ def optimize(model: Autoencoder) -> None:
     for module in model.modules():
         if isinstance(module, Snake):
             module.compiled = True
+
+
+def _added_up(stage: nn.Module, x: Tensor) -> Tensor:
+    """One tensor, since all that comes out of a stage is kept."""
+    return total(stage(x))
 
 
 def _retrieve(tile: Tensor, device: torch.device) -> Callable[[], Tensor]:

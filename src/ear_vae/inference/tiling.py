@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from ear_vae.config import EarVAEConfig
 from ear_vae.dsp.stream_buffer import StreamBuffer
 from ear_vae.network import Decoder, Encoder
-from ear_vae.network.blocks import convolutions
+from ear_vae.network.blocks import convolutions, keep_kernels
 
 # Of a tile along the file, by device: what its widest activation would take in one piece. A CPU has all
 # stages but the last whole, about half as much at a time.
@@ -368,9 +368,10 @@ def run_tiled(
         return tile[..., (span.start - first) * outputs_per_frame : (span.stop - first) * outputs_per_frame]
 
     # As few different lengths as can be, whatever the whole is: oneDNN keeps code for each, by the megabyte.
-    spans = _tile_spans(x.shape[0], num_frames, tile_frames, even=False)
+    spans = list(_tile_spans(x.shape[0], num_frames, tile_frames, even=False))
     tiles = ((span, compute(span)) for span in spans)
-    return _assembled(tiles, x.shape[0], num_frames, outputs_per_frame)
+    with keep_kernels() if len(spans) > 1 else nullcontext():
+        return _assembled(tiles, x.shape[0], num_frames, outputs_per_frame)
 
 
 class TileSpan(NamedTuple):

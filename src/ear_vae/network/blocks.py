@@ -6,17 +6,25 @@ reordered on the way in and out, which on a CPU takes as long as the products th
 recorded that form is the slower one: [B, C, N] it is then.
 
 Weights lie in the plain order of torch, [O, C, K], whatever form they are used in. Channels last has them
-reordered call by call, which is little beside the product where many positions share them; where few do, the
-convolution is one product with the weights as they lie.
+reordered call by call, which is little beside the product where many positions share them; `keep_kernels` has
+it done once for several calls. Where few positions share a large kernel, the convolution is one product with
+the weights as they lie.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ear_vae.network.snake import snake
+from ear_vae.network.snake import DeferredSum, fuses_sums, snake, snake_of_sum
+
+# By the parameter's identity, with the parameter so that no other takes that over.
+_kept_kernels: ContextVar[dict[int, tuple[Tensor, Tensor]] | None] = ContextVar("kept_kernels", default=None)
 
 RESIDUAL_DILATIONS = (1, 3, 9)
 RESIDUAL_KERNEL_SIZE = 7
@@ -25,10 +33,9 @@ RESIDUAL_KERNEL_SIZE = 7
 class Conv1d(nn.Conv1d):
     """`torch.nn.Conv1d` that also takes [B, C, 1, N]."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, add_bias: bool = True) -> Tensor:
         """Convolves [B, C, N] or [B, C, 1, N]; the form is kept."""
-        if x.ndim == 3:
-            return super().forward(x)
+        bias = self.bias if add_bias else None
         (kernel,), (stride,), (dilation,), padding = (
             self.kernel_size,
             self.stride,
@@ -36,16 +43,19 @@ class Conv1d(nn.Conv1d):
             self.padding,
         )
         assert not isinstance(padding, str)
+        if x.ndim == 3:
+            return functional.conv1d(
+                x, self.weight, bias, stride=stride, padding=padding[0], dilation=dilation
+            )
         num_outputs = (x.shape[-1] + 2 * padding[0] - dilation * (kernel - 1) - 1) // stride + 1
         if kernel > 1 and _few(x, num_outputs, self.out_channels):
-            windows = functional.unfold(
-                x, (1, kernel), dilation=(1, dilation), padding=(0, padding[0]), stride=(1, stride)
-            )
-            return _channels_last(_product(self.weight.flatten(1), windows, self.bias).unsqueeze(-2))
+            rows = functional.pad(x.squeeze(-2).mT, (0, 0, padding[0], padding[0]))
+            windows = rows.unfold(1, dilation * (kernel - 1) + 1, stride)[..., ::dilation].flatten(2)
+            return functional.conv2d(windows.mT.unsqueeze(-2), self.weight.flatten(1)[..., None, None], bias)
         return functional.conv2d(
             x,
-            self.weight.unsqueeze(-2),
-            self.bias,
+            _image_kernel(self.weight),
+            bias,
             stride=(1, stride),
             padding=(0, padding[0]),
             dilation=(1, dilation),
@@ -55,22 +65,70 @@ class Conv1d(nn.Conv1d):
 class ConvTranspose1d(nn.ConvTranspose1d):
     """`torch.nn.ConvTranspose1d` that also takes [B, C, 1, N]."""
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, *, add_bias: bool = True) -> Tensor:  # type: ignore[override]
         """Convolves [B, C, N] or [B, C, 1, N], transposed; the form is kept."""
-        if x.ndim == 3:
-            return super().forward(x)
+        bias = self.bias if add_bias else None
         (kernel,), (stride,), padding = self.kernel_size, self.stride, self.padding
         assert not isinstance(padding, str)
+        if x.ndim == 3:
+            return functional.conv_transpose1d(x, self.weight, bias, stride=stride, padding=padding[0])
         if _few(x, x.shape[-1], self.out_channels):
-            windows = _product(self.weight.flatten(1).T, x.squeeze(-2), None)
+            # Item by item: a batched product would copy the weight for each.
+            windows = torch.stack([self.weight.flatten(1).T @ item for item in x.squeeze(-2).unbind()])
             length = (x.shape[-1] - 1) * stride - 2 * padding[0] + kernel
             y = functional.fold(
                 windows, (1, length), (1, kernel), padding=(0, padding[0]), stride=(1, stride)
             )
-            return _channels_last(y if self.bias is None else y + self.bias[:, None, None])
+            return _channels_last(y if bias is None else y + bias[:, None, None])
         return functional.conv_transpose2d(
-            x, self.weight.unsqueeze(-2), self.bias, stride=(1, stride), padding=(0, padding[0])
+            x, _image_kernel(self.weight), bias, stride=(1, stride), padding=(0, padding[0])
         )
+
+
+def convolve(convolution: Conv1d | ConvTranspose1d, x: Tensor) -> Tensor | DeferredSum:
+    """Applies a convolution that a Snake follows, and leaves its bias to that where it adds sums."""
+    if not fuses_sums(x):
+        result: Tensor = convolution(x)
+        return result
+    return DeferredSum(convolution(x, add_bias=False), convolution.bias)
+
+
+def total(x: Tensor | DeferredSum) -> Tensor:
+    """The tensor itself, or the sum added up."""
+    return x.total() if isinstance(x, DeferredSum) else x
+
+
+@contextmanager
+def keep_kernels(kept: dict[int, tuple[Tensor, Tensor]] | None = None) -> Iterator[None]:
+    """Has kernels reordered once for all convolutions of [B, C, 1, N] within the block, without gradients.
+
+    The parameters stay as they are; a copy of each kernel that is used is held until the block is left, or
+    as long as `kept` lives, where the next block is given it again. Weights must not change meanwhile.
+
+    Args:
+        kept: Where to keep them; by default where the enclosing block does, else for this block alone.
+    """
+    if kept is None:
+        kept = _kept_kernels.get()
+    token = _kept_kernels.set({} if kept is None else kept)
+    try:
+        yield
+    finally:
+        _kept_kernels.reset(token)
+
+
+def _image_kernel(weight: Tensor) -> Tensor:
+    """A kernel [O, C, K] as [O, C, 1, K], with the channels last in memory where it is kept."""
+    image = weight.unsqueeze(-2)
+    # What a parametrization or a transform computes is new each time.
+    if torch.compiler.is_compiling() or not isinstance(weight, nn.Parameter):
+        return image
+    kept = _kept_kernels.get()
+    if kept is None:
+        return image
+    if id(weight) not in kept:
+        kept[id(weight)] = weight, image.contiguous(memory_format=torch.channels_last)
+    return kept[id(weight)][1]
 
 
 def _few(x: Tensor, positions: int, out_channels: int) -> bool:
@@ -81,14 +139,6 @@ def _few(x: Tensor, positions: int, out_channels: int) -> bool:
 def _channels_last(x: Tensor) -> Tensor:
     """[B, C, 1, N] as the next layer takes it; by hand, which torch.vmap takes too."""
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-def _product(weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-    """Weight [O, I] times each item of [B, I, N], plus the bias [O]: [B, O, N]."""
-    # Item by item: a batched product would copy the weight for each.
-    if bias is None:
-        return torch.stack([weight @ item for item in x.unbind()])
-    return torch.stack([torch.addmm(bias[:, None], weight, item) for item in x.unbind()])
 
 
 class Snake(nn.Module):
@@ -110,9 +160,17 @@ class Snake(nn.Module):
         self.log_beta = nn.Parameter(torch.zeros(channels))
         self.compiled = False
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | DeferredSum) -> Tensor:
         """Applies the function to each channel of [B, C, N] or [B, C, 1, N]."""
+        if isinstance(x, DeferredSum):
+            return snake_of_sum(x, self.log_alpha, self.log_beta, keep_sum=False)[1]
         return snake(x, self.log_alpha, self.log_beta, compiled=self.compiled)
+
+    def with_input(self, x: Tensor | DeferredSum) -> tuple[Tensor, Tensor]:
+        """The input, added up, and the function of it."""
+        if isinstance(x, DeferredSum):
+            return snake_of_sum(x, self.log_alpha, self.log_beta, keep_sum=True)
+        return x, self(x)
 
 
 class ResidualUnit(nn.Module):
@@ -130,10 +188,14 @@ class ResidualUnit(nn.Module):
         )
         self.conv_pointwise = Conv1d(channels, channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps [B, C, N] or [B, C, 1, N] to the same shape."""
-        y = self.conv_dilated(self.snake(x))
-        return x + self.conv_pointwise(self.snake(y))
+    def forward(self, x: Tensor | DeferredSum) -> Tensor | DeferredSum:
+        """Maps [B, C, N] or [B, C, 1, N] to the same shape; where sums are deferred, to that of its parts."""
+        x, activated = self.snake.with_input(x)
+        y = convolve(self.conv_dilated, activated)
+        # Memory for the next.
+        del activated
+        y = convolve(self.conv_pointwise, self.snake(y))
+        return y.plus(x) if isinstance(y, DeferredSum) else x + y
 
 
 def residual_units(channels: int) -> nn.Sequential:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ear_vae.config import EarVAEConfig
-from ear_vae.network.blocks import Conv1d, ConvTranspose1d, Snake, residual_units
+from ear_vae.network.blocks import Conv1d, ConvTranspose1d, Snake, convolve, residual_units
+from ear_vae.network.snake import DeferredSum
 
 IN_KERNEL_SIZE = 7
 OUT_KERNEL_SIZE = 7
@@ -20,9 +21,9 @@ class DecoderBlock(nn.Module):
         self.conv = ConvTranspose1d(in_channels, out_channels, 2 * stride, stride=stride, padding=stride // 2)
         self.residual_units = residual_units(out_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps [B, in_channels, N] to [B, out_channels, N * stride]."""
-        return self.residual_units(self.conv(self.snake(x)))
+    def forward(self, x: Tensor | DeferredSum) -> Tensor | DeferredSum:
+        """Maps [B, in_channels, N] to [B, out_channels, N * stride]; either may be a sum to be added up."""
+        return self.residual_units(convolve(self.conv, self.snake(x)))
 
 
 class Decoder(nn.Module):
@@ -47,7 +48,7 @@ class Decoder(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         """Decodes latents [B, D, N] to audio [B, C, N * downsampling_ratio]."""
-        return self.conv_out(self.snake_out(self.blocks(self.conv_in(latents))))
+        return self.conv_out(self.snake_out(self.blocks(convolve(self.conv_in, latents))))
 
     def stages(self) -> list[nn.Sequential]:
         """The same in pieces, each of which changes the rate once by its stride."""

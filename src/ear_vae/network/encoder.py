@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ear_vae.config import EarVAEConfig
-from ear_vae.network.blocks import Conv1d, Snake, residual_units
+from ear_vae.network.blocks import Conv1d, Snake, convolve, residual_units
+from ear_vae.network.snake import DeferredSum
 
 IN_KERNEL_SIZE = 7
 OUT_KERNEL_SIZE = 3
@@ -20,9 +21,9 @@ class EncoderBlock(nn.Module):
         self.snake = Snake(in_channels)
         self.conv = Conv1d(in_channels, out_channels, 2 * stride, stride=stride, padding=stride // 2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps [B, in_channels, N * stride] to [B, out_channels, N]."""
-        return self.conv(self.snake(self.residual_units(x)))
+    def forward(self, x: Tensor | DeferredSum) -> Tensor | DeferredSum:
+        """Maps [B, in_channels, N * stride] to [B, out_channels, N]; either may be a sum to be added up."""
+        return convolve(self.conv, self.snake(self.residual_units(x)))
 
 
 class Encoder(nn.Module):
@@ -45,7 +46,7 @@ class Encoder(nn.Module):
 
     def forward(self, audio: Tensor) -> Tensor:
         """Encodes audio [B, C, N * downsampling_ratio] to parameters [B, 2 D, N]."""
-        return self.conv_out(self.snake_out(self.blocks(self.conv_in(audio))))
+        return self.conv_out(self.snake_out(self.blocks(convolve(self.conv_in, audio))))
 
     def stages(self) -> list[nn.Sequential]:
         """The same in pieces, each of which changes the rate once by its stride."""

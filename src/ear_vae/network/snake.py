@@ -2,8 +2,8 @@
 
 On a GPU it is one pass: a Triton kernel behind `torch.ops.ear_vae.snake`, an operator that compilers and
 exporters take as a whole; where Triton is missing or cannot compile, that operator computes the plain
-formula. Elsewhere it is a handful of passes over what should lie in the cache, see
-`ear_vae.inference.tiling`, or one that torch.compile writes.
+formula. In the same pass it can add up what x is the sum of, see `DeferredSum`. Elsewhere it is a handful of
+passes over what should lie in the cache, see `ear_vae.inference.tiling`, or one that torch.compile writes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,23 +22,63 @@ from torch import Tensor
 # Keeps 1/β finite.
 BETA_EPSILON = 1e-9
 
+Sine = Literal["exact", "reduced", "approx"]
+
 
 @dataclass
 class Switches:
     """What is written for GPUs and not measured on one: off until it is.
 
     Attributes:
-        reduced_sine: The kernels compute the sine by reduction modulo π and a polynomial, in a third of the
-            instructions and wrong by 1.2e-7 at most while |αx| is below 10,000.
+        sine: How the kernels compute sin²(αx) in float32. "exact" squares the sine of CUDA's library, which
+            takes any x, with an error of at most 1.3e-7. "reduced" takes fewer instructions: a reduction
+            modulo π/2 and a polynomial, with an error of at most 6e-8 while |αx| is below 100,000. "approx"
+            is the same reduction and the sine of the special function units, with an error of at most 7e-7.
+        fused_sums: A convolution's bias and the input of a residual unit are added by the Snake behind them.
         traced_formula: torch.compile gets the plain formula, which it may fuse with what stands around it,
             instead of the operator.
     """
 
-    reduced_sine: bool = False
+    sine: Sine = "exact"
+    fused_sums: bool = False
     traced_formula: bool = False
 
 
 switches = Switches()
+
+
+class DeferredSum:
+    """What a Snake is to be applied to, not added up yet: `snake_of_sum` adds it in its own pass.
+
+    Its parts are handed out once: whoever passed the sum on still holds it while what follows is computed,
+    and would keep them in memory.
+
+    Args:
+        x: What a convolution without its bias gave, [B, C, N] or [B, C, 1, N].
+        bias: The convolution's bias, [C].
+        residual: Another summand of the shape of `x`.
+    """
+
+    def __init__(self, x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> None:
+        self._parts: list[tuple[Tensor, Tensor | None, Tensor | None]] = [(x, bias, residual)]
+
+    def take(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Hands out x, bias and residual."""
+        return self._parts.pop()
+
+    def plus(self, residual: Tensor) -> DeferredSum:
+        """The sum with a residual, in place of this one."""
+        x, bias, _ = self.take()
+        return DeferredSum(x, bias, residual)
+
+    def total(self) -> Tensor:
+        """Adds up in at least float32; the result has the dtype of x and the residual together."""
+        return _added(*self.take())
+
+
+def fuses_sums(x: Tensor) -> bool:
+    """Whether sums on the device of `x` are to be deferred: on CUDA, where that is switched on, eagerly."""
+    return switches.fused_sums and x.is_cuda and not torch.compiler.is_compiling()
 
 
 def snake(x: Tensor, log_alpha: Tensor, log_beta: Tensor, *, compiled: bool = False) -> Tensor:
@@ -53,7 +94,8 @@ def snake(x: Tensor, log_alpha: Tensor, log_beta: Tensor, *, compiled: bool = Fa
         Shape, dtype and memory layout of `x`.
     """
     if x.is_cuda and not (switches.traced_formula and torch.compiler.is_compiling()):
-        result: Tensor = torch.ops.ear_vae.snake(x, log_alpha, log_beta)
+        _, operated = torch.ops.ear_vae.snake(x, None, None, log_alpha, log_beta, False)
+        result: Tensor = operated
         return result
     alpha, inverse_beta = _rates(log_alpha, log_beta, compute_dtype(x))
     recorded = torch.is_grad_enabled() and (x.requires_grad or alpha.requires_grad)
@@ -69,9 +111,37 @@ def snake(x: Tensor, log_alpha: Tensor, log_beta: Tensor, *, compiled: bool = Fa
     return torch.addcmul(wide, sine, sine).to(x.dtype)
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """What the sine of αx is computed in."""
-    return torch.promote_types(x.dtype, torch.float32)
+def snake_of_sum(
+    x: DeferredSum, log_alpha: Tensor, log_beta: Tensor, *, keep_sum: bool
+) -> tuple[Tensor, Tensor]:
+    """Adds bias and residual and applies the Snake, on a GPU in one pass.
+
+    Args:
+        x: What to add.
+        log_alpha: Logarithm of α, [C].
+        log_beta: Logarithm of β, [C].
+        keep_sum: Whether the sum is needed as well, as the input of a residual unit is.
+
+    Returns:
+        The sum, empty where it is not kept and need not have been computed, and the Snake of the sum as it is
+        rounded to its dtype.
+    """
+    parts = x.take()
+    if parts[0].is_cuda:
+        result: tuple[Tensor, Tensor] = torch.ops.ear_vae.snake(*parts, log_alpha, log_beta, keep_sum)
+        return result
+    total = _added(*parts)
+    return total if keep_sum else total.new_empty(0), snake(total, log_alpha, log_beta)
+
+
+def compute_dtype(x: Tensor, residual: Tensor | None = None) -> torch.dtype:
+    """What sum and sine are computed in."""
+    return torch.promote_types(sum_dtype(x, residual), torch.float32)
+
+
+def sum_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
+    """Dtype of a sum, as of x + residual: a bias follows its convolution."""
+    return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
 
 
 def layout(x: Tensor) -> torch.memory_format:
@@ -158,29 +228,81 @@ def _formula(x: Tensor, alpha: Tensor, inverse_beta: Tensor) -> Tensor:
     return (wide + torch.sin(wide * _like(alpha, x)).square() * _like(inverse_beta, x)).to(x.dtype)
 
 
-def _laid_out(result: Tensor, x: Tensor) -> Tensor:
-    """As what is promised for `x`, also where that is dense in another order or has axes of one."""
-    return torch.empty_like(x, memory_format=layout(x)).copy_(result)
+def _added(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    if bias is None and residual is None:
+        return x
+    total = x.to(compute_dtype(x, residual))
+    if bias is not None:
+        total = total + _like(bias, x)
+    if residual is not None:
+        total = total + residual
+    return total.to(sum_dtype(x, residual))
 
 
-def plain_forward(x: Tensor, log_alpha: Tensor, log_beta: Tensor) -> Tensor:
-    """What `torch.ops.ear_vae.snake` computes where no kernel does."""
-    return _laid_out(_formula(x, *_rates(log_alpha, log_beta, compute_dtype(x))), x)
+def _empty(x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """Of the shape of `x`, the dtype of the sum and the layout that is promised for `x`."""
+    return torch.empty_like(x, dtype=sum_dtype(x, residual), memory_format=layout(x))
+
+
+def plain_forward(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    log_alpha: Tensor,
+    log_beta: Tensor,
+    keep_sum: bool,
+) -> tuple[Tensor, Tensor]:
+    """What `torch.ops.ear_vae.snake` computes where no kernel does; as `snake_of_sum`."""
+    total = _added(x, bias, residual)
+    activated = _formula(total, *_rates(log_alpha, log_beta, compute_dtype(total)))
+    # Copied, so that they lie as promised also where x is dense in another order or has axes of one.
+    kept = _empty(x, residual).copy_(total) if keep_sum else total.new_empty(0)
+    return kept, _empty(x, residual).copy_(activated)
 
 
 def plain_backward(
-    grad: Tensor, x: Tensor, log_alpha: Tensor, log_beta: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `torch.ops.ear_vae.snake_backward` computes where no kernel does."""
-    dtype = compute_dtype(x)
+    grad: Tensor,
+    grad_sum: Tensor | None,
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    log_alpha: Tensor,
+    log_beta: Tensor,
+    of_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `torch.ops.ear_vae.snake_backward` computes where no kernel does.
+
+    Args:
+        grad: Gradient by the Snake's output.
+        grad_sum: Gradient by the sum, where that was kept and used.
+        x: As in the forward pass; or the sum, then without bias and residual.
+        bias: As in the forward pass.
+        residual: As in the forward pass.
+        log_alpha: As in the forward pass.
+        log_beta: As in the forward pass.
+        of_bias: Whether the gradient by a bias is wanted.
+
+    Returns:
+        Gradients by the sum, by the bias (in the dtype of the computation; empty where it is not wanted), by
+        `log_alpha` and by `log_beta`.
+    """
+    total = _added(x, bias, residual)
+    dtype = compute_dtype(total)
     alpha, inverse_beta = _rates(log_alpha, log_beta, dtype)
-    for_x, for_alpha, for_inverse_beta = _gradients(
-        grad.to(dtype), x.to(dtype), _like(alpha, x), _like(inverse_beta, x)
+    for_sum, for_alpha, for_inverse_beta = _gradients(
+        grad.to(dtype), total.to(dtype), _like(alpha, x), _like(inverse_beta, x)
     )
+    if grad_sum is not None:
+        for_sum = for_sum + grad_sum
     # With 1/β = 1/(b + ε) and b = exp(log β): the derivative by log β is −b/(b + ε)².
     for_beta = -for_inverse_beta.flatten() * log_beta.to(dtype).exp() * inverse_beta.square()
     for_alpha = for_alpha.flatten() * alpha
-    return _laid_out(for_x, x), for_alpha.to(log_alpha.dtype), for_beta.to(log_beta.dtype)
+    return (
+        _empty(x, residual).copy_(for_sum),
+        _sum_per_channel(for_sum).flatten() if of_bias else alpha.new_empty(0),
+        for_alpha.to(log_alpha.dtype),
+        for_beta.to(log_beta.dtype),
+    )
 
 
 _snake_operator = torch.library.custom_op("ear_vae::snake", plain_forward, mutates_args=())
@@ -188,23 +310,59 @@ _snake_backward_operator = torch.library.custom_op("ear_vae::snake_backward", pl
 
 
 @_snake_operator.register_fake
-def _(x: Tensor, log_alpha: Tensor, log_beta: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=layout(x))
+def _(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    log_alpha: Tensor,
+    log_beta: Tensor,
+    keep_sum: bool,
+) -> tuple[Tensor, Tensor]:
+    activated = _empty(x, residual)
+    return torch.empty_like(activated) if keep_sum else activated.new_empty(0), activated
 
 
 @_snake_backward_operator.register_fake
-def _(grad: Tensor, x: Tensor, log_alpha: Tensor, log_beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    for_x = torch.empty_like(x, memory_format=layout(x))
-    return for_x, torch.empty_like(log_alpha), torch.empty_like(log_beta)
+def _(
+    grad: Tensor,
+    grad_sum: Tensor | None,
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    log_alpha: Tensor,
+    log_beta: Tensor,
+    of_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    for_bias = x.new_empty(x.shape[1] if of_bias else 0, dtype=compute_dtype(x, residual))
+    return _empty(x, residual), for_bias, torch.empty_like(log_alpha), torch.empty_like(log_beta)
 
 
-def _keep(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs)
+def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, bias, residual, log_alpha, log_beta, keep_sum = inputs
+    total, _ = output
+    ctx.set_materialize_grads(False)
+    ctx.has_bias, ctx.has_residual = bias is not None, residual is not None
+    # The sum is one tensor where its parts are two.
+    parts = (total, None, None) if keep_sum else (x, bias, residual)
+    ctx.save_for_backward(*parts, log_alpha, log_beta)
 
 
-def _backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
-    result: tuple[Tensor, Tensor, Tensor] = torch.ops.ear_vae.snake_backward(grad, *ctx.saved_tensors)
-    return result
+def _backward(ctx, grad_sum: Tensor | None, grad: Tensor | None):  # type: ignore[no-untyped-def]
+    x, bias, residual, log_alpha, log_beta = ctx.saved_tensors
+    if grad is None:
+        grad = torch.zeros_like(x)
+    for_sum, for_bias, for_alpha, for_beta = torch.ops.ear_vae.snake_backward(
+        grad, grad_sum, x, bias, residual, log_alpha, log_beta, ctx.has_bias
+    )
+    # Autograd gives each the dtype of what it is a gradient by.
+    return (
+        for_sum,
+        for_bias if ctx.has_bias else None,
+        for_sum if ctx.has_residual else None,
+        for_alpha,
+        for_beta,
+        None,
+    )
 
 
 _snake_operator.register_autograd(_backward, setup_context=_keep)
@@ -219,7 +377,8 @@ def kernels(device: torch.device) -> ModuleType | None:
     try:
         module = importlib.import_module("ear_vae.network.snake_triton")
         x, log = torch.zeros(1, 1, 1, device=device), torch.zeros(1, device=device)
-        module.backward(module.forward(x, log, log), x, log, log)
+        module.forward(x, None, None, log, log, False)
+        module.backward(x, None, x, None, None, log, log, False)
     # Nothing is known of what a compiler, a linker or a driver may raise.
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -233,16 +392,32 @@ def kernels(device: torch.device) -> ModuleType | None:
 
 
 @_snake_operator.register_kernel("cuda")
-def by_kernel(x: Tensor, log_alpha: Tensor, log_beta: Tensor) -> Tensor:
+def by_kernel(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    log_alpha: Tensor,
+    log_beta: Tensor,
+    keep_sum: bool,
+) -> tuple[Tensor, Tensor]:
     """`plain_forward` in one pass, where Triton works."""
     module = kernels(x.device)
-    return (module.forward if module else plain_forward)(x, log_alpha, log_beta)
+    return (module.forward if module else plain_forward)(x, bias, residual, log_alpha, log_beta, keep_sum)
 
 
 @_snake_backward_operator.register_kernel("cuda")
 def gradients_by_kernel(
-    grad: Tensor, x: Tensor, log_alpha: Tensor, log_beta: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor,
+    grad_sum: Tensor | None,
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    log_alpha: Tensor,
+    log_beta: Tensor,
+    of_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`plain_backward` in one pass, where Triton works."""
     module = kernels(x.device)
-    return (module.backward if module else plain_backward)(grad, x, log_alpha, log_beta)
+    return (module.backward if module else plain_backward)(
+        grad, grad_sum, x, bias, residual, log_alpha, log_beta, of_bias
+    )
