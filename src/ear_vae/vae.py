@@ -113,7 +113,7 @@ class EarVAE(Autoencoder):
         rate = None if sample_rate is None else sample_rate_of(sample_rate)
         batched, squeeze = self._as_batch(audio)
         batched = _resampled(batched, rate, self.sample_rate)
-        posterior = Posterior.from_parameters(self._runner().encode(batched))
+        posterior = Posterior.from_parameters(self._runner().encode(batched), self.config.min_std)
         return Posterior(posterior.mean[0], posterior.std[0]) if squeeze else posterior
 
     def decode(self, latents: Tensor | np.ndarray, num_samples: int | None = None) -> Tensor:
@@ -174,7 +174,7 @@ class EarVAE(Autoencoder):
 
         resampled = batches() if rate is None else resample_stream(batches(), rate, self.sample_rate)
         for parameters in runner.encode_stream(resampled):
-            posterior = Posterior.from_parameters(parameters)
+            posterior = Posterior.from_parameters(parameters, self.config.min_std)
             yield Posterior(posterior.mean[0], posterior.std[0]) if squeeze else posterior
 
     def decode_stream(
