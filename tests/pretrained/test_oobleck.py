@@ -1,4 +1,4 @@
-"""Oobleck's weights, as diffusers and stable-audio-tools keep them, give what diffusers computes from them."""
+"""Oobleck's weights, as diffusers and stable-audio-tools keep them, give what diffusers makes of them."""
 
 from __future__ import annotations
 

@@ -140,11 +140,13 @@ def config_of_diffusers(values: Any) -> EarVAEConfig:
         raise EarVAEError(
             f"is the config of {shown(name)}; expected AutoencoderOobleck (Stable Audio's) or {OUR_CLASS}"
         )
-    taken = {ours: values.get(theirs, default) for ours, (theirs, default) in _DIFFUSERS_FIELDS.items()}
-    own = (
-        {field: values[field] for field in _OUR_FIELDS if field in values} if name == OUR_CLASS else _OOBLECK
-    )
-    config = EarVAEConfig.from_dict({**taken, **own})
+    fields = _DIFFUSERS_FIELDS.items()
+    if name == OUR_CLASS:
+        taken = {ours: values[theirs] for ours, (theirs, _) in fields if theirs in values}
+        config = EarVAEConfig.from_dict({**taken, **{f: values[f] for f in _OUR_FIELDS if f in values}})
+    else:
+        taken = {ours: values.get(theirs, default) for ours, (theirs, default) in fields}
+        config = EarVAEConfig.from_dict({**taken, **_OOBLECK})
     _require(
         {
             "decoder_channels": values.get("decoder_channels", 128) == config.channels,
