@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ear_vae._arguments import as_audio_batch, as_latent_batch, require_decodable
 from ear_vae._dtype import available_device, supported_dtype
 from ear_vae.config import EarVAEConfig
 from ear_vae.dsp.resampling import resample, resample_stream
@@ -130,9 +131,7 @@ class EarVAE(Autoencoder):
             EarVAEError: Wrong rank, dtype or number of channels, no frames, `num_samples` out of range.
         """
         z, squeeze = self._as_latents(latents)
-        longest = z.shape[-1] * self.downsampling_ratio
-        if num_samples is not None and not 0 < num_samples <= longest:
-            raise EarVAEError(f"num_samples is {num_samples}; these latents decode to 1 to {longest} samples")
+        require_decodable(num_samples, z.shape[-1] * self.downsampling_ratio)
         audio = self._runner().decode(z)
         return (audio[0] if squeeze else audio)[..., :num_samples]
 
@@ -370,40 +369,10 @@ class EarVAE(Autoencoder):
         optimize(self)
 
     def _as_batch(self, audio: Tensor | np.ndarray) -> tuple[Tensor, bool]:
-        """Audio as [B, C, T] with the model's channels, and whether a batch axis was added."""
-        x = torch.as_tensor(audio)
-        if x.ndim not in (2, 3):
-            cure = "; add the channel axis with audio[None]" if x.ndim == 1 else ""
-            raise EarVAEError(f"audio has shape {_shape(x)}; expected [C, T] or [B, C, T]{cure}")
-        _require_floating("audio", x, "16-bit samples become audio with audio / 32768")
-        channels, num_samples = x.shape[-2:]
-        if x.numel() == 0:
-            raise EarVAEError(f"audio has shape {_shape(x)}: there are no samples")
-        if channels > 2:
-            cure = (
-                "the last axis looks like the channels: use audio.transpose(-1, -2)"
-                if num_samples <= 2
-                else "downmix it to stereo first"
-            )
-            raise EarVAEError(f"audio has {channels} channels (shape {_shape(x)}), expected 1 or 2; {cure}")
-        if channels > self.audio_channels:
-            raise EarVAEError(f"audio has {channels} channels, this model works on {self.audio_channels}")
-        if channels < self.audio_channels:
-            x = x.expand(*x.shape[:-2], self.audio_channels, num_samples)
-        return (x, False) if x.ndim == 3 else (x.unsqueeze(0), True)
+        return as_audio_batch(audio, self.audio_channels)
 
     def _as_latents(self, latents: Tensor | np.ndarray) -> tuple[Tensor, bool]:
-        """Latents as [B, D, N], and whether a batch axis was added."""
-        z = torch.as_tensor(latents)
-        if z.ndim not in (2, 3) or z.shape[-2] != self.latent_dim:
-            raise EarVAEError(
-                f"latents have shape {_shape(z)}; "
-                f"expected [{self.latent_dim}, N] or [B, {self.latent_dim}, N]"
-            )
-        _require_floating("latents", z, "convert them with .float()")
-        if z.numel() == 0:
-            raise EarVAEError(f"latents have shape {_shape(z)}: there is nothing to decode")
-        return (z, False) if z.ndim == 3 else (z.unsqueeze(0), True)
+        return as_latent_batch(latents, self.latent_dim)
 
     def _runner(self, tile_frames: int | None = None) -> Runner:
         if tile_frames is not None and tile_frames < 1:
@@ -418,12 +387,3 @@ class EarVAE(Autoencoder):
 
 def _resampled(audio: Tensor, original_rate: int | None, target_rate: int) -> Tensor:
     return audio if original_rate in (None, target_rate) else resample(audio, original_rate, target_rate)
-
-
-def _require_floating(what: str, x: Tensor, cure: str) -> None:
-    if not x.is_floating_point():
-        raise EarVAEError(f"{what} must be floating point, got {x.dtype}; {cure}")
-
-
-def _shape(x: Tensor) -> str:
-    return str(list(x.shape))

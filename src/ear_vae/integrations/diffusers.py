@@ -24,9 +24,9 @@ from torch import Tensor
 
 from ear_vae._atomic import atomic_path
 from ear_vae.errors import EarVAEError
+from ear_vae.integrations._files import new_files
 from ear_vae.integrations._optional import optional
 from ear_vae.posterior import Posterior
-from ear_vae.pretrained.conversion import new_folder, require_free_folder
 from ear_vae.pretrained.folder import CONFIG_FILE
 from ear_vae.pretrained.oobleck import CLASS_KEY, OUR_CLASS, config_for_diffusers, config_of_diffusers
 from ear_vae.vae import EarVAE
@@ -328,22 +328,16 @@ def _as_it_is() -> Iterator[None]:
     yield
 
 
-def export_diffusers(vae: EarVAE, destination: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+def export_diffusers(vae: EarVAE, destination: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Writes a model as a folder that `AutoencoderEarVAE.from_pretrained` and diffusers' `AutoModel` load.
 
     Args:
         vae: The model.
         destination: The folder; its parents are made.
-        overwrite: Replace the model in a folder that exists.
-
-    Returns:
-        The folder.
+        overwrite: Replace these files in a folder that exists.
 
     Raises:
         EarVAEError: The destination exists or cannot be written to.
     """
-    destination = Path(destination)
-    require_free_folder(destination, overwrite)
-    with new_folder(destination) as folder:
+    with new_files(Path(destination), overwrite=overwrite) as folder:
         AutoencoderEarVAE.from_ear_vae(vae).save_pretrained(folder)
-    return destination
