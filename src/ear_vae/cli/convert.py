@@ -61,7 +61,9 @@ def _export(layout: str, options: argparse.Namespace) -> int:
     vae = EarVAE.from_pretrained(options.source, variant=options.variant, revision=options.revision)
     dtype = {"dtype": getattr(torch, options.dtype)} if layout in _DTYPES else {}
     difference = export(vae, destination, overwrite=options.force, **dtype)
-    checked = "" if difference is None else f"; run once, it differs by {difference:.1e} of the largest value"
+    checked = (
+        "" if difference is None else f"; differs from the model by {difference:.1e} of the largest value"
+    )
     say(f"{destination}: {options.source} for {layout}, {_megabytes(destination)}{checked}")
     return 0
 
