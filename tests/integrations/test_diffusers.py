@@ -19,12 +19,13 @@ from ear_vae.dsp._torchaudio import functional
 
 functional()
 diffusers = pytest.importorskip("diffusers")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
+
+from pipelines import FRAMES, HOP, ace_step, stable_audio  # noqa: E402
 
 from ear_vae.integrations.diffusers import AutoencoderEarVAE, LatentDistribution  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-HOP, FRAMES = 64, 30
 
 
 @pytest.fixture(scope="module")
@@ -41,43 +42,6 @@ def ours(narrow_vae: EarVAE) -> AutoencoderEarVAE:
     return AutoencoderEarVAE.from_ear_vae(narrow_vae)
 
 
-def tokenizer() -> Any:
-    tokenizers = pytest.importorskip("tokenizers")
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "[UNK]": 1, "[PAD]": 2}, "[UNK]"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]", model_max_length=6
-    )
-
-
-def stable_audio(vae: Any) -> Any:
-    torch.manual_seed(1)
-    text = transformers.T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
-    latent_dim = vae.config.decoder_input_channels
-    pipe = diffusers.StableAudioPipeline(
-        vae=vae,
-        text_encoder=transformers.T5EncoderModel(text).eval(),
-        projection_model=sys.modules["diffusers"].StableAudioProjectionModel(8, 8, 0, 10),
-        tokenizer=tokenizer(),
-        transformer=diffusers.StableAudioDiTModel(
-            sample_size=FRAMES,
-            in_channels=latent_dim,
-            out_channels=latent_dim,
-            num_layers=1,
-            attention_head_dim=4,
-            num_attention_heads=2,
-            num_key_value_attention_heads=1,
-            cross_attention_dim=8,
-            time_proj_dim=8,
-            global_states_input_dim=16,
-            cross_attention_input_dim=8,
-        ).eval(),
-        scheduler=diffusers.EDMDPMSolverMultistepScheduler(solver_order=2, sigma_max=10),
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def run_stable_audio(pipe: Any, **options: Any) -> Tensor:
     """Two songs from initial recordings, with a generator for each."""
     initial = 0.3 * torch.randn(2, 2, HOP * FRAMES, generator=torch.Generator().manual_seed(2))
@@ -92,41 +56,6 @@ def run_stable_audio(pipe: Any, **options: Any) -> Tensor:
         **options,
     ).audios
     return audio
-
-
-def ace_step(vae: Any) -> Any:
-    torch.manual_seed(1)
-    latent_dim = vae.config.decoder_input_channels
-    shared = {
-        "hidden_size": 8,
-        "intermediate_size": 16,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 4,
-    }
-    text = transformers.Qwen3Config(vocab_size=8, num_hidden_layers=1, **shared)
-    pipelines = diffusers.pipelines.ace_step
-    pipe = diffusers.AceStepPipeline(
-        vae=vae,
-        text_encoder=transformers.Qwen3Model(text).eval(),
-        tokenizer=tokenizer(),
-        transformer=diffusers.AceStepTransformer1DModel(
-            num_hidden_layers=1,
-            in_channels=3 * latent_dim,
-            audio_acoustic_hidden_dim=latent_dim,
-            **shared,
-        ).eval(),
-        condition_encoder=pipelines.AceStepConditionEncoder(
-            text_hidden_dim=8,
-            timbre_hidden_dim=latent_dim,
-            num_lyric_encoder_hidden_layers=1,
-            num_timbre_encoder_hidden_layers=1,
-            **shared,
-        ).eval(),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, shift=1.0),
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def run_ace_step(pipe: Any, **options: Any) -> Tensor:

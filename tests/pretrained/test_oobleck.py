@@ -13,31 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ear_vae import EarVAE, EarVAEError
-from ear_vae.dsp._torchaudio import functional
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-KEYS = {
-    "encoder_hidden_size": 8,
-    "decoder_channels": 8,
-    "decoder_input_channels": 4,
-    "channel_multiples": [1, 2, 2],
-    "downsampling_ratios": [2, 4, 8],
-}
 HOP, FRAMES = 64, 40
-
-
-@pytest.fixture(scope="module")
-def oobleck() -> Any:
-    """diffusers' own class, every tensor random, so that no two Snakes are alike."""
-    functional()
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    model = diffusers.AutoencoderOobleck(**KEYS).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(("alpha", "beta")):
-                parameter.normal_(0, 0.3)
-    return model
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from torch import Tensor
 from ear_vae._atomic import atomic_path
 from ear_vae.errors import EarVAEError
 from ear_vae.integrations._files import new_files
+from ear_vae.integrations._moments import moments
 from ear_vae.integrations._optional import optional
 from ear_vae.posterior import Posterior
 from ear_vae.pretrained.folder import CONFIG_FILE
@@ -69,14 +70,10 @@ class LatentDistribution:
 
     def __init__(self, posterior: Posterior, min_std: float, dtype: torch.dtype) -> None:
         self._posterior = posterior
-        tiny = torch.finfo(posterior.std.dtype).tiny
-        scale = (posterior.std - min_std).clamp(min=tiny)
-        # The inverse of the softplus, without overflow where std is large.
-        scale = scale + torch.log(-torch.expm1(-scale))
         self.mean, self.std = posterior.mean.to(dtype), posterior.std.to(dtype)
         self.var = posterior.std.square().to(dtype)
         self.logvar = (2 * posterior.std.log()).to(dtype)
-        self.parameters = torch.cat([posterior.mean, scale], dim=1).to(dtype)
+        self.parameters = moments(posterior, min_std).to(dtype)
 
     def mode(self) -> Tensor:
         """The means."""
