@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from documentation import before_and_after, blocks
 from torch import Tensor
 
 from ear_vae import EarVAE
@@ -17,8 +18,13 @@ from ear_vae.dsp.resampling import resample
 
 
 @pytest.fixture(scope="module")
-def file(repository: Path) -> Path:
-    return repository / "examples" / "comfyui" / "ear_vae_node.py"
+def file(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The node where the page's command puts it."""
+    place = tmp_path_factory.mktemp("comfyui")
+    (place / "ComfyUI" / "custom_nodes").mkdir(parents=True)
+    command, source, destination = blocks("comfyui.md", "sh")[0].split()
+    subprocess.run([command, str(repository / source), destination], cwd=place, check=True)
+    return place / "ComfyUI" / "custom_nodes" / "ear_vae_node.py"
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +63,14 @@ def test_through_the_nodes(loader: Any, tmp_path: Path, narrow_vae: EarVAE) -> N
     audio = narrow_vae.decode(expected)
     torch.testing.assert_close(decode_node(vae, latents), audio)
     torch.testing.assert_close(decode_node(vae, latents, tile_y=512, overlap=64), audio)
+
+
+def test_the_page_for_nodes_of_ones_own() -> None:
+    waveform = 0.3 * torch.randn(1, 2, 2560, generator=torch.Generator().manual_seed(1))
+    names: dict[str, Any] = {"waveform": waveform}
+    exec(before_and_after("comfyui.md")[1], names)
+    vae = EarVAE.from_pretrained("ear-vae-tiny")
+    torch.testing.assert_close(names["audio"], vae.decode(vae.encode(waveform).mean))
 
 
 def test_what_the_node_shows(loader: Any, file: Path) -> None:

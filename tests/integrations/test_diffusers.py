@@ -21,6 +21,7 @@ functional()
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
+from documentation import before_and_after  # noqa: E402
 from pipelines import FRAMES, HOP, ace_step, stable_audio  # noqa: E402
 
 from ear_vae.integrations.diffusers import AutoencoderEarVAE, LatentDistribution  # noqa: E402
@@ -87,6 +88,20 @@ def test_a_pipeline_gives_with_the_drop_in_what_it_gives_with_oobleck(
     expected = run(build(oobleck))
     assert expected.std() > 1e-3
     torch.testing.assert_close(run(build(drop_in)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_pages_pipeline_before_and_after(oobleck: Any, tmp_path: Path) -> None:
+    """Run with a small pipeline in the place of Stable Audio Open."""
+    stable_audio(oobleck).save_pretrained(tmp_path / "pipe")
+    songs = []
+    for code in before_and_after("diffusers.md"):
+        code = code.replace("stabilityai/stable-audio-open-1.0", str(tmp_path / "pipe")).replace("100", "2")
+        names: dict[str, Any] = {}
+        exec(code, names)
+        songs.append((type(names["pipe"].vae).__name__, names["audio"]))
+    (first, before), (second, after) = songs
+    assert (first, second) == ("AutoencoderOobleck", "AutoencoderEarVAE")
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
 
 
 def test_the_pipeline_with_a_model_of_ours(ours: AutoencoderEarVAE, narrow_vae: EarVAE) -> None:
@@ -197,18 +212,27 @@ def test_save_and_load(ours: AutoencoderEarVAE, narrow_vae: EarVAE, tmp_path: Pa
 
 
 def test_auto_model_from_a_folder_with_remote_code(
-    ours: AutoencoderEarVAE,
     narrow_vae: EarVAE,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    ours.save_pretrained(tmp_path / "hub" / "diffusers")
-    narrow_vae.save_pretrained(tmp_path / "hub")
-    model = diffusers.AutoModel.from_pretrained(
-        str(tmp_path / "hub"), subfolder="diffusers", trust_remote_code=True
+    narrow_vae.save_pretrained(tmp_path / "my-model")
+    command = [
+        "convert",
+        str(tmp_path / "my-model"),
+        str(tmp_path / "my-model/diffusers"),
+        "--to",
+        "diffusers",
+    ]
+    ran = subprocess.run(
+        [sys.executable, "-m", "ear_vae", *command], capture_output=True, text=True, check=False
     )
+    assert ran.returncode == 0, ran.stderr
+    names: dict[str, Any] = {}
+    exec(before_and_after("diffusers.md", 1)[1].replace("my-model", str(tmp_path / "my-model")), names)
+    model = names["vae"]
     assert isinstance(model, AutoencoderEarVAE)
     assert model.vae.weights_sha256 == narrow_vae.weights_sha256
     assert "auto_map" not in caplog.text  # no complaint of it

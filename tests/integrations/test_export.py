@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,8 @@ functional()
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
+
+from documentation import before_and_after, blocks  # noqa: E402
 
 from ear_vae.integrations.onnx import EarVAEOnnx  # noqa: E402
 
@@ -68,9 +71,11 @@ def vae(model: Path) -> EarVAE:
 
 @pytest.fixture(scope="module")
 def converted(model: Path) -> tuple[Path, str]:
-    """The folder that the command wrote, and what it said."""
-    folder = model.parent / "onnx"
-    ran = ear_vae("convert", model, folder, "--to", "onnx")
+    """The folder that the page's command wrote, and what it said."""
+    folder = model.parent / "exported"
+    program, *arguments = blocks("export.md", "sh")[0].split()
+    assert program == "ear-vae"
+    ran = ear_vae(*({"ear_vae_44k": model, "exported": folder}.get(word, word) for word in arguments))
     assert ran.returncode == 0, ran.stderr
     return folder, ran.stdout + ran.stderr
 
@@ -136,6 +141,20 @@ def test_what_the_command_writes(converted: tuple[Path, str], vae: EarVAE) -> No
     end = max(offset + length for used in places.values() for offset, length in used)
     assert (folder / "weights.bin").stat().st_size == end
     assert b"/site-packages/" not in (folder / "decoder.onnx").read_bytes()
+
+
+def test_the_page(exported: Path, vae: EarVAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(exported.parent)
+    audio = noise(1, 30)
+    expected = vae.encode(audio)
+    names: dict[str, Any] = {"audio": audio.numpy()}
+    exec(before_and_after("export.md", 0)[1], names)
+    assert_close(torch.from_numpy(names["mean"]), expected.mean)
+    assert_close(torch.from_numpy(names["std"]), expected.std)
+    assert_close(torch.from_numpy(names["rebuilt"]), vae.decode(expected.mean))
+    names = {"audio": audio}
+    exec(before_and_after("export.md", 1)[1], names)
+    assert_close(names["rebuilt"], vae.decode(expected.mean))
 
 
 @pytest.mark.parametrize(("batch", "frames"), [(1, 1), (1, 2), (2, 50), (3, 333)])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from documentation import before_and_after
 from torch import Tensor
 
 from ear_vae import EarVAE, EarVAEError
@@ -48,6 +50,18 @@ def test_their_pretransform(
     with torch.no_grad():
         decoded = narrow_vae.decoder(narrow_vae.transformer(mean))
     torch.testing.assert_close(theirs.decode(latents), decoded, rtol=1e-4, atol=1e-4)
+
+
+def test_the_pages_pretransform(pretransform: Any, narrow_vae: EarVAE, audio: Tensor, tmp_path: Path) -> None:
+    narrow_vae.save_pretrained(tmp_path / "model")
+    code = before_and_after("stable-audio.md")[1]
+    names: dict[str, Any] = {"audio": audio}
+    torch.manual_seed(0)
+    exec(code.replace("stabilityai/stable-audio-open-1.0", str(tmp_path / "model")), names)
+    torch.manual_seed(0)
+    latents = narrow_vae.encode(audio).sample()
+    torch.testing.assert_close(2 * names["latents"], latents)
+    torch.testing.assert_close(names["rebuilt"], narrow_vae.decode(latents))
 
 
 def test_model_half_is_refused_with_the_cure(pretransform: Any, narrow_vae: EarVAE, audio: Tensor) -> None:
