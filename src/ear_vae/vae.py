@@ -282,7 +282,8 @@ class EarVAE(Autoencoder):
         Args:
             name_or_path: A folder in our layout (`config.json`, `model.safetensors`) or in the official
                 one, the name of a bundled checkpoint such as `ear-vae-tiny`, or a Hub repository id such
-                as `earlab/EAR_VAE`.
+                as `earlab/EAR_VAE`. Folders and repositories may hold an Oobleck of diffusers or of
+                stable-audio-tools as well.
             variant: Which model of a repository that holds several, such as `ear_vae_44k`.
             revision: Branch, tag or commit on the Hub.
             device: Where to put the model; the CPU by default.

@@ -76,8 +76,8 @@ def resolve(
     """The local folder, in our layout, of a model: an existing folder, else a bundled one, else the Hub's.
 
     Args:
-        name_or_path: A folder in our layout or in the official one, the name of a bundled checkpoint, a
-            Hub repository id `owner/name`, or `ear_vae_44k` or `ear_vae_v2_48k` for the authors' model of
+        name_or_path: A folder in our layout, in the official one or with an Oobleck of diffusers or of
+            stable-audio-tools, the name of a bundled checkpoint, a Hub repository id `owner/name`, or `ear_vae_44k` or `ear_vae_v2_48k` for the authors' model of
             that name in `earlab/EAR_VAE`.
         variant: Which model of an official repository.
         revision: Branch, tag or commit on the Hub.
