@@ -334,12 +334,15 @@ def test_files_that_are_missing_damaged_or_of_others(exported: Path, vae: EarVAE
         EarVAEOnnx(folder)
 
 
-def test_what_the_command_refuses(model: Path, exported: Path, tmp_path: Path) -> None:
-    before = {path.name: path.read_bytes() for path in exported.iterdir()}
-    ran = ear_vae("convert", model, exported, "--to", "onnx")
-    assert (ran.returncode, ran.stdout) == (1, "")
-    assert "exists already; remove it, or overwrite it (--force)" in ran.stderr
-    assert {path.name: path.read_bytes() for path in exported.iterdir()} == before
+def test_what_the_command_refuses(model: Path, tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "encoder.onnx").write_text("mine")
+    for layout in ("onnx", "torch-export", "diffusers"):
+        ran = ear_vae("convert", model, taken, "--to", layout)
+        assert (ran.returncode, ran.stdout) == (1, "")
+        assert "exists already; remove it, or overwrite it (--force)" in ran.stderr
+    assert [path.read_text() for path in taken.iterdir()] == ["mine"]
     ran = ear_vae("convert", model, tmp_path / "x", "--to", "onnx", "--dtype", "bfloat16")
     assert "--dtype bfloat16 is not for --to onnx; choose float32 or float16" in ran.stderr
     ran = ear_vae("convert", model, tmp_path / "x", "--to", "diffusers", "--dtype", "float16")

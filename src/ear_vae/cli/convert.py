@@ -32,11 +32,14 @@ def run(options: argparse.Namespace) -> int:
     """A model from one layout to another."""
     is_file = options.destination.lower().endswith(OFFICIAL_WEIGHTS_SUFFIX)
     layout: str = options.to or ("official" if is_file else "folder")
-    dtypes = _DTYPES.get(layout, ("float32",))
-    if options.dtype not in dtypes:
+    if layout not in _DTYPES and options.dtype != "float32":
         raise EarVAEError(
-            f"--dtype {options.dtype} is not for --to {layout}, which takes {', '.join(dtypes)}"
+            "--dtype is for --to folder and, float16 only, --to onnx; "
+            f"in the {layout} layout weights are always float32"
         )
+    if layout in _DTYPES and options.dtype not in _DTYPES[layout]:
+        allowed = " or ".join(_DTYPES[layout])
+        raise EarVAEError(f"--dtype {options.dtype} is not for --to {layout}; choose {allowed}")
     if layout in _EXPORTS:
         return _export(layout, options)
     written = convert(

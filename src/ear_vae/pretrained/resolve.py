@@ -77,8 +77,8 @@ def resolve(
 
     Args:
         name_or_path: A folder in our layout, in the official one or with an Oobleck of diffusers or of
-            stable-audio-tools, the name of a bundled checkpoint, a Hub repository id `owner/name`, or `ear_vae_44k` or `ear_vae_v2_48k` for the authors' model of
-            that name in `earlab/EAR_VAE`.
+            stable-audio-tools, the name of a bundled checkpoint, a Hub repository id `owner/name`, or
+            `ear_vae_44k` or `ear_vae_v2_48k` for the authors' model of that name in `earlab/EAR_VAE`.
         variant: Which model of an official repository.
         revision: Branch, tag or commit on the Hub.
         local_files_only: Do not go to the network.
