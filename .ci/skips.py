@@ -27,6 +27,8 @@ MISSING = {
     "chromium": r"needs a Chromium",
     "codecs": r"could not import '(transformers|diffusers|agc)'",
     "triton": r"could not import 'triton'",
+    "neighbours": r"could not import '(diffusers|transformers|onnx|onnxruntime|onnxscript)'",
+    "stable-audio-tools": r"could not import 'stable_audio_tools",
 }
 
 

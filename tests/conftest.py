@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from ear_vae import EarVAE, EarVAEConfig
+from ear_vae.dsp._torchaudio import functional
 from ear_vae.network.discriminator import DiscriminatorConfig
 
 if not torch.cuda.is_available():
@@ -76,6 +78,26 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "small"
     EarVAE(EarVAEConfig(channels=4)).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def oobleck() -> Any:
+    """diffusers' own Oobleck, hop 64, every tensor random, so that no two Snakes are alike."""
+    functional()
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    model = diffusers.AutoencoderOobleck(
+        encoder_hidden_size=8,
+        decoder_channels=8,
+        decoder_input_channels=4,
+        channel_multiples=[1, 2, 2],
+        downsampling_ratios=[2, 4, 8],
+    ).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("alpha", "beta")):
+                parameter.normal_(0, 0.3)
+    return model
 
 
 @pytest.fixture(autouse=True, scope="session")

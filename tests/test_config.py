@@ -83,6 +83,11 @@ def test_round_trips_through_json(tmp_path: Path) -> None:
         ),
         ({"transformer_head_dim": 1}, "transformer_head_dim must be even"),
         ({"architecture": 1}, "architecture must be a name, got 1"),
+        ({"snakes_per_residual_unit": 3}, "snakes_per_residual_unit must be 1 to 2, got 3"),
+        ({"min_std": -1e-4}, "min_std must be a number from 0 to 1, got -0.0001"),
+        ({"min_std": float("nan")}, "min_std must be a number from 0 to 1, got nan"),
+        ({"min_std": True}, "min_std must be a number from 0 to 1, got True"),
+        ({"min_std": "0"}, "min_std must be a number from 0 to 1, got '0'"),
     ],
 )
 def test_bad_values_are_named(changes: dict[str, Any], problem: str) -> None:

@@ -22,6 +22,7 @@ _HIGHEST = {
     "latent_dim": 4096,
     "transformer_depth": 256,
     "transformer_head_dim": 4096,
+    "snakes_per_residual_unit": 2,
 }
 _WIDEST_BLOCK = 16_384
 
@@ -45,6 +46,10 @@ class EarVAEConfig:
         transformer_depth: Layers of the transformer on the latents, at most 256; 0 for none.
         transformer_head_dim: Channels of one attention head; divides `latent_dim` and is even.
         architecture: Family of networks, one of `ear_vae.network.ARCHITECTURES`.
+        snakes_per_residual_unit: 1 for one Snake that serves both places of a residual unit, 2 for one each,
+            as in Oobleck.
+        min_std: What is added to the softplus that gives the posterior's standard deviation, 0 to 1; 1e-4 in
+            Oobleck.
 
     Raises:
         EarVAEError: A field has the wrong type or a value out of range.
@@ -59,6 +64,8 @@ class EarVAEConfig:
     transformer_depth: int = 2
     transformer_head_dim: int = 32
     architecture: str = "ear_vae"
+    snakes_per_residual_unit: int = 1
+    min_std: float = 0.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -66,6 +73,11 @@ class EarVAEConfig:
             if field.name == "architecture":
                 if not isinstance(value, str):
                     raise EarVAEError(f"config: architecture must be a name, got {shown(value)}")
+                continue
+            if field.name == "min_std":
+                if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                    raise EarVAEError(f"config: min_std must be a number from 0 to 1, got {shown(value)}")
+                object.__setattr__(self, field.name, float(value))
                 continue
             if field.name in ("channel_multipliers", "strides"):
                 listed = [integer(v) for v in value] if isinstance(value, (list, tuple)) else []

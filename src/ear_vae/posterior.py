@@ -18,17 +18,23 @@ class Posterior:
 
     Attributes:
         mean: Means, [B, D, N] or [D, N].
-        std: Standard deviations (the softplus of the encoder's scale), same shape, positive.
+        std: Standard deviations (the softplus of the encoder's scale, and `min_std`), same shape, positive.
     """
 
     mean: Tensor
     std: Tensor
 
     @classmethod
-    def from_parameters(cls, parameters: Tensor) -> Posterior:
-        """Splits the encoder's output [..., 2 D, N] into mean ‖ scale; std = softplus(scale)."""
+    def from_parameters(cls, parameters: Tensor, min_std: float = 0.0) -> Posterior:
+        """Splits the encoder's output into mean ‖ scale; std = softplus(scale) + min_std.
+
+        Args:
+            parameters: Output of the encoder, [..., 2 D, N].
+            min_std: Smallest standard deviation, `EarVAEConfig.min_std` of the model.
+        """
         mean, scale = parameters.chunk(2, dim=-2)
-        return cls(mean, functional.softplus(scale))
+        std = functional.softplus(scale)
+        return cls(mean, std + min_std if min_std else std)
 
     def mode(self) -> Tensor:
         """The most likely latents, which are the mean: what to encode with when nothing random is wanted."""

@@ -13,9 +13,15 @@ from torch import Tensor
 from ear_vae._dtype import available_device, supported_dtype
 from ear_vae.config import EarVAEConfig
 from ear_vae.dsp.resampling import resample, resample_stream
-from ear_vae.errors import EarVAEError
+from ear_vae.inference.arguments import (
+    as_audio_batch,
+    as_dense_tensor,
+    as_latent_batch,
+    blocks_alike,
+    require_decodable,
+)
 from ear_vae.inference.runner import Runner, optimize
-from ear_vae.limits import integer, sample_rate_of, shown, whole_number
+from ear_vae.limits import sample_rate_of, whole_number
 from ear_vae.network import Autoencoder
 from ear_vae.posterior import Posterior
 from ear_vae.pretrained.folder import fingerprint, read_folder, write_folder
@@ -114,7 +120,7 @@ class EarVAE(Autoencoder):
         rate = None if sample_rate is None else sample_rate_of(sample_rate)
         batched, squeeze = self._as_batch(audio)
         batched = _resampled(batched, rate, self.sample_rate)
-        posterior = Posterior.from_parameters(self._runner().encode(batched))
+        posterior = Posterior.from_parameters(self._runner().encode(batched), self.config.min_std)
         return Posterior(posterior.mean[0], posterior.std[0]) if squeeze else posterior
 
     def decode(self, latents: Tensor | np.ndarray, num_samples: int | None = None) -> Tensor:
@@ -131,11 +137,7 @@ class EarVAE(Autoencoder):
             EarVAEError: Wrong rank, dtype or number of channels, no frames, `num_samples` out of range.
         """
         z, squeeze = self._as_latents(latents)
-        longest = z.shape[-1] * self.downsampling_ratio
-        if num_samples is not None and not 0 < (integer(num_samples) or 0) <= longest:
-            raise EarVAEError(
-                f"num_samples is {shown(num_samples)}; these latents decode to 1 to {longest} samples"
-            )
+        require_decodable(num_samples, z.shape[-1] * self.downsampling_ratio)
         audio = self._runner().decode(z)
         return (audio[0] if squeeze else audio)[..., :num_samples]
 
@@ -170,13 +172,13 @@ class EarVAE(Autoencoder):
 
         def batches() -> Iterator[Tensor]:
             nonlocal squeeze
-            for block in _alike("audio", blocks):
+            for block in blocks_alike("audio", blocks):
                 batched, squeeze = self._as_batch(block)
                 yield batched
 
         resampled = batches() if rate is None else resample_stream(batches(), rate, self.sample_rate)
         for parameters in runner.encode_stream(resampled):
-            posterior = Posterior.from_parameters(parameters)
+            posterior = Posterior.from_parameters(parameters, self.config.min_std)
             yield Posterior(posterior.mean[0], posterior.std[0]) if squeeze else posterior
 
     def decode_stream(
@@ -203,7 +205,7 @@ class EarVAE(Autoencoder):
 
         def batches() -> Iterator[Tensor]:
             nonlocal squeeze
-            for block in _alike("latents", blocks):
+            for block in blocks_alike("latents", blocks):
                 batched, squeeze = self._as_latents(block)
                 yield batched
 
@@ -225,7 +227,7 @@ class EarVAE(Autoencoder):
             EarVAEError: As for `encode`.
         """
         rate = None if sample_rate is None else sample_rate_of(sample_rate)
-        x = _as_tensor("audio", audio)
+        x = as_dense_tensor("audio", audio)
         batched, squeeze = self._as_batch(x)
         num_samples, mono_in_stereo = batched.shape[-1], x.shape[-2] < self.audio_channels
         batched = _resampled(batched, rate, self.sample_rate)
@@ -282,7 +284,8 @@ class EarVAE(Autoencoder):
         Args:
             name_or_path: A folder in our layout (`config.json`, `model.safetensors`) or in the official
                 one, the name of a bundled checkpoint such as `ear-vae-tiny`, or a Hub repository id such
-                as `earlab/EAR_VAE`.
+                as `earlab/EAR_VAE`. Folders and repositories may hold an Oobleck of diffusers or of
+                stable-audio-tools as well.
             variant: Which model of a repository that holds several, such as `ear_vae_44k`.
             revision: Branch, tag or commit on the Hub.
             device: Where to put the model; the CPU by default.
@@ -371,40 +374,10 @@ class EarVAE(Autoencoder):
         optimize(self)
 
     def _as_batch(self, audio: Tensor | np.ndarray) -> tuple[Tensor, bool]:
-        """Audio as [B, C, T] with the model's channels, and whether a batch axis was added."""
-        x = _as_tensor("audio", audio)
-        if x.ndim not in (2, 3):
-            cure = "; add the channel axis with audio[None]" if x.ndim == 1 else ""
-            raise EarVAEError(f"audio has shape {_shape(x)}; expected [C, T] or [B, C, T]{cure}")
-        _require_floating("audio", x, "16-bit samples become audio with audio / 32768")
-        channels, num_samples = x.shape[-2:]
-        if x.numel() == 0:
-            raise EarVAEError(f"audio has shape {_shape(x)}: there are no samples")
-        if channels > 2:
-            cure = (
-                "the last axis looks like the channels: use audio.transpose(-1, -2)"
-                if num_samples <= 2
-                else "downmix it to stereo first"
-            )
-            raise EarVAEError(f"audio has {channels} channels (shape {_shape(x)}), expected 1 or 2; {cure}")
-        if channels > self.audio_channels:
-            raise EarVAEError(f"audio has {channels} channels, this model works on {self.audio_channels}")
-        if channels < self.audio_channels:
-            x = x.expand(*x.shape[:-2], self.audio_channels, num_samples)
-        return (x, False) if x.ndim == 3 else (x.unsqueeze(0), True)
+        return as_audio_batch(audio, self.audio_channels)
 
     def _as_latents(self, latents: Tensor | np.ndarray) -> tuple[Tensor, bool]:
-        """Latents as [B, D, N], and whether a batch axis was added."""
-        z = _as_tensor("latents", latents)
-        if z.ndim not in (2, 3) or z.shape[-2] != self.latent_dim:
-            raise EarVAEError(
-                f"latents have shape {_shape(z)}; "
-                f"expected [{self.latent_dim}, N] or [B, {self.latent_dim}, N]"
-            )
-        _require_floating("latents", z, "convert them with .float()")
-        if z.numel() == 0:
-            raise EarVAEError(f"latents have shape {_shape(z)}: there is nothing to decode")
-        return (z, False) if z.ndim == 3 else (z.unsqueeze(0), True)
+        return as_latent_batch(latents, self.latent_dim)
 
     def _runner(self, tile_frames: int | None = None) -> Runner:
         if tile_frames is not None:
@@ -417,57 +390,5 @@ class EarVAE(Autoencoder):
         )
 
 
-def _as_tensor(what: str, value: Tensor | np.ndarray) -> Tensor:
-    """What a caller gave, as a dense tensor.
-
-    Raises:
-        EarVAEError: It is no array of numbers, or sparse.
-    """
-    if isinstance(value, Tensor):
-        x = value
-    else:
-        try:
-            array = np.asarray(value)
-            # torch takes neither negative strides, as of a flipped array, nor a foreign byte order.
-            x = torch.as_tensor(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")))
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise EarVAEError(
-                f"{what} must be a tensor or an array of numbers, got {type(value).__name__}"
-                + (f" of {value.dtype}" if isinstance(value, np.ndarray) else "")
-            ) from error
-    if x.layout != torch.strided:
-        raise EarVAEError(f"{what} must be dense, got {x.layout}; use {what}.to_dense()")
-    return x
-
-
-def _alike(what: str, blocks: Iterable[Tensor | np.ndarray]) -> Iterator[Tensor]:
-    """The blocks that are not empty.
-
-    Raises:
-        EarVAEError: They differ in more than their length.
-    """
-    first: Tensor | None = None
-    for block in blocks:
-        x = _as_tensor(what, block)
-        if x.shape[-1:] == (0,):
-            continue
-        first = x if first is None else first
-        if x.shape[:-1] != first.shape[:-1]:
-            raise EarVAEError(
-                f"{what}: a block of shape {_shape(x)} after one of {_shape(first)}; only their lengths may "
-                "differ"
-            )
-        yield x
-
-
 def _resampled(audio: Tensor, original_rate: int | None, target_rate: int) -> Tensor:
     return audio if original_rate in (None, target_rate) else resample(audio, original_rate, target_rate)
-
-
-def _require_floating(what: str, x: Tensor, cure: str) -> None:
-    if not x.is_floating_point():
-        raise EarVAEError(f"{what} must be floating point, got {x.dtype}; {cure}")
-
-
-def _shape(x: Tensor) -> str:
-    return str(list(x.shape))

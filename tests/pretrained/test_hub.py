@@ -18,6 +18,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants, file_download
+from safetensors.torch import save_file
 
 from ear_vae import EarVAE, EarVAEConfig, EarVAEError
 from ear_vae.pretrained.conversion import convert
@@ -290,6 +291,37 @@ def test_official_layout_from_the_hub_then_from_the_cache_without_unpickling(
     for name, expected in official.items():
         assert_same(EarVAE.from_pretrained(OFFICIAL, variant=name), expected)
         assert_same(EarVAE.from_pretrained(OFFICIAL, variant=name, local_files_only=True), expected)
+
+
+def test_a_pipeline_of_diffusers_from_the_hub_then_from_the_cache(
+    ours: EarVAE, hub: LoopbackHub, tmp_path: Path
+) -> None:
+    """Of a whole pipeline only the autoencoder's folder is fetched."""
+    folder = tmp_path / "pipeline"
+    (folder / "vae").mkdir(parents=True)
+    config = {
+        "_class_name": "AutoencoderEarVAE",
+        "encoder_hidden_size": 4,
+        "decoder_channels": 4,
+        "decoder_input_channels": 32,
+        "channel_multiples": [1, 2],
+        "downsampling_ratios": [2, 4],
+        "transformer_depth": 1,
+    }
+    (folder / "vae" / "config.json").write_text(json.dumps(config))
+    (folder / "model_config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"a diffusion model")
+    state = {f"vae.{name}": tensor for name, tensor in ours.state_dict().items()}
+    save_file(state, folder / "vae" / "diffusion_pytorch_model.safetensors")
+    hub.add("someone/pipeline", folder)
+    vae = EarVAE.from_pretrained("someone/pipeline")
+    assert (vae.name, vae.weights_sha256) == ("someone/pipeline", ours.weights_sha256)
+    assert hub.downloads("model.safetensors") == hub.downloads("vae/diffusion_pytorch_model.safetensors") == 1
+    assert hub.downloads("model_config.json") == 0
+    hub.requests.clear()
+    again = EarVAE.from_pretrained("someone/pipeline", local_files_only=True)
+    assert again.weights_sha256 == ours.weights_sha256
+    assert hub.requests == []
 
 
 def test_only_the_files_of_the_variant_are_fetched(official: dict[str, EarVAE], hub: LoopbackHub) -> None:

@@ -20,7 +20,7 @@ from ear_vae import __version__
 from ear_vae.cli.terminal import put_facts
 from ear_vae.dsp._torchaudio import extension_problem
 from ear_vae.pretrained.bundled import bundled_checkpoints
-from ear_vae.pretrained.official_repository import conversions_folder
+from ear_vae.pretrained.conversion_cache import conversions_folder
 
 _REQUIRED = ("lightning", "huggingface_hub", "safetensors", "numpy", "soundfile")
 # By the extra that installs them.

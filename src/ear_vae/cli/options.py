@@ -143,7 +143,7 @@ def _command_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     command = add("report", "make a page to compare originals and rebuilt audio by ear", download)
     _add_report(command)
 
-    command = add("convert", "convert a model to the layout of this package, or to the authors'", weights)
+    command = add("convert", "write a model in another layout, or for another program", weights)
     command.add_argument("source", metavar="MODEL", help=_MODEL)
     command.add_argument(
         "destination",
@@ -152,15 +152,15 @@ def _command_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     )
     command.add_argument(
         "--to",
-        choices=("folder", "official"),
-        help="layout to write: folder is this package's, official the authors'; by default official for a "
-        ".pyt file, else folder",
+        choices=("folder", "official", "diffusers", "onnx", "torch-export"),
+        help="layout to write: folder is this package's, official the authors', diffusers for its pipelines, "
+        "onnx and torch-export to run without this package; by default official for a .pyt file, else folder",
     )
     command.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
         default="float32",
-        help="dtype in which a folder's weights are stored (%(default)s)",
+        help="dtype in which weights are stored, of a folder or, float16 only, of ONNX files (%(default)s)",
     )
     command.add_argument("--force", action="store_true", help="replace a model that is already there")
 

@@ -176,16 +176,21 @@ class Snake(nn.Module):
 class ResidualUnit(nn.Module):
     """x + conv1(snake(conv7(snake(x)))), the dilated convolution zero-padded to keep the length.
 
-    One Snake serves both places, as in the published weights.
+    Args:
+        channels: Channels of input and output.
+        dilation: Dilation of the convolution of size 7.
+        num_snakes: 1 for one Snake that serves both places, as in the published εar-VAE weights; 2 for one
+            each, as in Oobleck.
     """
 
-    def __init__(self, channels: int, dilation: int) -> None:
+    def __init__(self, channels: int, dilation: int, num_snakes: int = 1) -> None:
         super().__init__()
         padding = dilation * (RESIDUAL_KERNEL_SIZE - 1) // 2
         self.snake = Snake(channels)
         self.conv_dilated = Conv1d(
             channels, channels, RESIDUAL_KERNEL_SIZE, dilation=dilation, padding=padding
         )
+        self.snake2 = Snake(channels) if num_snakes == 2 else None
         self.conv_pointwise = Conv1d(channels, channels, 1)
 
     def forward(self, x: Tensor | DeferredSum) -> Tensor | DeferredSum:
@@ -194,13 +199,19 @@ class ResidualUnit(nn.Module):
         y = convolve(self.conv_dilated, activated)
         # Memory for the next.
         del activated
-        y = convolve(self.conv_pointwise, self.snake(y))
+        second = self.snake if self.snake2 is None else self.snake2
+        y = convolve(self.conv_pointwise, second(y))
         return y.plus(x) if isinstance(y, DeferredSum) else x + y
 
 
-def residual_units(channels: int) -> nn.Sequential:
-    """The three residual units of one block, with dilations 1, 3 and 9."""
-    return nn.Sequential(*(ResidualUnit(channels, dilation) for dilation in RESIDUAL_DILATIONS))
+def residual_units(channels: int, num_snakes: int = 1) -> nn.Sequential:
+    """The three residual units of one block, with dilations 1, 3 and 9.
+
+    Args:
+        channels: Channels of input and output.
+        num_snakes: Snakes of each unit, 1 or 2.
+    """
+    return nn.Sequential(*(ResidualUnit(channels, dilation, num_snakes) for dilation in RESIDUAL_DILATIONS))
 
 
 def convolutions(network: nn.Module) -> list[nn.Conv1d | nn.ConvTranspose1d]:

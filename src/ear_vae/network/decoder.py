@@ -15,11 +15,11 @@ OUT_KERNEL_SIZE = 7
 class DecoderBlock(nn.Module):
     """A Snake and a transposed convolution, then three residual units at the higher rate."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, num_snakes: int = 1) -> None:
         super().__init__()
         self.snake = Snake(in_channels)
         self.conv = ConvTranspose1d(in_channels, out_channels, 2 * stride, stride=stride, padding=stride // 2)
-        self.residual_units = residual_units(out_channels)
+        self.residual_units = residual_units(out_channels, num_snakes)
 
     def forward(self, x: Tensor | DeferredSum) -> Tensor | DeferredSum:
         """Maps [B, in_channels, N] to [B, out_channels, N * stride]; either may be a sum to be added up."""
@@ -35,7 +35,7 @@ class Decoder(nn.Module):
         self.conv_in = Conv1d(config.latent_dim, first, IN_KERNEL_SIZE, padding=IN_KERNEL_SIZE // 2)
         self.blocks = nn.Sequential(
             *(
-                DecoderBlock(low_rate, wide_rate, stride)
+                DecoderBlock(low_rate, wide_rate, stride, config.snakes_per_residual_unit)
                 for (wide_rate, low_rate), stride in zip(
                     reversed(config.block_widths), reversed(config.strides), strict=True
                 )

@@ -15,9 +15,9 @@ OUT_KERNEL_SIZE = 3
 class EncoderBlock(nn.Module):
     """Three residual units at the higher rate, then a Snake and a strided convolution."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, num_snakes: int = 1) -> None:
         super().__init__()
-        self.residual_units = residual_units(in_channels)
+        self.residual_units = residual_units(in_channels, num_snakes)
         self.snake = Snake(in_channels)
         self.conv = Conv1d(in_channels, out_channels, 2 * stride, stride=stride, padding=stride // 2)
 
@@ -36,7 +36,7 @@ class Encoder(nn.Module):
         )
         self.blocks = nn.Sequential(
             *(
-                EncoderBlock(wide_rate, low_rate, stride)
+                EncoderBlock(wide_rate, low_rate, stride, config.snakes_per_residual_unit)
                 for (wide_rate, low_rate), stride in zip(config.block_widths, config.strides, strict=True)
             )
         )

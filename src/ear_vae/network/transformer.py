@@ -91,6 +91,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps each frame of [B, N, D] on its own."""
+        # A graph that is exported or compiled would hold as many pieces as its example had.
+        if torch.compiler.is_compiling():
+            return self._of_some(x)
         # Every frame goes through alone. Together those of hours would take gigabytes in the wide middle.
         return torch.cat([self._of_some(frames) for frames in x.split(_FRAMES_AT_ONCE, dim=1)], dim=1)
 

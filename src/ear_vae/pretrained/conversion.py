@@ -73,11 +73,11 @@ def convert(
     if official and dtype not in (None, torch.float32):
         raise EarVAEError(f"official weights are float32: {dtype} is for our own folders only; leave it out")
     if not (official and is_official_file):
-        _require_free(destination, overwrite)
+        require_free_folder(destination, overwrite)
     checkpoint = resolve(source, variant=variant, revision=revision, cache_dir=cache_dir)
     config, state = read_folder(checkpoint.folder)
     if not official:
-        with _folder(destination) as folder:
+        with new_folder(destination) as folder:
             write_folder(folder, config, state, name=destination.resolve().name, dtype=dtype)
     elif is_official_file:
         _write_official_weights(state, config, destination, overwrite)
@@ -97,7 +97,7 @@ def _write_official_folder(
         "sample_rate": config.sample_rate,
         "downsampling_ratio": config.downsampling_ratio,
     }
-    with _folder(destination) as folder:
+    with new_folder(destination) as folder:
         for relative in (config_name, weights_name):
             (folder / relative).parent.mkdir(exist_ok=True)
         _write_official_weights(state, config, folder / weights_name, overwrite=True)
@@ -136,7 +136,7 @@ def _require_elsewhere(source: Path, destination: Path) -> None:
         raise EarVAEError(f"{destination}: would replace the model that is to be converted; choose another")
 
 
-def _require_free(destination: Path, overwrite: bool) -> None:
+def require_free_folder(destination: Path, overwrite: bool) -> None:
     """Refuses a destination that is neither new, nor an empty folder, nor a folder to overwrite."""
     if destination.exists() and not destination.is_dir():
         raise EarVAEError(f"{destination}: is a file, expected the path of a folder to write")
@@ -145,7 +145,7 @@ def _require_free(destination: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def _folder(destination: Path) -> Iterator[Path]:
+def new_folder(destination: Path) -> Iterator[Path]:
     """Gives a folder to fill: `destination` if it exists, else one that takes its place in the end."""
     try:
         if destination.is_dir():

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from ear_vae._atomic import atomic_path
+from torch import Tensor
+
 from ear_vae.config import EarVAEConfig
 from ear_vae.errors import EarVAEError
 from ear_vae.limits import read_json, sample_rate_of, shown
-from ear_vae.pretrained.folder import CONFIG_FILE, WEIGHTS_FILE, expected_shapes, require_fit, write_folder
+from ear_vae.pretrained.conversion_cache import converted_once, file_sha256
+from ear_vae.pretrained.folder import CONFIG_FILE, expected_shapes, require_fit
 from ear_vae.pretrained.official_state_dict import from_official, official_config, read_official
 
 VARIANTS_KEY = "variants"
-# Part of every key of the cache: raised when the conversion gives other tensors or another config.
-_CONVERSION_VERSION = 2
-_SUMS_FILE = "sha256.json"
 _ENTRY_TYPES = {"config": str, "weights": str, "sample_rate": int, "downsampling_ratio": int}
 
 
@@ -94,42 +90,10 @@ def _require_inner_path(path: str, *, where: str) -> None:
         raise EarVAEError(f"{where} must be a relative path inside the folder, with '/', got {shown(path)}")
 
 
-def file_sha256(path: Path) -> str:
-    """Computes the sha256 of a file, in hexadecimal.
-
-    Raises:
-        EarVAEError: The file is missing or cannot be read.
-    """
-    digest, buffer = hashlib.sha256(), bytearray(1 << 20)
-    try:
-        with open(path, "rb", buffering=0) as file:
-            while size := file.readinto(buffer):
-                digest.update(memoryview(buffer)[:size])
-    except FileNotFoundError:
-        raise EarVAEError(f"{path}: the file is missing") from None
-    except OSError as error:
-        raise EarVAEError(f"{path}: cannot be read: {error.strerror}") from error
-    return digest.hexdigest()
-
-
-def conversions_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
-    """Returns where conversions are kept: under `cache_dir`, else beside the Hub's own caches."""
-    if cache_dir is None:
-        # Imported here because it takes a second, which local folders do not need.
-        from huggingface_hub import constants
-
-        cache_dir = constants.HF_HOME
-    return Path(os.path.expanduser(cache_dir)) / "ear-vae" / "conversions"
-
-
 def convert_variant(
     entry: VariantEntry, config_path: Path, weights_path: Path, *, weights_sha256: str, cache: Path
 ) -> tuple[Path, EarVAEConfig]:
     """Converts the model in official files to a folder in our layout, unless it was converted before.
-
-    The folder's name is a digest of the files' content, so it never goes stale. Each file is put in
-    place atomically and their checksums come last: several processes may convert the same model at
-    once, and a folder that is incomplete or damaged is made again.
 
     Args:
         entry: Entry of the variant in `config.json`.
@@ -144,10 +108,12 @@ def convert_variant(
     Raises:
         EarVAEError: A file is damaged, the parts contradict each other, or the cache is not writable.
     """
-    key = f"{_CONVERSION_VERSION} {weights_sha256} {file_sha256(config_path)} {entry.sample_rate}"
-    folder = cache / hashlib.sha256(key.encode()).hexdigest()
-    if not _is_intact(folder):
-        _write_conversion(entry, config_path, weights_path, folder)
+    folder = converted_once(
+        f"{weights_sha256} {file_sha256(config_path)} {entry.sample_rate}",
+        lambda: _read(entry, config_path, weights_path),
+        name=entry.name,
+        cache=cache,
+    )
     config = EarVAEConfig.from_json(folder / CONFIG_FILE)
     if config.downsampling_ratio != entry.downsampling_ratio:
         raise EarVAEError(
@@ -157,7 +123,9 @@ def convert_variant(
     return folder, config
 
 
-def _write_conversion(entry: VariantEntry, config_path: Path, weights_path: Path, folder: Path) -> None:
+def _read(
+    entry: VariantEntry, config_path: Path, weights_path: Path
+) -> tuple[EarVAEConfig, dict[str, Tensor]]:
     values = read_json(config_path)
     state = read_official(weights_path)
     try:
@@ -171,23 +139,4 @@ def _write_conversion(entry: VariantEntry, config_path: Path, weights_path: Path
         raise EarVAEError(f"{config_path}: {error}") from error
     ours = from_official(weights_path, state, config)
     require_fit(weights_path, ours, expected_shapes(config, path=weights_path))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_folder(folder, config, ours, name=entry.name)
-        sums = {name: file_sha256(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
-        with atomic_path(folder / _SUMS_FILE, overwrite=True) as temporary:
-            temporary.write_text(json.dumps(sums), encoding="utf-8")
-    except (OSError, EarVAEError) as error:
-        raise EarVAEError(
-            f"{error}; converted weights are kept there: name a writable place in HF_HOME",
-            argument="cache_dir",
-            value=...,
-        ) from error
-
-
-def _is_intact(folder: Path) -> bool:
-    try:
-        sums = json.loads((folder / _SUMS_FILE).read_text(encoding="utf-8"))
-        return bool(sums == {name: file_sha256(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)})
-    except (OSError, ValueError, EarVAEError):
-        return False
+    return config, ours

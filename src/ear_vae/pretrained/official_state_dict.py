@@ -154,7 +154,7 @@ def from_official(path: Path, state: Mapping[str, Tensor], config: EarVAEConfig)
     expected = to_official({name: torch.empty(s, device="meta") for name, s in shapes.items()}, config)
     require_fit(path, state, {name: tensor.shape for name, tensor in expected.items()})
     ours: dict[str, Tensor] = {}
-    for name, official, kind in _names(config):
+    for name, official, kind in official_names(config):
         if kind == "weight_norm":
             v = state[f"{official}.weight_v"].double()
             g = state[f"{official}.weight_g"].double()
@@ -172,9 +172,18 @@ def from_official(path: Path, state: Mapping[str, Tensor], config: EarVAEConfig)
 
 
 def to_official(state: Mapping[str, Tensor], config: EarVAEConfig) -> dict[str, Tensor]:
-    """Returns the official state dict of our tensors, with weight norm (v the weight itself, g its norm)."""
+    """Returns the official state dict of our tensors, with weight norm (v the weight itself, g its norm).
+
+    Raises:
+        EarVAEError: The network is one that the official code cannot build.
+    """
+    if config.snakes_per_residual_unit != 1 or config.min_std:
+        raise EarVAEError(
+            "the official network has one Snake in a residual unit and no min_std: this model is an Oobleck; "
+            "write it as a folder or for diffusers"
+        )
     official_state: dict[str, Tensor] = {}
-    for name, official, kind in _names(config):
+    for name, official, kind in official_names(config):
         if kind == "weight_norm":
             weight = state[f"{name}.weight"]
             norm = weight.norm(dim=(1, 2), keepdim=True)
@@ -194,8 +203,15 @@ def to_official(state: Mapping[str, Tensor], config: EarVAEConfig) -> dict[str, 
     return official_state
 
 
-def _names(config: EarVAEConfig) -> Iterator[tuple[str, str, str]]:
-    """Yields (our name, official name, kind) of every tensor; for kind `weight_norm` both are prefixes."""
+def official_names(config: EarVAEConfig) -> Iterator[tuple[str, str, str]]:
+    """Yields the names of every tensor in the official layout, which stable-audio-tools' Oobleck has too.
+
+    Args:
+        config: The architecture.
+
+    Yields:
+        Our name, the official name, and `plain`; or two prefixes and `weight_norm`.
+    """
 
     def conv(ours: str, official: str, *, bias: bool = True) -> Iterator[tuple[str, str, str]]:
         yield ours, official, "weight_norm"
@@ -208,11 +224,12 @@ def _names(config: EarVAEConfig) -> Iterator[tuple[str, str, str]]:
 
     def residual(ours: str, official: str) -> Iterator[tuple[str, str, str]]:
         yield from snake(f"{ours}.snake", f"{official}.layers.0")
-        # The shared Snake is stored twice; the second copy is written, and read, like the first.
-        yield from snake(f"{ours}.snake", f"{official}.layers.2")
+        # A shared Snake is stored twice; the second copy is written, and read, like the first.
+        yield from snake(second_snake.format(ours), f"{official}.layers.2")
         yield from conv(f"{ours}.conv_dilated", f"{official}.layers.1")
         yield from conv(f"{ours}.conv_pointwise", f"{official}.layers.3")
 
+    second_snake = "{}.snake2" if config.snakes_per_residual_unit == 2 else "{}.snake"
     blocks = len(config.strides)
     for half in ("encoder", "decoder"):
         yield from conv(f"{half}.conv_in", f"{half}.layers.0")

@@ -14,18 +14,26 @@ from ear_vae.config import EarVAEConfig
 from ear_vae.errors import EarVAEError, first_line
 from ear_vae.limits import read_json
 from ear_vae.pretrained.bundled import bundled_checkpoints
+from ear_vae.pretrained.conversion_cache import conversions_folder, file_sha256
 from ear_vae.pretrained.folder import CONFIG_FILE, WEIGHTS_FILE, Checkpoint, expected_shapes
-from ear_vae.pretrained.official_repository import (
-    VARIANTS_KEY,
-    choose_variant,
-    conversions_folder,
-    convert_variant,
-    file_sha256,
+from ear_vae.pretrained.official_repository import VARIANTS_KEY, choose_variant, convert_variant
+from ear_vae.pretrained.oobleck import (
+    CLASS_KEY,
+    DIFFUSERS_WEIGHTS_FILE,
+    STABLE_AUDIO_CONFIG_FILE,
+    STABLE_AUDIO_WEIGHTS_FILES,
+    config_of_diffusers,
+    config_of_stable_audio,
+    convert_diffusers,
+    convert_stable_audio,
+    require_config,
 )
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _COMMIT = _GIT_SHA1 = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+# Where a pipeline of diffusers has its autoencoder.
+_VAE_FOLDER = "vae/"
 
 # The two published models; width tells them from others.
 _PUBLISHED_REPOSITORY = "earlab/EAR_VAE"
@@ -46,12 +54,14 @@ class _Source:
         name: Name of a model in our layout.
         variant_prefix: Prefix of a variant's name in the name of an official model.
         fetch: Function that returns the local path of a file, by its relative path.
+        find: The same, but returns None where there is no such file.
     """
 
     where: str
     name: str
     variant_prefix: str
     fetch: Callable[[str], Path]
+    find: Callable[[str], Path | None]
 
 
 def resolve(
@@ -67,9 +77,10 @@ def resolve(
     """Finds the local folder, in our layout, of a model: an existing one, else a bundled one, else the Hub's.
 
     Args:
-        name_or_path: Model to find: a folder in our layout or in the official one, the name of a bundled
-            checkpoint, a Hub repository id `owner/name`, or `ear_vae_44k` or `ear_vae_v2_48k` for the
-            authors' model of that name in `earlab/EAR_VAE`.
+        name_or_path: Model to find: a folder in our layout, in the official one or with an Oobleck of
+            diffusers or of stable-audio-tools, the name of a bundled checkpoint, a Hub repository id
+            `owner/name`, or `ear_vae_44k` or `ear_vae_v2_48k` for the authors' model of that name in
+            `earlab/EAR_VAE`.
         variant: Name of the model in an official repository with several.
         revision: Branch, tag or commit on the Hub.
         local_files_only: Do not go to the network.
@@ -122,15 +133,16 @@ def resolve(
 
 def _open(source: _Source, *, variant: str | None, cache_dir: str | os.PathLike[str] | None) -> Checkpoint:
     """Fetches the files of a model and converts them if they are official ones."""
-    config_path = source.fetch(CONFIG_FILE)
+    config_path = source.find(CONFIG_FILE)
+    if config_path is None:
+        if (oobleck := _open_oobleck(source, variant=variant, cache_dir=cache_dir)) is not None:
+            return oobleck
+        config_path = source.fetch(CONFIG_FILE)  # says what is missing
     values = read_json(config_path)  # of a download it has been tried already
+    if isinstance(values, dict) and CLASS_KEY in values:
+        return _open_diffusers(source, "", config_path, variant=variant, cache_dir=cache_dir)
     if not isinstance(values, dict) or VARIANTS_KEY not in values:
-        if variant is not None:
-            raise EarVAEError(
-                f"{source.where}: holds one model and no variants; leave it out",
-                argument="variant",
-                value=variant,
-            )
+        _require_no_variant(source, variant)
         # Before a large download.
         expected_shapes(EarVAEConfig.from_json(config_path), path=config_path)
         return Checkpoint(source.fetch(WEIGHTS_FILE).parent, source.name)
@@ -148,6 +160,55 @@ def _open(source: _Source, *, variant: str | None, cache_dir: str | os.PathLike[
             stacklevel=4,
         )
     return Checkpoint(folder, source.variant_prefix + entry.name)
+
+
+def _require_no_variant(source: _Source, variant: str | None) -> None:
+    if variant is not None:
+        raise EarVAEError(
+            f"{source.where}: holds one model and no variants; leave it out",
+            argument="variant",
+            value=variant,
+        )
+
+
+def _open_oobleck(
+    source: _Source, *, variant: str | None, cache_dir: str | os.PathLike[str] | None
+) -> Checkpoint | None:
+    """A model without a `config.json` at its root: a pipeline of diffusers, or one of stable-audio-tools.
+
+    The first is preferred where both are there, as in Stable Audio Open: its VAE is a file of its own.
+    """
+    if (config_path := source.find(f"{_VAE_FOLDER}{CONFIG_FILE}")) is not None:
+        return _open_diffusers(source, _VAE_FOLDER, config_path, variant=variant, cache_dir=cache_dir)
+    if (config_path := source.find(STABLE_AUDIO_CONFIG_FILE)) is None:
+        return None
+    _require_no_variant(source, variant)
+    require_config(config_of_stable_audio, config_path)  # before a large download
+    names = STABLE_AUDIO_WEIGHTS_FILES
+    weights = next((found for name in names if (found := source.find(name))), None)
+    folder = convert_stable_audio(
+        config_path, weights or source.fetch(names[0]), name=source.name, cache=conversions_folder(cache_dir)
+    )
+    return Checkpoint(folder, source.name)
+
+
+def _open_diffusers(
+    source: _Source,
+    folder: str,
+    config_path: Path,
+    *,
+    variant: str | None,
+    cache_dir: str | os.PathLike[str] | None,
+) -> Checkpoint:
+    _require_no_variant(source, variant)
+    require_config(config_of_diffusers, config_path)  # before a large download
+    converted = convert_diffusers(
+        config_path,
+        source.fetch(folder + DIFFUSERS_WEIGHTS_FILE),
+        name=source.name,
+        cache=conversions_folder(cache_dir),
+    )
+    return Checkpoint(converted, source.name)
 
 
 def _hub_cache(cache_dir: str | os.PathLike[str] | None) -> Path:
@@ -174,7 +235,10 @@ def _local_source(folder: Path, name: str, hub_cache: Path) -> _Source:
             raise EarVAEError(f"{path}: {problem}; fetch it again", argument="force_download")
         return path
 
-    return _Source(where=str(folder), name=name, variant_prefix="", fetch=fetch)
+    def find(relative: str) -> Path | None:
+        return fetch(relative) if os.path.lexists(folder / relative) else None
+
+    return _Source(where=str(folder), name=name, variant_prefix="", fetch=fetch, find=find)
 
 
 def _stays_inside(folder: Path, path: Path, hub_cache: Path) -> bool:
@@ -241,12 +305,23 @@ def _hub_source(
                 raise EarVAEError(
                     f"{path}: {problem}, also when fetched again; try later", argument="force_download"
                 )
-        if relative == CONFIG_FILE and _COMMIT.fullmatch(path.parent.name):
+        root = path.parents[relative.count("/")]
+        if commit is None and _COMMIT.fullmatch(root.name):
             # The other files are to be of the same commit, even if somebody pushes meanwhile.
-            commit = path.parent.name
+            commit = root.name
         return path
 
-    return _Source(where=repo_id, name=repo_id, variant_prefix=f"{repo_id}:", fetch=fetch)
+    def find(relative: str) -> Path | None:
+        from huggingface_hub import errors
+
+        try:
+            return fetch(relative)
+        except EarVAEError as error:
+            if isinstance(error.__cause__, errors.EntryNotFoundError):
+                return None
+            raise
+
+    return _Source(where=repo_id, name=repo_id, variant_prefix=f"{repo_id}:", fetch=fetch, find=find)
 
 
 def _hub_problem(
