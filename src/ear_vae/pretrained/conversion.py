@@ -96,10 +96,10 @@ def convert_to_folder(
         EarVAEError: As for `resolve`, or the destination exists or cannot be written to.
     """
     destination = Path(destination)
-    require_free_folder(destination, overwrite)
+    _require_free(destination, overwrite)
     checkpoint = resolve(source, variant=variant, revision=revision, cache_dir=cache_dir)
     config, state = read_folder(checkpoint.folder)
-    with new_folder(destination) as folder:
+    with _folder(destination) as folder:
         write_folder(folder, config, state, name=destination.resolve().name, dtype=dtype)
     return destination
 
@@ -134,7 +134,7 @@ def convert_to_official(
     destination = Path(destination)
     single_file = destination.suffix.lower() == OFFICIAL_WEIGHTS_SUFFIX
     if not single_file:
-        require_free_folder(destination, overwrite)
+        _require_free(destination, overwrite)
     checkpoint = resolve(source, variant=variant, revision=revision, cache_dir=cache_dir)
     config, state = read_folder(checkpoint.folder)
     if single_file:
@@ -148,7 +148,7 @@ def convert_to_official(
         "sample_rate": config.sample_rate,
         "downsampling_ratio": config.downsampling_ratio,
     }
-    with new_folder(destination) as folder:
+    with _folder(destination) as folder:
         for relative in (config_name, weights_name):
             (folder / relative).parent.mkdir(exist_ok=True)
         _write_official_weights(state, config, folder / weights_name, overwrite=True)
@@ -184,7 +184,7 @@ def _require_elsewhere(source: Path, destination: Path) -> None:
         raise EarVAEError(f"{destination}: would replace the model that is to be converted; choose another")
 
 
-def require_free_folder(destination: Path, overwrite: bool) -> None:
+def _require_free(destination: Path, overwrite: bool) -> None:
     """Before any work: the destination is new, an empty folder, or a folder to overwrite."""
     if destination.exists() and not destination.is_dir():
         raise EarVAEError(f"{destination}: is a file, expected the path of a folder to write")
@@ -193,7 +193,7 @@ def require_free_folder(destination: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def new_folder(destination: Path) -> Iterator[Path]:
+def _folder(destination: Path) -> Iterator[Path]:
     """A folder to fill: `destination` itself if it exists, else one that becomes it when all went well."""
     try:
         if destination.is_dir():
