@@ -262,7 +262,9 @@ def test_shipped_configs_override_one_base(
 
 
 def test_unknown_configs() -> None:
-    assert {"base", "warmup", "adversarial", "continuation", "smoke", "tiny"} <= set(shipped_configs())
+    assert {"base", "warmup", "adversarial", "continuation", "smoke", "tiny", "tiny_quiet"} <= set(
+        shipped_configs()
+    )
     with pytest.raises(EarVAEError, match=r"no config 'warmupp'.*tiny"):
         run_fit(["--config", "warmupp"])
     with pytest.raises(EarVAEError, match=r"no config 'nowhere\.yaml'"):
