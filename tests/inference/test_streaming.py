@@ -115,7 +115,7 @@ def test_nothing_and_wrong_pieces() -> None:
     vae = random_model(HOP_1024)
     assert list(vae.encode_stream([])) == list(vae.decode_stream([])) == []
     assert list(vae.encode_stream([torch.zeros(2, 0)])) == []
-    with pytest.raises(EarVAEError, match="tile_frames is 0"):
+    with pytest.raises(EarVAEError, match="tile_frames must be an integer of 1 or more, got 0"):
         next(vae.encode_stream([torch.zeros(2, 10)], tile_frames=0))
     with pytest.raises(EarVAEError, match="3 channels"):
         next(vae.encode_stream([torch.zeros(3, 10)]))

@@ -147,8 +147,11 @@ def test_interrupted_at_the_command_line(how: str, folder: Path, tmp_path: Path)
         "import os, subprocess, sys, time; sys.path.insert(0, sys.argv.pop(1))\n"
         "import test_resume\n"
         # As from outside, for torch's workers look who sends it; and time for them to fall over it.
-        "os.kill = lambda process, number: (\n"
-        "    subprocess.run(['kill', f'-{int(number)}', f'-{os.getpgid(0)}']), time.sleep(1))\n"
+        "def kill(process, number):\n"
+        "    sender = f'import os; os.killpg({os.getpgid(0)}, {int(number)})'\n"
+        "    subprocess.run([sys.executable, '-c', sender], stderr=subprocess.DEVNULL)\n"
+        "    time.sleep(1)\n"
+        "os.kill = kill\n"
         "from ear_vae.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     arguments = ["fit", "--config", "smoke", "--data.folder", folder, "--data.num_workers", "1"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import shutil
 import subprocess
@@ -375,6 +376,8 @@ def test_resuming_on_other_data_says_what_changed(trained: Path, music: Path, tm
 def test_resuming_on_the_same_data_says_nothing(
     trained: Path, music: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    # Whatever a run before has made of it.
+    caplog.set_level(logging.INFO, "lightning.pytorch")
     assert main(fit(music, tmp_path, "--ckpt_path", trained, "--trainer.max_steps", "2")) == 0
     assert "Restored all states from the checkpoint" in caplog.text
     assert "resuming" not in caplog.text

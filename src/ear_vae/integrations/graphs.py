@@ -25,7 +25,7 @@ _TRIED_BATCH, _TRIED_FRAMES = 2, 24
 
 
 @dataclass(frozen=True)
-class Part:
+class GraphPart:
     """A part of a model that is exported by itself.
 
     Attributes:
@@ -93,7 +93,7 @@ class _Convolutions(nn.Module):
         return self.decoder(latents)
 
 
-def parts_of(vae: EarVAE) -> list[Part]:
+def parts_of(vae: EarVAE) -> list[GraphPart]:
     """The encoder, the whole decoder and, of a model with a transformer, the two halves of the decoder."""
     config, hop = vae.config, vae.downsampling_ratio
     before, after = encoder_reach(vae.encoder, hop)
@@ -101,15 +101,15 @@ def parts_of(vae: EarVAE) -> list[Part]:
     latents, audio = config.latent_dim, config.audio_channels
     whole = vae.transformer is None
     parts = [
-        Part(
+        GraphPart(
             "encoder", _Encoder(vae), "audio", "moments", audio, hop, 1, (-(-before // hop), -(-after // hop))
         ),
-        Part("decoder", _Decoder(vae), "latents", "audio", latents, 1, hop, context if whole else None),
+        GraphPart("decoder", _Decoder(vae), "latents", "audio", latents, 1, hop, context if whole else None),
     ]
     if not whole:
         parts += [
-            Part("transformer", _Transformer(vae), "latents", "latents", latents, 1, 1, None),
-            Part("convolutions", _Convolutions(vae), "latents", "audio", latents, 1, hop, context),
+            GraphPart("transformer", _Transformer(vae), "latents", "latents", latents, 1, 1, None),
+            GraphPart("convolutions", _Convolutions(vae), "latents", "audio", latents, 1, hop, context),
         ]
     return parts
 
@@ -120,7 +120,7 @@ def exportable(vae: EarVAE, dtype: torch.dtype = torch.float32) -> EarVAE:
     return plain.to(dtype).float()
 
 
-def exported(part: Part) -> ExportedProgram:
+def exported(part: GraphPart) -> ExportedProgram:
     """The graph of a part, for any batch and any number of frames.
 
     Raises:
@@ -138,7 +138,7 @@ def exported(part: Part) -> ExportedProgram:
         ) from error
 
 
-def require_equal(part: Part, run: Callable[[Tensor], Tensor]) -> float:
+def require_equal(part: GraphPart, run: Callable[[Tensor], Tensor]) -> float:
     """Runs a written part on noise and compares it with the network.
 
     Args:

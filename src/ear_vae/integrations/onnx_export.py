@@ -16,7 +16,7 @@ from ear_vae.errors import EarVAEError
 from ear_vae.integrations._files import new_files
 from ear_vae.integrations._optional import optional
 from ear_vae.integrations.graphs import (
-    Part,
+    GraphPart,
     exportable,
     exported,
     parts_of,
@@ -98,7 +98,7 @@ def export_onnx(
         return max(require_equal(part, _runner(folder, part)) for part in parts)
 
 
-def _model(part: Part) -> Any:
+def _model(part: GraphPart) -> Any:
     program = exported(part)
     try:
         with quiet_exporters():
@@ -133,7 +133,7 @@ def _model(part: Part) -> Any:
     return model
 
 
-def _output_name(part: Part) -> str:
+def _output_name(part: GraphPart) -> str:
     """The transformer's output is not the latents that it takes."""
     return "transformed" if part.name == "transformer" else part.output
 
@@ -187,6 +187,6 @@ class _Weights:
             tensor.external_data.add(key=field, value=str(value))
 
 
-def _runner(folder: Path, part: Part) -> Callable[[Tensor], Tensor]:
+def _runner(folder: Path, part: GraphPart) -> Callable[[Tensor], Tensor]:
     session = open_session(folder / f"{part.name}.onnx")
     return lambda x: torch.from_numpy(session.run(None, {part.input: x.numpy()})[0])
