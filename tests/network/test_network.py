@@ -569,6 +569,14 @@ def test_residual_unit_uses_one_snake_twice_and_keeps_the_length() -> None:
     assert sum(isinstance(module, Snake) for module in unit.modules()) == 1
 
 
+def test_residual_unit_takes_another_activation() -> None:
+    """As benchmarks put the plain formula there."""
+    unit, x = ResidualUnit(4, dilation=3), torch.randn(1, 4, 100)
+    unit.snake = torch.nn.Tanh()
+    expected = x + unit.conv_pointwise(unit.conv_dilated(x.tanh()).tanh())
+    torch.testing.assert_close(unit(x), expected)
+
+
 def test_rotation_depends_on_the_distance_of_frames_only() -> None:
     like = torch.zeros(1, dtype=torch.float64)
     cos, sin = rotary_table(50, 32, like)

@@ -166,11 +166,9 @@ class Snake(nn.Module):
             return snake_of_sum(x, self.log_alpha, self.log_beta, keep_sum=False)[1]
         return snake(x, self.log_alpha, self.log_beta, compiled=self.compiled)
 
-    def with_input(self, x: Tensor | DeferredSum) -> tuple[Tensor, Tensor]:
-        """The input, added up, and the function of it."""
-        if isinstance(x, DeferredSum):
-            return snake_of_sum(x, self.log_alpha, self.log_beta, keep_sum=True)
-        return x, self(x)
+    def with_input(self, x: DeferredSum) -> tuple[Tensor, Tensor]:
+        """The sum, added up, and the function of it."""
+        return snake_of_sum(x, self.log_alpha, self.log_beta, keep_sum=True)
 
 
 class ResidualUnit(nn.Module):
@@ -195,7 +193,10 @@ class ResidualUnit(nn.Module):
 
     def forward(self, x: Tensor | DeferredSum) -> Tensor | DeferredSum:
         """Maps [B, C, N] or [B, C, 1, N] to the same shape; where sums are deferred, to that of its parts."""
-        x, activated = self.snake.with_input(x)
+        if isinstance(x, DeferredSum):
+            x, activated = self.snake.with_input(x)
+        else:
+            activated = self.snake(x)
         y = convolve(self.conv_dilated, activated)
         # Memory for the next.
         del activated
