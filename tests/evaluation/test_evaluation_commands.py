@@ -249,3 +249,24 @@ def test_a_command_never_names_an_argument_of_python(folders: tuple[Path, Path],
         assert "overwrite=" not in finished.stderr, arguments
         assert "=True" not in finished.stderr
     assert {file.read_text() for file in files} == {"precious"}
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 looks in the current folder first")
+def test_what_lies_beside_the_music_does_not_run(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """Not even in the processes that are started for several files at once."""
+    (tmp_path / "pickle.py").write_text("open('has_run', 'w')\n")
+    (tmp_path / "bin").mkdir()
+    # As pip writes it; with `python -m` the current folder is looked in by request.
+    script = tmp_path / "bin" / "ear-vae"
+    script.write_text(
+        "import sys\nfrom ear_vae.cli import main\nif __name__ == '__main__':\n    sys.exit(main())\n"
+    )
+    result = subprocess.run(
+        [sys.executable, script, "evaluate", *folders, "--jobs", "2"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert not (tmp_path / "has_run").exists()

@@ -133,23 +133,43 @@ def _in_processes(
     tasks: Sequence[Task], indices: list[int], processes: int
 ) -> Iterator[tuple[int, Row | str]]:
     threads = max(1, _processors() // processes)
-    pool = ProcessPoolExecutor(
-        processes,
-        # A fork of a process that has used torch can hang.
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_prepare_process,
-        initargs=(threads,),
-    )
-    try:
+    with _current_folder_off_the_path():
+        pool = ProcessPoolExecutor(
+            processes,
+            # A fork of a process that has used torch can hang.
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_prepare_process,
+            initargs=(threads,),
+        )
+        # Starts the processes.
         futures: dict[Future[Row | str], int] = {
             pool.submit(_attempt, tasks[index], False): index for index in indices
         }
+    try:
         for future in as_completed(futures):
             error = future.exception()
             result = future.result() if error is None else f"its process ended: {in_one_line(error)}"
             yield futures[future], result
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _current_folder_off_the_path() -> Iterator[None]:
+    """Keeps processes that are started in the block from importing what lies in the current folder.
+
+    A spawned process looks there first for the modules that it starts with: a `pickle.py` among somebody's
+    songs would run. Python heeds this from 3.11 on.
+    """
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = before
 
 
 def _prepare_process(threads: int) -> None:
