@@ -29,7 +29,8 @@ from torch.profiler import ProfilerActivity, profile
 from ear_vae import EarVAE, EarVAEConfig
 from ear_vae._atomic import atomic_path
 from ear_vae.network.blocks import Snake, keep_kernels
-from ear_vae.network.snake import DeferredSum, Sine, switches
+from ear_vae.network.snake import DeferredSum
+from ear_vae.network.snake_common import Sine, switches
 
 PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
 LAYOUTS = {"plain": torch.contiguous_format, "channels last": torch.channels_last}

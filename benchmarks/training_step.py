@@ -34,7 +34,7 @@ from ear_vae.cli.fit import shipped_configs
 from ear_vae.cli.lightning_cli import FitCLI
 from ear_vae.losses import ReconstructionObjective
 from ear_vae.losses.objective import ADVERSARIAL_TERMS
-from ear_vae.network.snake import Sine, switches
+from ear_vae.network.snake_common import Sine, switches
 from ear_vae.training import AudioDataModule, EarVAEModule
 
 DATA = "data: waiting for the batch"
@@ -256,7 +256,7 @@ def main() -> None:
     parser.add_argument("--config", action="append", required=True, help="shipped config or file")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--fused-sums", action="store_true", help="as ear_vae.network.snake.switches")
+    parser.add_argument("--fused-sums", action="store_true", help="as ear_vae.network.snake_common.switches")
     parser.add_argument("--sine", choices=get_args(Sine), default="exact", help="as there")
     parser.add_argument("--json", type=Path)
     arguments, options = parser.parse_known_args()

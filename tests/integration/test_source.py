@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,33 @@ def test_no_two_public_functions_or_classes_have_one_name(repository: Path) -> N
             places[name].append(place)
     assert len(places) > 200
     assert {name: where for name, where in places.items() if len(where) > 1} == {}
+
+
+def modules_named(module: ast.Module, known: Set[str]) -> set[str]:
+    """Modules of this package that a module imports, wherever it does, or names for a later import."""
+    found: set[str] = set()
+    for node in ast.walk(module):
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            # A module of a package, or what a module or package defines.
+            paths = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {path if path in known else str(node.module) for path in paths}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", None) == "import_module":
+            found |= {str(a.value) for a in node.args if isinstance(a, ast.Constant)}
+    return found & set(known)
+
+
+def test_no_import_goes_round_in_a_circle(repository: Path) -> None:
+    """Imports within functions count, too: they are where a circle hides."""
+    modules = {
+        "ear_vae." + place.removesuffix(".py").removesuffix("/__init__").replace("/", "."): module
+        for place, module in parsed(repository / "src" / "ear_vae").items()
+        if place != "__init__.py"
+    }
+    graph = {name: modules_named(module, modules.keys()) for name, module in modules.items()}
+    assert sum(map(len, graph.values())) > 300
+    graphlib.TopologicalSorter(graph).prepare()
 
 
 def is_private(name: str) -> bool:

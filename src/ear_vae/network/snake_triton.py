@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from ear_vae.network.snake import BETA_EPSILON, compute_dtype, layout, sum_dtype, switches
+from ear_vae.network.snake_common import BETA_EPSILON, compute_dtype, layout, sum_dtype, switches
 
 _BLOCK = 1024
 # Of a tile with channels last: so many channels at most, so that α and β serve many positions.
