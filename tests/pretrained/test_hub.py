@@ -463,11 +463,17 @@ def test_without_a_connection_or_with_local_files_only(
     with pytest.raises(EarVAEError, match="contradict"):
         EarVAE.from_pretrained(OURS, local_files_only=True, force_download=True)
     hub.stop()
-    no_waiting(monkeypatch)
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
     with pytest.raises(
         EarVAEError, match=r"config\.json is not in the local cache and the Hub cannot be asked"
     ):
         EarVAE.from_pretrained(OURS)
+    here = len(waits)
+    with pytest.raises(huggingface_hub.errors.LocalEntryNotFoundError):
+        huggingface_hub.hf_hub_download(OURS, "config.json")
+    # The client waits as often for one file alone: no other is asked for in vain.
+    assert here == len(waits) - here
     with pytest.raises(EarVAEError, match=r"someone/ours: the download of config\.json failed: .*refused"):
         EarVAE.from_pretrained(OURS, force_download=True)
 

@@ -169,6 +169,7 @@ def test_interrupted_at_the_command_line(how: str, folder: Path, tmp_path: Path)
     assert result.returncode == 128 + signal.Signals[how], result.stderr
     assert "resume with: ear-vae fit" in result.stderr
     assert "KeyboardInterrupt" not in result.stderr
+    assert "Received" not in result.stderr
     assert checkpoint_of(tmp_path)["global_step"] == 3
 
 

@@ -21,8 +21,13 @@ from ear_vae.training.checkpoint_reading import read_checkpoint
 from ear_vae.training.data import AudioDataModule
 from ear_vae.training.module import EarVAEModule
 
-# Lightning's advertisements, and its remarks on a logger that it rightly does without.
-_ADVERTISEMENTS = ("Tip:", "tensorboardX", "litlogger", "litmodels")
+# What Lightning says that is not about the run: advertisements, remarks on a logger that it rightly does
+# without, and the signal that stands for Ctrl-C within it. Below, the loggers that say so.
+_NOISE = ("Tip:", "tensorboardX", "litlogger", "litmodels", "Received SIGTERM")
+_TALKATIVE = (
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.pytorch.trainer.connectors.signal_connector",
+)
 
 
 class FitCLI(LightningCLI):
@@ -136,8 +141,9 @@ def train(arguments: Sequence[str], typed: Sequence[str], *, overwrite: bool = F
     # Meant for Lightning's authors.
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     warnings.filterwarnings("ignore", message=r".*tensorboardX.*")
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    logger.addFilter(_is_about_this_run)
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+    for logger in loggers:
+        logger.addFilter(_is_about_this_run)
     received: list[int] = []
     usual = {number: signal.signal(number, lambda n, _: _end(received, n)) for number in _heeded()}
     cli: FitCLI | None = None
@@ -172,7 +178,8 @@ def train(arguments: Sequence[str], typed: Sequence[str], *, overwrite: bool = F
     finally:
         for number, handler in usual.items():
             signal.signal(number, handler)
-        logger.removeFilter(_is_about_this_run)
+        for logger in loggers:
+            logger.removeFilter(_is_about_this_run)
     _say_what_is_where(cli, typed, stopped=False)
     return 0
 
@@ -224,7 +231,7 @@ def _end(received: list[int], number: int) -> None:
 
 
 def _is_about_this_run(record: logging.LogRecord) -> bool:
-    return not any(word in record.getMessage() for word in _ADVERTISEMENTS)
+    return not any(word in record.getMessage() for word in _NOISE)
 
 
 def _sample_rate(module: EarVAEModule) -> int:

@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from ear_vae._dtype import require_runnable, upcast
-from ear_vae.errors import EarVAEError
+from ear_vae.errors import EarVAEError, first_line
 from ear_vae.inference.asynchronous_copy import copy_to_device, start_copy
 from ear_vae.inference.cuda_graphs import MOST_GRAPH_FRAMES, clear_graphs, run_graph
 from ear_vae.inference.tiling import (
@@ -233,7 +233,8 @@ def optimize(model: Autoencoder) -> None:
     try:
         compile_snake(model.device, model.dtype)
     except (RuntimeError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        # torch's first line is "backend='inductor' raised:", and the reason stands in the second.
+        reason = first_line(error, most=2)
         warnings.warn(f"runs without being compiled: {reason}", stacklevel=3)
         return
     for module in model.modules():

@@ -269,6 +269,7 @@ def _hub_source(
     if local_files_only and force_download:
         raise EarVAEError("local_files_only=True and force_download=True contradict each other; choose one")
     commit: str | None = None
+    unreachable: EarVAEError | None = None
 
     def download(relative: str, *, force: bool) -> Path:
         from huggingface_hub import hf_hub_download
@@ -281,11 +282,14 @@ def _hub_source(
                     revision=commit or revision,
                     cache_dir=None if cache_dir is None else os.path.expanduser(cache_dir),
                     token=token,
-                    local_files_only=local_files_only,
-                    force_download=force,
+                    # The client tries for half a minute to reach the Hub: once is enough.
+                    local_files_only=local_files_only or unreachable is not None,
+                    force_download=force and unreachable is None,
                 )
             )
         except Exception as error:  # the client lets through whatever its HTTP library of the day raises
+            if unreachable is not None:
+                raise unreachable from unreachable.__cause__
             raise EarVAEError(_hub_problem(error, repo_id, relative, revision, local_files_only)) from error
 
     def fetch(relative: str) -> Path:
@@ -312,11 +316,14 @@ def _hub_source(
         return path
 
     def find(relative: str) -> Path | None:
+        nonlocal unreachable
         from huggingface_hub import errors
 
         try:
             return fetch(relative)
         except EarVAEError as error:
+            if isinstance(error.__cause__, errors.LocalEntryNotFoundError) and not local_files_only:
+                unreachable = error
             if isinstance(error.__cause__, errors.EntryNotFoundError):
                 return None
             raise
