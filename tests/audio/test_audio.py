@@ -143,6 +143,11 @@ def test_without_ffmpeg_the_error_says_what_to_install(
     monkeypatch.setattr(shutil, "which", lambda *_: None)
     with pytest.raises(EarVAEError, match=r"song\.m4a: not audio that libsndfile reads.*install ffmpeg"):
         read_audio(path)
+    # By this name libsndfile tries its mp3 decoder, which says that there is no such file.
+    with pytest.raises(
+        EarVAEError, match=r"song\.mp3: not audio that libsndfile reads \(Format not recogni[sz]ed"
+    ):
+        read_audio(path.rename(tmp_path / "song.mp3"))
 
 
 @pytest.mark.parametrize("rate", [8_000, 22_050, 48_000, 96_000, 192_000])

@@ -258,7 +258,9 @@ def _sound_file(source: Any) -> Any:
     try:
         return soundfile.SoundFile(source)
     except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:
-        raise _ForFFmpeg(first_line(error)) from error
+        reason = first_line(error)
+        # Its mp3 decoder's word for everything; the file has been opened.
+        raise _ForFFmpeg("Format not recognised" if "does not exist" in reason else reason) from error
 
 
 def _layout(kind: str, place: Path | None, stream: IO[bytes]) -> Layout | None:
