@@ -231,6 +231,11 @@ BAD_LINES = [
     ("convert model model/model.safetensors --to official --force", 1, "would replace the model"),
     ("release junk.safetensors out", 1, "not a checkpoint"),
     ("fit --config nothing", 1, "no config 'nothing'"),
+    (
+        "fit --config warmup",
+        1,
+        "give the music to train on: --data.folder MUSIC; ear-vae fit --help lists the options",
+    ),
 ]
 
 

@@ -131,12 +131,13 @@ def _with_shipped_configs(arguments: Sequence[str]) -> list[str]:
 
 
 def _require_folders(arguments: Sequence[str]) -> None:
-    """Checks that the folders of the data exist, from configs and options.
+    """Checks that there is a folder of data, and that all of them exist, from configs and options.
 
     Raises:
-        EarVAEError: One of them does not exist.
+        EarVAEError: None is given, or one of them does not exist.
     """
     found: dict[str, Any] = {}
+    is_all = True
     rest = iter(arguments)
     for argument in rest:
         option, equals, value = argument.partition("=")
@@ -146,9 +147,15 @@ def _require_folders(arguments: Sequence[str]) -> None:
                 data = (yaml.safe_load(Path(value).read_text(encoding="utf-8")) or {}).get("data") or {}
                 found |= {n: v for n, v in data.items() if n in ("folder", "validation_folder")}
             except (OSError, ValueError, AttributeError, yaml.YAMLError):
-                continue  # for the parser to complain about
+                is_all = False  # for the parser to complain about
         elif group == "--data" and name in ("folder", "validation_folder"):
             found[name] = value if equals else next(rest, None)
+        elif option == "--data":
+            is_all = False
+    if is_all and "folder" not in found:
+        raise EarVAEError(
+            "give the music to train on: --data.folder MUSIC; ear-vae fit --help lists the options"
+        )
     for name, value in found.items():
         text = isinstance(value, str) and value.startswith("[")
         paths = _list_in(value) if text else value
