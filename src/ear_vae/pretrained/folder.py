@@ -128,11 +128,19 @@ def write_folder(
             save_file(stored, temporary, metadata=pack_facts(facts))
         with atomic_path(directory / CONFIG_FILE, overwrite=True) as temporary:
             temporary.write_text(config.to_json(), encoding="utf-8")
-        if not (directory / CARD_FILE).exists():
-            with atomic_path(directory / CARD_FILE, overwrite=False) as temporary:
-                temporary.write_text(card, encoding="utf-8")
+        _write_card(directory / CARD_FILE, card)
     except (OSError, SafetensorError) as error:
         raise EarVAEError(f"{directory}: cannot write the model: {error}") from error
+
+
+def _write_card(path: Path, card: str) -> None:
+    """Writes a card unless there is one, which stays, also one that another process writes meanwhile."""
+    try:
+        with atomic_path(path, overwrite=False) as temporary:
+            temporary.write_text(card, encoding="utf-8")
+    except EarVAEError:
+        if not path.is_file():
+            raise
 
 
 def model_card(config: EarVAEConfig, name: str) -> str:
