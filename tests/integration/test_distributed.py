@@ -137,7 +137,8 @@ def music(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "case", ["sum", "balanced", "NaN", "files", pytest.param("accumulated", marks=pytest.mark.slow)]
+    "case",
+    ["sum", "NaN", *(pytest.param(n, marks=pytest.mark.slow) for n in ("balanced", "files", "accumulated"))],
 )
 def test_two_processes_do_what_one_does(tmp_path: Path, case: str, music: Path) -> None:
     """Also where two batches of each make one step.
