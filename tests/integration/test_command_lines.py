@@ -517,7 +517,7 @@ def test_control_characters_in_names_are_shown_not_sent(tmp_path: Path) -> None:
     assert json.loads(process("info", path, "--json").stdout)["model_name"].startswith("x\\x1b[31m\\nyzzz")
     refused = process("decode", path, tmp_path / "b.wav").stderr.decode()
     assert len(refused.splitlines()) == 1
-    assert "made by x\\x1b[31m\\nyzzz" in refused
+    assert "made by 'x\\x1b[31m\\nyzzz" in refused
     assert len(refused) < 600
 
 

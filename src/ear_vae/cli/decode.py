@@ -24,8 +24,8 @@ def run_decode(options: argparse.Namespace) -> int:
         facts = (latents.sample_rate, latents.downsampling_ratio, latents.mean.shape[0])
         if facts != (vae.sample_rate, vae.downsampling_ratio, vae.latent_dim):
             raise EarVAEError(
-                f"{job.source_name}: made by {maker!r} at {facts[0]} Hz with {facts[2]} channels every "
-                f"{facts[1]} samples, which {vae.name!r} cannot decode; choose its model with --model"
+                f"{job.source_name}: made by '{maker}' at {facts[0]} Hz with {facts[2]} channels every "
+                f"{facts[1]} samples, which '{vae.name}' cannot decode; choose its model with --model"
             )
         if latents.weights_sha256 != weights_sha256(vae) and not options.force:
             raise EarVAEError(
