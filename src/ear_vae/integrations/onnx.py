@@ -18,7 +18,7 @@ from ear_vae.errors import EarVAEError
 from ear_vae.inference.arguments import as_audio_batch, as_latent_batch, require_decodable
 from ear_vae.inference.tiling import Stage, run_stages, tile_length
 from ear_vae.integrations._optional import optional
-from ear_vae.limits import integer, sample_rate_of, shown, unpack_facts
+from ear_vae.limits import integer, sample_rate_of, shown, unpack_facts, whole_number
 from ear_vae.posterior import Posterior
 
 with optional("onnxruntime", extra="onnx"):
@@ -59,8 +59,8 @@ class EarVAEOnnx:
         tile_frames: int | None = None,
     ) -> None:
         folder = Path(folder)
-        if tile_frames is not None and tile_frames < 1:
-            raise EarVAEError(f"tile_frames is {tile_frames}; expected 1 or more")
+        if tile_frames is not None:
+            tile_frames = whole_number(tile_frames, "tile_frames", lowest=1)
         encoder = _Part.open(folder, "encoder", providers)
         self.config, self.name = encoder.config, encoder.name
         self.weights_sha256 = encoder.weights_sha256
