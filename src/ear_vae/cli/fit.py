@@ -28,7 +28,7 @@ Trains an εar-VAE, from scratch or from a model. Options override configs, late
   --debug                           show tracebacks
 
 data
-  --data.folder MUSIC               a folder, a manifest (.csv, .jsonl), or '[A, B]'
+  --data.folder MUSIC               a folder, a manifest (.csv, .jsonl, .parquet), or '[A, B]'
   --data.validation_folder MUSIC    audio to validate on
   --data.batch_size N               segments per batch
   --data.segment_seconds S          length of a segment

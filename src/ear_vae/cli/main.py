@@ -87,7 +87,8 @@ def _run(arguments: list[str]) -> int:
 
 def _command(name: str) -> Any:
     """Returns the function that runs a command; only its module is imported, because torch takes seconds."""
-    return getattr(import_module(f"ear_vae.cli.{name}"), f"run_{name}")
+    module = name.replace("-", "_")
+    return getattr(import_module(f"ear_vae.cli.{module}"), f"run_{module}")
 
 
 def _wait_without_spinning() -> None:

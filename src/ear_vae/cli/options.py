@@ -16,6 +16,7 @@ from ear_vae.audio.formats import AUDIO_EXTENSIONS, WRITTEN_FORMATS
 from ear_vae.limits import escaped
 
 _LARGEST_SEED = 2**63 - 1
+_COMPUTE_DTYPES = ("float32", "bfloat16")
 _MODEL = "a folder, ear-vae-tiny (bundled), ear_vae_44k or ear_vae_v2_48k (the authors'), or a Hub repository"
 
 
@@ -91,8 +92,10 @@ def _command_parser() -> tuple[argparse.ArgumentParser, list[str]]:
         added.set_defaults(refuse=added.error)
         return added
 
-    files, weights, download, model, audio, debug = _shared_options()
-    command = add("reconstruct", "rebuild audio through the model", files, weights, download, model, audio)
+    files, weights, download, model, computing, audio, debug = _shared_options()
+    command = add(
+        "reconstruct", "rebuild audio through the model", files, weights, download, model, computing, audio
+    )
     command.description = "The output has the sample rate, length and channels of the input."
     command.add_argument(
         "output",
@@ -102,7 +105,7 @@ def _command_parser() -> tuple[argparse.ArgumentParser, list[str]]:
         "song.rebuilt.wav beside song.mp3, and album.rebuilt beside the folder album",
     )
 
-    command = add("encode", "turn audio into latent files", files, weights, download, model)
+    command = add("encode", "turn audio into latent files", files, weights, download, model, computing)
     command.add_argument(
         "output",
         metavar="OUTPUT",
@@ -121,7 +124,12 @@ def _command_parser() -> tuple[argparse.ArgumentParser, list[str]]:
         help="seed that makes the draws of --sample repeatable, file by file",
     )
 
-    command = add("decode", "turn latent files into audio", files, weights, download, model, audio)
+    command = add(
+        "encode-dataset", "encode audio into a data set of latents to train on", weights, download, model
+    )
+    _add_dataset(command)
+
+    command = add("decode", "turn latent files into audio", files, weights, download, model, computing, audio)
     command.description = "With --force, latents that another model made are decoded too."
     command.add_argument(
         "output",
@@ -181,6 +189,94 @@ def _command_parser() -> tuple[argparse.ArgumentParser, list[str]]:
 
     subparsers.add_parser("fit", add_help=False, help="train a model; see ear-vae fit --help")
     return parser, list(subparsers.choices)
+
+
+def _add_dataset(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Stores means and standard deviations of the posterior, with what is known of each item. Run the "
+        "same again after an interruption: it goes on where it stopped. What could not be encoded is "
+        "listed in OUT/failures.jsonl."
+    )
+    command.add_argument(
+        "sources",
+        metavar="SRC",
+        nargs="+",
+        help="folders, manifests with a column path (.csv, .jsonl, .parquet) and webdataset tars",
+    )
+    command.add_argument("output", metavar="OUT", help="folder of the data set: new, or of the same run")
+    command.add_argument(
+        "--format",
+        choices=("webdataset", "stable-audio", "safetensors"),
+        default="webdataset",
+        help="webdataset writes tars, stable-audio a folder that stable-audio-tools and Stable Audio 3 read, "
+        "safetensors a latent file of each item (%(default)s)",
+    )
+    command.add_argument(
+        "--crop",
+        dest="crop_seconds",
+        type=_positive,
+        metavar="SECONDS",
+        help="length of an item, rounded to latent frames; by default a whole file is one",
+    )
+    command.add_argument(
+        "--hop-seconds",
+        type=_positive,
+        metavar="SECONDS",
+        help="time from the start of one crop to that of the next; by default the crop's length",
+    )
+    command.add_argument(
+        "--pad-to", type=_count, metavar="FRAMES", help="pad shorter items to that many latent frames"
+    )
+    command.add_argument(
+        "--dtype",
+        dest="stored_dtype",
+        choices=("float16", "float32"),
+        default="float16",
+        help="dtype to store latents in (%(default)s)",
+    )
+    command.add_argument(
+        "--compute-dtype",
+        dest="dtype",
+        choices=_COMPUTE_DTYPES,
+        default="float32",
+        help="dtype to compute in (%(default)s)",
+    )
+    command.add_argument(
+        "--files-per-shard",
+        type=_count,
+        default=64,
+        metavar="N",
+        help="files that are encoded and put in place together (%(default)s)",
+    )
+    command.add_argument(
+        "--engine", choices=("local", "ray"), default="local", help="this machine, or a cluster of Ray"
+    )
+    command.add_argument(
+        "--workers",
+        type=_count,
+        metavar="N",
+        help="processes that encode; by default one for each GPU, and one on a CPU",
+    )
+    command.add_argument(
+        "--threads", type=_count, metavar="N", help="threads of each of several workers; by default its share"
+    )
+    command.add_argument(
+        "--decoders",
+        type=_whole,
+        metavar="N",
+        help="processes that decode audio for each worker; 0 for none beside it",
+    )
+    command.add_argument(
+        "--retry-failed", action="store_true", help="try files again that failed in an earlier run"
+    )
+    command.add_argument(
+        "--force", action="store_true", help="remove what another run has left in OUT, and start again"
+    )
+    group = command.add_mutually_exclusive_group()
+    group.add_argument("--quiet", action="store_true", help="report failures only")
+    group.add_argument(
+        "--progress", action="store_true", help="show a progress bar even if this is not a terminal"
+    )
 
 
 def _add_evaluation(command: argparse.ArgumentParser) -> None:
@@ -282,6 +378,12 @@ def _positive(text: str) -> float:
     return value
 
 
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0")
+    return int(text)
+
+
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
@@ -289,8 +391,8 @@ def _count(text: str) -> int:
 
 
 def _shared_options() -> tuple[_Parser, ...]:
-    """Returns parsers of shared options: files, weights, Hub, model, audio output, debug."""
-    files, weights, download, model, audio, debug = (_Parser(add_help=False) for _ in range(6))
+    """Returns parsers of shared options: files, weights, Hub, model, its dtype, audio output, debug."""
+    files, weights, download, model, computing, audio, debug = (_Parser(add_help=False) for _ in range(7))
     files.add_argument("input", metavar="INPUT", help="a file, a folder, or - for standard input")
     files.add_argument("--force", action="store_true", help="replace outputs that exist")
     group = files.add_mutually_exclusive_group()
@@ -321,9 +423,9 @@ def _shared_options() -> tuple[_Parser, ...]:
         default="cpu",
         help="where to compute: cpu, cuda, cuda:N or mps (default: %(default)s)",
     )
-    model.add_argument(
+    computing.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16"),
+        choices=_COMPUTE_DTYPES,
         default="float32",
         help="dtype to compute in (default: %(default)s)",
     )
@@ -354,7 +456,7 @@ def _shared_options() -> tuple[_Parser, ...]:
         action="store_true",
         help="show tracebacks, and messages of C libraries",
     )
-    return files, weights, download, model, audio, debug
+    return files, weights, download, model, computing, audio, debug
 
 
 def _seed(text: str) -> int:

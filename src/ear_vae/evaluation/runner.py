@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -13,10 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ear_vae import __version__
 from ear_vae._atomic import write_all
+from ear_vae._processes import current_folder_off_the_path, prepare_process, processors
 from ear_vae.errors import EarVAEError, in_one_line
 from ear_vae.evaluation.files import Row, compare_files, file_identity, is_row
 from ear_vae.evaluation.pairs import Pair
@@ -120,7 +117,7 @@ def _results(
 ) -> Iterator[tuple[int, Row | str]]:
     here = [index for index in waiting if tasks[index].system is not None]
     elsewhere = [index for index in waiting if tasks[index].system is None]
-    processes = min(jobs or max(1, min(_processors(), len(elsewhere) // _PAIRS_PER_PROCESS)), len(elsewhere))
+    processes = min(jobs or max(1, min(processors(), len(elsewhere) // _PAIRS_PER_PROCESS)), len(elsewhere))
     if processes > 1:
         yield from _in_processes(tasks, elsewhere, processes)
     else:
@@ -132,13 +129,13 @@ def _results(
 def _in_processes(
     tasks: Sequence[Task], indices: list[int], processes: int
 ) -> Iterator[tuple[int, Row | str]]:
-    threads = max(1, _processors() // processes)
-    with _current_folder_off_the_path():
+    threads = max(1, processors() // processes)
+    with current_folder_off_the_path():
         pool = ProcessPoolExecutor(
             processes,
             # A fork of a process that has used torch can hang.
             mp_context=multiprocessing.get_context("spawn"),
-            initializer=_prepare_process,
+            initializer=prepare_process,
             initargs=(threads,),
         )
         # Starts the processes.
@@ -154,32 +151,6 @@ def _in_processes(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-@contextmanager
-def _current_folder_off_the_path() -> Iterator[None]:
-    """Keeps processes that are started in the block from importing what lies in the current folder.
-
-    A spawned process looks there first for the modules that it starts with: a `pickle.py` among somebody's
-    songs would run. Python heeds this from 3.11 on.
-    """
-    before = os.environ.get("PYTHONSAFEPATH")
-    os.environ["PYTHONSAFEPATH"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["PYTHONSAFEPATH"]
-        else:
-            os.environ["PYTHONSAFEPATH"] = before
-
-
-def _prepare_process(threads: int) -> None:
-    # Ctrl-C and closing the terminal reach every process in it; the first one decides.
-    for name in ("SIGINT", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    torch.set_num_threads(threads)
-
-
 def _attempt(task: Task, debug: bool) -> Row | str:
     """Returns the row, or in one line why there is none."""
     try:
@@ -190,10 +161,6 @@ def _attempt(task: Task, debug: bool) -> Row | str:
             raise
         return in_one_line(error)
     return {"name": row.pop("name"), "system": task.system_name, **row}
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _key_or_none(task: Task) -> str | None:

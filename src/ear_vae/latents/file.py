@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -56,6 +58,7 @@ class Latents:
         model_name: Name of the model that made them; a file keeps one line of 100 characters of it.
         weights_sha256: Fingerprint of its weights.
         sampled: Whether `mean` holds a draw from the posterior.
+        metadata: Whatever else is to be kept of it, such as a title, JSON-ready; None for nothing.
     """
 
     mean: Tensor
@@ -69,6 +72,7 @@ class Latents:
     model_name: str
     weights_sha256: str
     sampled: bool = False
+    metadata: Mapping[str, Any] | None = None
 
     @property
     def latent_rate(self) -> float:
@@ -96,7 +100,7 @@ def save_latents(
     """
     name = name_of(destination)
     _require_valid(latents, name)
-    facts = {
+    facts: dict[str, Any] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         **{key: integer(getattr(latents, key)) for key in _INTEGERS},
@@ -104,6 +108,8 @@ def save_latents(
         "weights_sha256": latents.weights_sha256,
         "sampled": bool(latents.sampled),
     }
+    if latents.metadata is not None:
+        facts["metadata"] = dict(latents.metadata)
     tensors = {"mean": latents.mean.detach().cpu().contiguous()}
     if latents.std is not None:
         tensors["std"] = latents.std.detach().cpu().contiguous()
@@ -150,11 +156,14 @@ def load_latents(source: str | os.PathLike[str] | IO[bytes]) -> Latents:
             raise EarVAEError(
                 f"{name}: damaged latent file: unreadable metadata ({key} is {shown(facts[key])})"
             )
+    if not isinstance(facts.get("metadata", {}), dict):
+        raise EarVAEError(f"{name}: damaged latent file: metadata is {shown(facts['metadata'])}")
     latents = Latents(
         mean=tensors["mean"],
         std=tensors.get("std"),
         **{key: facts[key] for key in (*_INTEGERS, "weights_sha256", "sampled")},
         model_name=name_in_a_line(facts["model_name"]),
+        metadata=facts.get("metadata"),
     )
     _require_valid(latents, name)
     return latents
@@ -200,6 +209,11 @@ def _require_valid(latents: Latents, name: str) -> None:
     for key in ("model_name", "weights_sha256"):
         if not isinstance(getattr(latents, key), str):
             raise EarVAEError(f"{name}: {key} must be text, got {shown(getattr(latents, key))}")
+    if latents.metadata is not None:
+        try:
+            json.dumps(dict(latents.metadata))
+        except (TypeError, ValueError) as error:
+            raise EarVAEError(f"{name}: metadata must be JSON-ready: {error}") from error
     for key, tensor in (("mean", mean), ("std", std)):
         if tensor is not None and (
             not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta

@@ -30,7 +30,7 @@ class AudioDataModule(L.LightningDataModule):
     workers or processes, and not on interruptions.
 
     Args:
-        folder: Training audio: a folder, which is searched recursively, a manifest (`.csv` or `.jsonl`, see
+        folder: Training audio: a folder, which is searched recursively, a manifest (see
             `ear_vae.training.data.sources.find_usable_files`), or a list of these.
         validation_folder: Validation audio, given like `folder`; without it there is no validation.
         sample_rate: Sample rate in Hz to which everything is resampled; that of the model.

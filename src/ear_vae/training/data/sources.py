@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import logging
@@ -22,6 +21,7 @@ import torch
 from ear_vae._atomic import atomic_path
 from ear_vae.audio import AUDIO_EXTENSIONS, audio_info, read_audio
 from ear_vae.audio.folders import find_files
+from ear_vae.audio.manifests import BadRowError, manifest_rows
 from ear_vae.audio.reading import HIGHEST_RATE, LOWEST_RATE
 from ear_vae.dsp.bandwidth import bandwidth_hz
 from ear_vae.errors import EarVAEError
@@ -91,8 +91,8 @@ def find_usable_files(
 ) -> list[AudioFile]:
     """Finds the usable files of folders and manifests, in the order of sources and paths.
 
-    A manifest is a `.csv` with a column `path`, or a `.jsonl` with an object of that key on each line;
-    paths are relative to it. A column or key `weight` says how often the seconds of that file are drawn.
+    A manifest is a `.csv` or `.parquet` with a column `path`, or a `.jsonl` with an object of that key on
+    each line; paths are relative to it. A column `weight` says how often the seconds of that file are drawn.
     Headers and bandwidths are cached as long as size and time of a file stay the same. Files that are left
     out are reported through `logging`.
 
@@ -166,35 +166,12 @@ def _listed(source: Path) -> Iterable[tuple[Path, float]]:
         raise EarVAEError(f"{source}: does not exist; give a folder of audio or a manifest")
     if not source.is_file():
         raise EarVAEError(f"{source}: neither a folder nor a file")
-    readers = {".csv": _csv_rows, ".jsonl": _json_rows}
-    if source.suffix.lower() not in readers:
-        raise EarVAEError(f"{source}: not a folder, and a manifest ends in .csv or .jsonl")
-    try:
-        rows = readers[source.suffix.lower()](source)
-    except UnicodeDecodeError as error:
-        raise EarVAEError(
-            f"{source}: is not UTF-8 at byte {error.start}; save the manifest as UTF-8"
-        ) from None
-    except RecursionError:
-        raise EarVAEError(f"{source}: cannot be read as a manifest: nested too deeply") from None
-    except (OSError, ValueError, csv.Error) as error:
-        raise EarVAEError(f"{source}: cannot be read as a manifest: {error}") from error
-    return [_entry(source, line, row) for line, row in rows]
-
-
-def _csv_rows(manifest: Path) -> list[tuple[int, Mapping[str, Any]]]:
-    with manifest.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        return [(reader.line_num, row) for row in reader]
-
-
-def _json_rows(manifest: Path) -> list[tuple[int, Mapping[str, Any]]]:
-    # Not `splitlines`, which also splits at characters that JSON allows within a text.
-    lines = manifest.read_text(encoding="utf-8-sig").split("\n")
-    return [(number, json.loads(line)) for number, line in enumerate(lines, 1) if line.strip()]
+    return [_entry(source, line, row) for line, row in manifest_rows(source)]
 
 
 def _entry(manifest: Path, line: int, row: Any) -> tuple[Path, float]:
+    if isinstance(row, BadRowError):
+        raise row
     where = f"{manifest}, line {line}"
     path = row.get("path") if isinstance(row, Mapping) else None
     if not isinstance(path, str) or not path:
