@@ -148,14 +148,13 @@ class AudioProcesses:
         try:
             while self._start_next(numbered) or self._busy:
                 for connection in wait(list(self._busy)):
-                    decoder = self._busy[connection]  # type: ignore[index]
+                    decoder = self._busy.pop(connection)  # type: ignore[call-overload]
                     message = decoder.receive()
-                    if isinstance(message, AudioEnd | AudioFailure):
-                        del self._busy[decoder.connection]
-                        self._idle.append(decoder)
-                    elif isinstance(message, AudioRestart):
-                        del self._busy[decoder.connection]
+                    if isinstance(message, AudioRestart):
                         decoder.start_again()
+                    if isinstance(message, AudioEnd | AudioFailure):
+                        self._idle.append(decoder)
+                    else:
                         self._busy[decoder.connection] = decoder
                     yield message
         finally:
