@@ -318,7 +318,9 @@ class EarVAE(Autoencoder):
                 vae = cls(config, name=checkpoint.name)
             vae.load_state_dict(state, assign=True)
             vae.eval().requires_grad_(False)
-            return vae.to(device=device, dtype=dtype) if dtype else vae.to(device=device)
+            if dtype is not None:
+                vae.cast(dtype)
+            return vae.to(device=device)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes `config.json`, `model.safetensors` and, unless there is one, a model card `README.md`.
