@@ -152,7 +152,7 @@ class EAR_VAE(nn.Module):
         return Posterior.from_parameters(parameters, self.vae.config.min_std)
 
     def _tiled(self, x: Tensor, frames: int) -> Posterior:
-        """The same in exact tiles; only the last frames see what comes after the whole ones, or its absence."""
+        """The same in exact tiles; only the last frames see the end of the audio, and are computed anew."""
         hop = self.vae.downsampling_ratio
         whole = self.vae.encode(x[..., : frames * hop])
         before, after = (math.ceil(reach / hop) for reach in encoder_reach(self.vae.encoder, hop))

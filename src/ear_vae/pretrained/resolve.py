@@ -142,9 +142,9 @@ def resolve(
             "is a file, but none of weights" if os.path.exists(text) else "is no folder or file that exists"
         )
         names = [*sorted(bundled), *PUBLISHED_SHA256]
-        near = difflib.get_close_matches(text.lower(), names, n=1, cutoff=_NEAR)
+        near = " or ".join(difflib.get_close_matches(text.lower(), names, n=2, cutoff=_NEAR))
         raise EarVAEError(
-            f"{text}: {problem}; {f'did you mean {near[0]}? ' if near else ''}"
+            f"{text}: {problem}; {f'did you mean {near}? ' if near else ''}"
             f"expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE} (or in the official layout), a file of "
             f"weights ({', '.join(WEIGHTS_SUFFIXES)}), a bundled checkpoint "
             f"({', '.join(sorted(bundled)) or 'there are none'}), one of the authors' "

@@ -86,7 +86,7 @@ def _flat(path: Path | str, content: Any) -> dict[str, Tensor]:
             content = {str(key).removeprefix(_AVERAGED): content[key] for key in averaged}
     strange = [name for name, value in content.items() if not isinstance(value, Tensor)]
     if strange or not content or not all(isinstance(name, str) for name in content):
-        found = ", ".join(f"{name!s}: {_kind(content[name])}" for name in (strange or content)[:4])
+        found = ", ".join(f"{name!s}: {_kind(content[name])}" for name in (strange or list(content))[:4])
         raise EarVAEError(
             f"{path}: expected a state dict, a dict of tensors by name, alone or under one of "
             f"{', '.join(_WRAPPERS)}; found {found or 'an empty dict'}"
