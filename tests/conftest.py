@@ -57,6 +57,19 @@ def tiny_config() -> EarVAEConfig:
 
 
 @pytest.fixture(scope="session")
+def least_config() -> EarVAEConfig:
+    """A network of a few hundred numbers, hop 8, without a transformer."""
+    return EarVAEConfig(
+        channels=2,
+        channel_multipliers=(1, 2),
+        strides=(2, 4),
+        latent_dim=4,
+        transformer_depth=0,
+        transformer_head_dim=2,
+    )
+
+
+@pytest.fixture(scope="session")
 def tiny_discriminator() -> DiscriminatorConfig:
     return DiscriminatorConfig(window_sizes=(512, 128), channels=4)
 

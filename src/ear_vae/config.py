@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -178,14 +179,25 @@ class EarVAEConfig:
         """
         values = read_json(path)
         try:
-            if isinstance(values, Mapping) and "format_version" in values:
-                version = values["format_version"]
-                if type(version) is not int or version != FORMAT_VERSION:
-                    raise EarVAEError(
-                        f"config: format version {shown(version)}, this ear-vae reads {FORMAT_VERSION}; "
-                        "update ear-vae"
-                    )
-                values = {name: value for name, value in values.items() if name != "format_version"}
-            return cls.from_dict(values)
+            return cls.from_dict(without_version(values) if isinstance(values, Mapping) else values)
         except EarVAEError as error:
             raise EarVAEError(f"{path}: {error}") from None
+
+
+ConfigSource = EarVAEConfig | Mapping[str, Any] | str | os.PathLike[str]
+"""Where the config of bare weights comes from: itself, its fields, a JSON file, or the name of a preset."""
+
+
+def without_version(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a `config.json`.
+
+    Raises:
+        EarVAEError: It is of a later version.
+    """
+    rest = dict(values)
+    version = rest.pop("format_version", FORMAT_VERSION)
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise EarVAEError(
+            f"config: format version {shown(version)}, this ear-vae reads {FORMAT_VERSION}; update ear-vae"
+        )
+    return rest

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ear_vae._dtype import available_device, supported_dtype
-from ear_vae.config import EarVAEConfig
+from ear_vae.config import ConfigSource, EarVAEConfig
 from ear_vae.dsp.resampling import resample, resample_stream
 from ear_vae.inference.arguments import (
     as_audio_batch,
@@ -266,6 +266,7 @@ class EarVAE(Autoencoder):
         cls,
         name_or_path: str | os.PathLike[str],
         *,
+        config: ConfigSource | None = None,
         variant: str | None = None,
         revision: str | None = None,
         device: str | torch.device | None = None,
@@ -275,7 +276,7 @@ class EarVAE(Autoencoder):
         cache_dir: str | os.PathLike[str] | None = None,
         force_download: bool = False,
     ) -> EarVAE:
-        """Loads a trained model: a local folder, else a bundled checkpoint, else a Hub repository.
+        """Loads a trained model: a local folder or file, else a bundled checkpoint, else a Hub repository.
 
         The model comes in evaluation mode and frozen (`requires_grad_(True)` to train it), so that a
         call outside `torch.no_grad()` does not keep every activation; gradients with respect to audio
@@ -285,7 +286,13 @@ class EarVAE(Autoencoder):
             name_or_path: A folder in our layout (`config.json`, `model.safetensors`) or in the official
                 one, the name of a bundled checkpoint such as `ear-vae-tiny`, or a Hub repository id such
                 as `earlab/EAR_VAE`. Folders and repositories may hold an Oobleck of diffusers or of
-                stable-audio-tools as well.
+                stable-audio-tools as well. Or a bare file of weights (`.pyt`, `.pt`, `.safetensors` …), with
+                the authors' names or ours, with weight norm or without, alone or under `state_dict`, `model`
+                or `gen_ema`; or a clone of the authors' repository.
+            config: Of a bare file of weights: its config as a JSON file or a dict, the authors', ours or
+                in part (`{"sample_rate": 44100}`), or the name of a published model whose sample rate and
+                strides it has. By default the `.json` of the same name beside it, else what the tensors
+                tell: all but the sample rate, which is known of the two published tuples of strides.
             variant: Which model of a repository that holds several, such as `ear_vae_44k`.
             revision: Branch, tag or commit on the Hub.
             device: Where to put the model; the CPU by default.
@@ -298,12 +305,13 @@ class EarVAE(Autoencoder):
 
         Raises:
             EarVAEError: Nothing is found under the name, the variant is missing or unknown, a file is
-                damaged or does not fit its config, the weights do not have the fingerprint that their file
-                states, the download failed, or there is no such device or dtype.
+                damaged, holds something else or does not fit its config, the weights do not have the
+                fingerprint that their file states, the download failed, or there is no such device or dtype.
         """
         device, dtype = available_device(device), supported_dtype(dtype)
         checkpoint = resolve(
             name_or_path,
+            config=config,
             variant=variant,
             revision=revision,
             local_files_only=local_files_only,

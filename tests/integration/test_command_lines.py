@@ -158,7 +158,7 @@ BAD_LINES = [
     ("reconstruct latents out.wav", 1, "latents: is a latent file; ear-vae decode turns it into audio"),
     ("reconstruct tensors.safetensors out.wav", 1, "is a .safetensors file, expected audio"),
     ("reconstruct album out.wav", 1, "album is a folder, and so its output must be one, such as out"),
-    ("decode album out", 1, "album: holds no latent files (.safetensors)"),
+    ("decode album out", 1, "album: holds no latent files (.safetensors, .npy, .npz, .pt)"),
     ("convert model old", 1, "old: exists already; remove it, or overwrite it (--force)"),
     ("convert model o --variant x", 1, "holds one model and no variants; leave it out (--variant x)"),
     ("convert model o.pyt --dtype float16", 1, "--dtype is for --to folder"),

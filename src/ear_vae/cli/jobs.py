@@ -18,6 +18,7 @@ from ear_vae.audio.formats import AUDIO_EXTENSIONS
 from ear_vae.cli.terminal import reason, say, say_traceback
 from ear_vae.errors import EarVAEError
 from ear_vae.inference.tiling import observe_tiles
+from ear_vae.latents.raw import RAW_EXTENSIONS
 from ear_vae.limits import name_in_a_line
 
 STREAM = "-"
@@ -45,7 +46,8 @@ class Kind:
 
 
 AUDIO = Kind("audio files", AUDIO_EXTENSIONS)
-LATENTS = Kind(f"latent files ({LATENT_EXTENSION})", frozenset({LATENT_EXTENSION}))
+_LATENT_EXTENSIONS = (LATENT_EXTENSION, *RAW_EXTENSIONS)
+LATENTS = Kind(f"latent files ({', '.join(_LATENT_EXTENSIONS)})", frozenset(_LATENT_EXTENSIONS))
 
 
 @dataclass(frozen=True)

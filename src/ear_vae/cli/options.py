@@ -16,7 +16,10 @@ from ear_vae.audio.formats import AUDIO_EXTENSIONS, WRITTEN_FORMATS
 from ear_vae.limits import escaped
 
 _LARGEST_SEED = 2**63 - 1
-_MODEL = "a folder, ear-vae-tiny (bundled), ear_vae_44k or ear_vae_v2_48k (the authors'), or a Hub repository"
+_MODEL = (
+    "a folder, a file of weights, ear-vae-tiny (bundled), ear_vae_44k or ear_vae_v2_48k (the authors'), or a "
+    "Hub repository"
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -32,6 +35,14 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         super().error(escaped(message))
+
+
+class _NamedModel(argparse.Action):
+    """Stores a model's name, and that it was given: raw latents are not decoded with a default."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: Any = None) -> None:
+        setattr(namespace, self.dest, values)
+        namespace.model_is_named = True
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -122,7 +133,12 @@ def _command_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     )
 
     command = add("decode", "turn latent files into audio", files, weights, download, model, audio)
-    command.description = "With --force, latents that another model made are decoded too."
+    command.description = (
+        "With --force, latents that another model made are decoded too. Raw latents (.npy, .npz, .pt, or "
+        "safetensors of other programs), an array [D, N] or [1, D, N], do not tell their model: name it with "
+        "--model."
+    )
+    command.add_argument("--time-first", action="store_true", help="raw latents are [N, D] instead of [D, N]")
     command.add_argument(
         "output",
         metavar="OUTPUT",
@@ -133,7 +149,7 @@ def _command_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     command.add_argument(
         "subject",
         metavar="MODEL_OR_FILE",
-        help=f"{_MODEL}, an audio file, a latent file, or - for standard input",
+        help=f"{_MODEL}, an audio file, a latent file, raw latents, or - for standard input",
     )
     command.add_argument("--json", action="store_true", help="print JSON")
 
@@ -305,6 +321,12 @@ def _shared_options() -> tuple[_Parser, ...]:
         "--variant", metavar="NAME", help="name of the model in a repository that holds several"
     )
     weights.add_argument(
+        "--config",
+        metavar="CONFIG",
+        help="config of a bare file of weights: a JSON file, ear_vae_44k or ear_vae_v2_48k; by default the "
+        ".json beside it, or what the weights tell",
+    )
+    weights.add_argument(
         "--revision", metavar="REVISION", help="branch, tag or commit of the Hub repository to take"
     )
 
@@ -313,8 +335,13 @@ def _shared_options() -> tuple[_Parser, ...]:
     )
 
     model.add_argument(
-        "--model", metavar="MODEL", default="ear-vae-tiny", help=f"{_MODEL} (default: %(default)s)"
+        "--model",
+        metavar="MODEL",
+        action=_NamedModel,
+        default="ear-vae-tiny",
+        help=f"{_MODEL} (default: %(default)s)",
     )
+    model.set_defaults(model_is_named=False)
     model.add_argument(
         "--device",
         metavar="DEVICE",

@@ -21,6 +21,7 @@ OPTIONS = {
     "force_download": "--force-download",
     "variant": "--variant",
     "revision": "--revision",
+    "config": "--config",
 }
 OPTIONS_OF_FIT = {"overwrite": "--force", "variant": "--model.variant"}
 

@@ -29,7 +29,7 @@ from ear_vae.integrations._moments import moments
 from ear_vae.integrations._optional import optional
 from ear_vae.posterior import Posterior
 from ear_vae.pretrained.folder import CONFIG_FILE
-from ear_vae.pretrained.oobleck import CLASS_KEY, OUR_CLASS, config_for_diffusers, config_of_diffusers
+from ear_vae.pretrained.layouts.oobleck import CLASS_KEY, OUR_CLASS, config_for_diffusers, config_of_diffusers
 from ear_vae.vae import EarVAE
 
 with optional("diffusers", extra="diffusers"):
