@@ -231,7 +231,9 @@ def test_without_a_connection_no_library_asks_the_hub_again_and_again(
 
     codec = codecs.Codec("someone/cached", "a library", build)
     assert CodecSystem("dac", "someone/cached", codec, CPU).sample_rate == 44_100
-    with pytest.raises(EarVAEError, match=r"someone/new: it is not in the local cache .*\(dac=FOLDER\)"):
+    with pytest.raises(
+        EarVAEError, match=r"someone/new: couldn't connect; the Hub cannot be asked .*=FOLDER"
+    ):
         CodecSystem("dac=someone/new", "someone/new", codec, CPU)
     assert asked == [True, True]
 

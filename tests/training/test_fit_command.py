@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,11 +19,12 @@ import torch
 from ear_vae import EarVAE
 from ear_vae.cli import main
 from ear_vae.cli.fit import shipped_configs
+from ear_vae.training.callbacks import StepProgressBar
 
 SHORT = ["--model.config.channels", "4", "--model.config.channel_multipliers", "[1,2,2,2,2]"]
 SHORT += ["--trainer.accelerator", "cpu", "--data.num_workers", "0", "--data.segment_seconds", "0.1"]
 SHORT += ["--data.batch_size", "1", "--data.segments_per_epoch", "10"]
-ADVERTISEMENTS = ("Tip:", "litlogger", "litmodels", "tensorboardX")
+NOISE = ("Tip:", "litlogger", "litmodels", "tensorboardX", "TPU", "FLOPs", "stopped: `max_steps")
 
 
 def ear_vae(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -55,7 +58,7 @@ def first(music: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[s
 def test_a_run_ends_with_where_the_model_is_and_how_to_go_on(first: tuple[list[str], Path, str]) -> None:
     _, root, shown = first
     assert f"model: {root / 'model'}\n" in shown
-    assert not any(word in shown for word in ADVERTISEMENTS)
+    assert not any(word in shown for word in NOISE)
     (command,) = re.findall(r"train further with: ear-vae (.*)", shown)
     result = ear_vae(*shlex.split(command))
     assert result.returncode == 0, result.stderr
@@ -67,6 +70,19 @@ def test_a_run_ends_with_where_the_model_is_and_how_to_go_on(first: tuple[list[s
     )
     assert ("100", "4", "4") in {bar[:3] for bar in bars}
     assert {bar[2] for bar in bars} == {"4"}
+    weights = sum(tensor.numel() for tensor in EarVAE.from_pretrained(root / "model").state_dict().values())
+    assert f"training a model of {weights / 1e6:.2g} M weights on cpu, up to step 4\n" in result.stderr
+
+
+def test_a_resumed_bar_goes_on_with_the_smoothed_loss() -> None:
+    bar, resumed, foreign = StepProgressBar(), StepProgressBar(), StepProgressBar()
+    trainer: Any = SimpleNamespace(callback_metrics={"train/total": torch.tensor(8.0)})
+    assert bar.get_metrics(trainer, trainer) == {"total": "8.000"}
+    resumed.load_state_dict(bar.state_dict())
+    trainer.callback_metrics["train/total"] = torch.tensor(3.0)
+    assert resumed.get_metrics(trainer, trainer) == {"total": "7.500"}
+    foreign.load_state_dict({"smoothed": "a text"})
+    assert foreign.get_metrics(trainer, trainer) == {"total": "3.000"}
 
 
 def test_a_second_run_does_not_replace_the_first(

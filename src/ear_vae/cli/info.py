@@ -15,6 +15,19 @@ from ear_vae.errors import EarVAEError
 from ear_vae.latents import is_latent_file, load_latents
 
 _LONGEST_FACT = 120
+_UNITS = {
+    "sample_rate": "Hz",
+    "source_sample_rate": "Hz",
+    "num_samples": "samples per channel",
+    "source_num_samples": "samples per channel",
+    "duration_seconds": "s",
+    "latent_rate": "frames per second",
+    "downsampling_ratio": "samples per frame",
+    "shape": "(channels, frames)",
+    "latent_dim": "channels",
+    "parameters": "weights",
+    "transformer_depth": "layers",
+}
 
 
 def run_info(options: argparse.Namespace) -> int:
@@ -25,8 +38,16 @@ def run_info(options: argparse.Namespace) -> int:
     if is_file and given:
         options.refuse(f"--{given[0].replace('_', '-')} is for models; {options.subject} is a file")
     facts = _file_facts(options.subject) if is_file else _model_facts(path, options)
+    if not options.json:
+        facts = {name: _with_unit(name, value) for name, value in facts.items()}
     put_facts(facts, as_json=options.json, longest=_LONGEST_FACT)
     return 0
+
+
+def _with_unit(name: str, value: Any) -> Any:
+    if value is None or name not in _UNITS:
+        return value
+    return f"{value:.6g} {_UNITS[name]}" if isinstance(value, float) else f"{value} {_UNITS[name]}"
 
 
 def _file_facts(name: str) -> dict[str, Any]:

@@ -69,9 +69,9 @@ class CodecSystem:
         except Exception as error:
             problem = first_line(error)
             if offline is not None:
-                problem = (
-                    f"it is not in the local cache and the Hub cannot be asked for it "
-                    f"({first_line(offline)}); check the connection, or give a local folder ({name.partition('=')[0]}=FOLDER)"
+                problem += (
+                    f"; the Hub cannot be asked ({first_line(offline)}), so only what is in the local cache "
+                    f"loads: check the connection, or give a local folder ({name.partition('=')[0]}=FOLDER)"
                 )
             raise EarVAEError(f"{name}: cannot be loaded from {source}: {problem}") from error
         self.identity = _digest(network)
