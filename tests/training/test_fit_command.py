@@ -214,3 +214,24 @@ def test_another_optimizer_from_a_config(
     other = ["--model.optimizer.algorithm", "null", "--model.optimizer.schedule", "null"]
     assert main([*command, *other, "--ckpt_path", str(last)]) == 1
     assert "optimizers: ['SGD'] there, ['AdamW'] here" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_readmes_training_in_python_says_what_it_does_and_no_more(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "Trainer" in block)
+    code = code.replace("max_steps=1000", "max_steps=2").replace(
+        "segment_seconds=0.75", "segment_seconds=0.1"
+    )
+    for folder in ("MUSIC", "OTHER_MUSIC"):
+        (tmp_path / folder).mkdir()
+        noise = 0.1 * np.random.default_rng(0).standard_normal((9 * 44_100, 2))
+        soundfile.write(tmp_path / folder / "a.wav", noise, 44_100)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    shown = result.stdout + result.stderr
+    assert re.search(r"100%.* 2/2 .*total=", shown)
+    assert not any(word in shown for word in (*NOISE, "SIGTERM"))
+    assert EarVAE.from_pretrained(tmp_path / "my-model").latent_dim == 64
