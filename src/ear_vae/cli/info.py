@@ -18,6 +18,19 @@ from ear_vae.latents import is_latent_file, is_raw, load_latents, load_raw_laten
 from ear_vae.pretrained.layouts.bare import WEIGHTS_SUFFIXES
 
 _LONGEST_FACT = 120
+_UNITS = {
+    "sample_rate": "Hz",
+    "source_sample_rate": "Hz",
+    "num_samples": "samples per channel",
+    "source_num_samples": "samples per channel",
+    "duration_seconds": "s",
+    "latent_rate": "frames per second",
+    "downsampling_ratio": "samples per frame",
+    "shape": "(channels, frames)",
+    "latent_dim": "channels",
+    "parameters": "weights",
+    "transformer_depth": "layers",
+}
 
 
 def run_info(options: argparse.Namespace) -> int:
@@ -31,6 +44,8 @@ def run_info(options: argparse.Namespace) -> int:
         if given:
             options.refuse(f"--{given[0].replace('_', '-')} is for models; {options.subject} is a file")
         facts = _file_facts(options.subject)
+    if not options.json:
+        facts = {name: _with_unit(name, value) for name, value in facts.items()}
     put_facts(facts, as_json=options.json, longest=_LONGEST_FACT)
     return 0
 
@@ -57,6 +72,12 @@ def _names_an_encoder(path: Path) -> bool:
             return any("encoder." in name for name in file.keys())  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError):
         return False
+
+
+def _with_unit(name: str, value: Any) -> Any:
+    if value is None or name not in _UNITS:
+        return value
+    return f"{value:.6g} {_UNITS[name]}" if isinstance(value, float) else f"{value} {_UNITS[name]}"
 
 
 def _file_facts(name: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,15 @@ from ear_vae.audio.formats import AUDIO_EXTENSIONS, WRITTEN_FORMATS
 from ear_vae.limits import escaped
 
 _LARGEST_SEED = 2**63 - 1
+_FOLDER_INSTEAD = "for several files give their folder"
+_INSTEAD_OF_MORE = {
+    "reconstruct": _FOLDER_INSTEAD,
+    "encode": _FOLDER_INSTEAD,
+    "decode": _FOLDER_INSTEAD,
+    "evaluate": "for several files give two folders",
+    "info": "give one at a time",
+    "report": "rebuilt audio goes after --system",
+}
 _MODEL = (
     "a folder, a file of weights, ear-vae-tiny (bundled), ear_vae_44k or ear_vae_v2_48k (the authors'), or a "
     "Hub repository"
@@ -66,7 +76,21 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error(f"give a command first, and {first} after it; ear-vae --help lists the commands")
     if not first.startswith("-") and first not in commands:
         parser.error(_no_command(first, commands))
-    return parser.parse_args(arguments)
+    options, left = parser.parse_known_args(arguments)
+    if left:
+        options.refuse(_left_over(options.name, left, options.help_text()))
+    return options
+
+
+def _left_over(command: str, left: Sequence[str], help_text: str) -> str:
+    """Returns what to say of arguments that a command does not take."""
+    unknown = [argument.partition("=")[0] for argument in left if argument.startswith("-")]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], re.findall(r"--[a-z-]+", help_text), n=1)
+        meant = f"; did you mean {near[0]}?" if near else f"; ear-vae {command} --help lists the options"
+        return f"there is no option {unknown[0]}{meant}"
+    instead = _INSTEAD_OF_MORE.get(command)
+    return f"too many arguments, from {left[0]!r} on" + (f"; {instead}" if instead else "")
 
 
 def _no_command(word: str, commands: Sequence[str]) -> str:
@@ -99,7 +123,7 @@ def _command_parser() -> tuple[argparse.ArgumentParser, list[str]]:
 
     def add(name: str, help: str, *parents: _Parser) -> _Parser:
         added = subparsers.add_parser(name, parents=[*parents, debug], help=help)
-        added.set_defaults(refuse=added.error)
+        added.set_defaults(refuse=added.error, help_text=added.format_help)
         return added
 
     files, weights, download, model, audio, debug = _shared_options()
@@ -218,8 +242,17 @@ def _add_evaluation(command: argparse.ArgumentParser) -> None:
         "encodec, sao, agc); repeatable",
     )
     _add_comparison(command)
-    command.add_argument("--json", metavar="OUT.json", help="write all figures and their summary")
-    command.add_argument("--csv", metavar="OUT.csv", help="write a line for each file")
+    command.add_argument(
+        "--json",
+        metavar="OUT.json",
+        help="write all figures and their summary; until all comparisons have succeeded, finished ones are "
+        "kept in OUT.json.partial.jsonl, from which the same command goes on",
+    )
+    command.add_argument(
+        "--csv",
+        metavar="OUT.csv",
+        help="write a line for each file; finished ones are kept likewise",
+    )
     command.add_argument(
         "--jobs",
         type=_count,
@@ -248,14 +281,14 @@ def _add_report(command: argparse.ArgumentParser) -> None:
         "Writes one HTML file that opens in any browser, without a server. Excerpts are taken where the "
         "originals are loudest: of files evenly spaced by name, with --from by their mel distance."
     )
-    command.add_argument("output", metavar="OUT.html", help="the page")
+    command.add_argument("output", metavar="OUT.html", help="the page; without an extension .html is added")
     command.add_argument("target", metavar="TARGET", nargs="?", help="the originals: a folder or a file")
     command.add_argument(
         "--system",
         action="append",
         default=[],
-        metavar="NAME=FOLDER",
-        help="rebuilt audio, and its name on the page; repeatable",
+        metavar="[NAME=]FOLDER",
+        help="rebuilt audio, a folder or a file, and its name on the page, by default its own; repeatable",
     )
     command.add_argument(
         "--model",
@@ -273,7 +306,7 @@ def _add_report(command: argparse.ArgumentParser) -> None:
         help="show what ear-vae evaluate --json compared, instead of TARGET; repeatable",
     )
     _add_comparison(command)
-    command.add_argument("--excerpts", type=_count, default=4, help="number of excerpts (%(default)s)")
+    command.add_argument("--excerpts", type=_count, help="number of excerpts (4, or what the originals hold)")
     command.add_argument(
         "--seconds", type=_positive, default=10.0, help="length of each in seconds (%(default)g)"
     )

@@ -372,28 +372,35 @@ def _hub_source(
     if local_files_only and force_download:
         raise EarVAEError("local_files_only=True and force_download=True contradict each other; choose one")
     commit: str | None = None
-    unreachable: EarVAEError | None = None
+    asked = local_files_only
+    offline: Exception | None = None
 
     def download(relative: str, *, force: bool) -> Path:
-        from huggingface_hub import hf_hub_download
+        nonlocal asked, offline
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
+        cache = None if cache_dir is None else os.path.expanduser(cache_dir)
+        at = commit or revision
         try:
+            # Of a file in the cache the client itself asks once only.
+            if not asked and (force or not try_to_load_from_cache(repo_id, relative, cache, at)):
+                asked, offline = True, why_offline(repo_id, relative, revision=at, token=token)
+            if force and offline is not None:
+                raise offline
             return Path(
                 hf_hub_download(
                     repo_id,
                     relative,
-                    revision=commit or revision,
-                    cache_dir=None if cache_dir is None else os.path.expanduser(cache_dir),
+                    revision=at,
+                    cache_dir=cache,
                     token=token,
-                    # The client tries for half a minute to reach the Hub: once is enough.
-                    local_files_only=local_files_only or unreachable is not None,
-                    force_download=force and unreachable is None,
+                    local_files_only=local_files_only or offline is not None,
+                    force_download=force,
                 )
             )
         except Exception as error:  # the client lets through whatever its HTTP library of the day raises
-            if unreachable is not None:
-                raise unreachable from unreachable.__cause__
-            raise EarVAEError(_hub_problem(error, repo_id, relative, revision, local_files_only)) from error
+            problem = _hub_problem(error, repo_id, relative, revision, local_files_only, offline)
+            raise EarVAEError(problem) from error
 
     def fetch(relative: str) -> Path:
         nonlocal commit
@@ -419,14 +426,11 @@ def _hub_source(
         return path
 
     def find(relative: str) -> Path | None:
-        nonlocal unreachable
         from huggingface_hub import errors
 
         try:
             return fetch(relative)
         except EarVAEError as error:
-            if isinstance(error.__cause__, errors.LocalEntryNotFoundError) and not local_files_only:
-                unreachable = error
             if isinstance(error.__cause__, errors.EntryNotFoundError):
                 return None
             raise
@@ -434,8 +438,31 @@ def _hub_source(
     return _Source(where=repo_id, name=repo_id, variant_prefix=f"{repo_id}:", fetch=fetch, find=find)
 
 
+def why_offline(
+    repo_id: str, file: str, *, revision: str | None = None, token: str | None = None
+) -> Exception | None:
+    """Asks the Hub once for a file; returns why it cannot be reached, None where it answers anything at all.
+
+    Without a connection the Hub's client asks six times for a file that it does not have, in half a minute.
+    """
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
+
+    try:
+        get_hf_file_metadata(hf_hub_url(repo_id, file, revision=revision), token=token)
+    except (errors.HfHubHTTPError, ValueError):  # for the download itself to say
+        return None
+    except Exception as error:  # whatever the client's HTTP library of the day raises
+        return error
+    return None
+
+
 def _hub_problem(
-    error: Exception, repo_id: str, file: str, revision: str | None, local_files_only: bool
+    error: Exception,
+    repo_id: str,
+    file: str,
+    revision: str | None,
+    local_files_only: bool,
+    offline: Exception | None,
 ) -> str:
     """Says in one sentence why a download failed, and what to do."""
     from huggingface_hub import errors
@@ -461,7 +488,8 @@ def _hub_problem(
             )
         return (
             f"{repo_id}: {file}{at_revision} is not in the local cache and the Hub cannot be asked for it "
-            f"({what_the_hub_says(error.__cause__ or error)}); check the connection, or give a local folder"
+            f"({what_the_hub_says(offline or error.__cause__ or error)}); check the connection, or give a "
+            "local folder"
         )
     if isinstance(error, errors.EntryNotFoundError):
         return f"{repo_id}: the repository has no file {file}{at_revision}; is it an εar-VAE model?"

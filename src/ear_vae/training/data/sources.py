@@ -161,7 +161,8 @@ def _listed(source: Path) -> Iterable[tuple[Path, float]]:
     if source.is_dir():
         found = find_files(source, AUDIO_EXTENSIONS)
         _report("unreadable", found.unreadable)
-        return [(path, 1.0) for path in found.files]
+        _report("rebuilt from another file there", list(map(str, found.rebuilt)))
+        return [(path, 1.0) for path in found.originals]
     if not source.exists():
         raise EarVAEError(f"{source}: does not exist; give a folder of audio or a manifest")
     if not source.is_file():
