@@ -31,7 +31,7 @@ def run_statistics(options: argparse.Namespace) -> int:
                 f"{latents.weights_sha256}; give the model that made them, or accept others",
                 argument="overwrite",
             )
-    statistics = latent_statistics(options.dataset)
+    statistics = latent_statistics(latents)
     if options.into is not None:
         write_statistics(options.into, mean=statistics.mean.tolist(), std=statistics.std.tolist())
         seconds = statistics.count / latents.latent_rate

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ear_vae.encoding.reading import open_latents, read_receipt, receipts
+from ear_vae.encoding.reading import LatentFolder, open_latents, read_receipt, receipts
 from ear_vae.errors import EarVAEError
 from ear_vae.limits import integer, shown
 
@@ -157,18 +157,18 @@ class LatentStatistics:
             raise EarVAEError("there are no statistics of no latent frames")
 
 
-def latent_statistics(folder: str | os.PathLike[str]) -> LatentStatistics:
+def latent_statistics(folder: str | os.PathLike[str] | LatentFolder) -> LatentStatistics:
     """Returns the statistics of the posterior means of a data set, padding left out.
 
     Where the shards of the data set carry theirs, these are merged and no latents are read.
 
     Args:
-        folder: The output of `ear-vae encode-dataset`, in any format.
+        folder: The output of `ear-vae encode-dataset`, in any format, or what `open_latents` returned.
 
     Raises:
         EarVAEError: There are no latents in the folder, it is not complete, or damaged.
     """
-    latents = open_latents(folder)
+    latents = folder if isinstance(folder, LatentFolder) else open_latents(folder)
     statistics = LatentStatistics(latents.latent_dim)
     if noted := receipts(latents.folder):
         for path in noted:

@@ -167,12 +167,13 @@ def write_statistics(
         std: Standard deviation of each latent channel.
 
     Raises:
-        EarVAEError: The folder is none of a model, or cannot be written to, or the model has another number of
-            channels; a standard deviation is not above 0.
+        EarVAEError: The folder is none of a model, or cannot be written to; the model has another number
+            of channels, or a standard deviation is not above 0.
     """
     path = Path(folder) / CONFIG_FILE
+    config = EarVAEConfig.from_json(path)
     try:
-        config = replace(EarVAEConfig.from_json(path), latents_mean=tuple(mean), latents_std=tuple(std))
+        config = replace(config, latents_mean=tuple(mean), latents_std=tuple(std))
     except EarVAEError as error:
         raise EarVAEError(f"{folder}: {error}") from error
     with atomic_path(path, overwrite=True) as temporary:
