@@ -149,6 +149,7 @@ def write_latents() -> Callable[..., Path]:
                     "source_num_samples": round(seconds * 48_000),
                     "source_sha256": "1" * 64,
                     "dtype": str(mean.dtype),
+                    "columns": item.get("renamed", {}),
                 },
             }
             arrays = {}

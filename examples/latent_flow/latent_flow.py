@@ -32,32 +32,33 @@ class VelocityTransformer(nn.Module):
     Args:
         latent_dim: Channels D of the latents.
         num_frames: Number of frames N of a window.
+        patch_frames: Frames that make one token together; divides `num_frames`.
         width: Width of the transformer.
         depth: Number of its layers.
     """
 
-    def __init__(self, latent_dim: int, num_frames: int = FRAMES, width: int = 256, depth: int = 4) -> None:
+    def __init__(
+        self, latent_dim: int, num_frames: int, patch_frames: int = 4, width: int = 256, depth: int = 4
+    ) -> None:
         super().__init__()
-        self.into = nn.Linear(latent_dim, width)
-        self.positions = nn.Parameter(0.02 * torch.randn(num_frames, width))
+        # A convolution whose windows do not overlap, and its counterpart.
+        self.into = nn.Conv1d(latent_dim, width, patch_frames, patch_frames)
+        self.positions = nn.Parameter(0.02 * torch.randn(num_frames // patch_frames, width))
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         layer = nn.TransformerEncoderLayer(
-            width, nhead=width // 64, dim_feedforward=4 * width, dropout=0.0, activation="gelu",
-            batch_first=True, norm_first=True,
-        )  # fmt: skip
+            width, width // 64, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
         self.layers = nn.TransformerEncoder(layer, depth, nn.LayerNorm(width), enable_nested_tensor=False)
-        self.out = nn.Linear(width, latent_dim)
+        self.out = nn.ConvTranspose1d(width, latent_dim, patch_frames, patch_frames)
         nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
-        frequencies = 2 * math.pi * torch.logspace(0, 2, width // 2)
-        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.register_buffer("frequencies", 2 * math.pi * torch.logspace(0, 2, width // 2), persistent=False)
 
     def forward(self, latents: Tensor, time: Tensor) -> Tensor:
         """Returns the velocity [B, D, N] of latents [B, D, N] at times [B], from 0 (noise) to 1 (music)."""
         angles = time[:, None] * self.frequencies
         embedded = self.time(torch.cat([angles.cos(), angles.sin()], dim=1))
-        x = self.into(latents.transpose(1, 2)) + self.positions + embedded[:, None]
-        return self.out(self.layers(x)).transpose(1, 2)
+        x = self.into(latents).transpose(1, 2) + self.positions + embedded[:, None]
+        return self.out(self.layers(x).transpose(1, 2))
 
 
 class LatentFlow(L.LightningModule):
@@ -127,7 +128,7 @@ def train(latents: Path, vae: EarVAE, validation: Path | None, steps: int, out: 
         latents, vae, None if validation is None else str(validation), crop_frames=FRAMES, batch_size=16,
         crops_per_epoch=16 * 100, num_workers=1,
     )  # fmt: skip
-    flow = LatentFlow(VelocityTransformer(vae.latent_dim), vae.normalize)
+    flow = LatentFlow(VelocityTransformer(vae.latent_dim, FRAMES), vae.normalize)
     trainer = L.Trainer(
         max_steps=steps,
         gradient_clip_val=1.0,

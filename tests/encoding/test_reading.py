@@ -29,6 +29,7 @@ def items() -> list[dict[str, Any]]:
         mean, std = generator.standard_normal((2, 8, frames)).astype(np.float16)
         made.append({"mean": mean, "std": np.abs(std)})
     made[0]["columns"] = {"prompt": "a song, with commas", "id": "0003", "bpm": 120, "tags": ["a", None]}
+    made[1]["renamed"] = {"path": 3, "seconds_start": "soon"}
     made[2] |= {"frames": 20, "start": 3 * 44_100 + 11_025, "seconds": 60.5}
     return made
 
@@ -54,6 +55,7 @@ def test_everything_comes_back(
         assert np.array_equal(part.std, written["std"][:, 2:6])
     first, third = latents[0], latents[-3]
     assert first.metadata == items[0]["columns"] | {"path": "/music/0000.wav", "relpath": "0000.wav"}
+    assert latents[1].metadata == {"path": 3, "seconds_start": "soon", "relpath": "0001.wav"}
     assert (first.key, third.key) == ("0000", "0002")
     assert (third.seconds_start, third.seconds_total) == (3.25, 60.5)
     assert [item.key for item in latents[1:3]] == ["0001", "0002"]
@@ -175,6 +177,7 @@ def without_std(folder: Path) -> None:
             r"an array of object \[1, 1\]",
         ),
         ("stable-audio", edit("album/0003.json", num_frames="12"), "damaged: its num_frames is '12'"),
+        ("stable-audio", edit("album/0003.json", columns=[1]), r"damaged: its columns is \[1\]"),
         ("stable-audio", edit("album/0003.json", key=3), "damaged: its key is 3"),
         ("stable-audio", edit("album/0003.json", source_sample_rate=0), "source_sample_rate must be 1000"),
         (

@@ -36,7 +36,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
     - `padding_mask`: Boolean tensor [crop_frames], true where the item has frames, as in stable-audio-tools.
     - `seconds_start`: Place of the crop in the source file in seconds, a float.
     - `seconds_total`: Length of the source file in seconds, a float.
-    - `metadata`: The user's columns as they were, such as `prompt`, and `path` and `relpath`.
+    - `metadata`: The user's columns as they were, such as `prompt`, and the source's `path` and `relpath`.
 
     Args:
         folder: The output of `ear-vae encode-dataset` in any format, or what `open_latents` returned.

@@ -51,7 +51,7 @@ class LatentItem(ABC):
     Attributes:
         where: Name of the item's file in messages.
         key: Name of the item in the data set.
-        metadata: The user's columns as they were, `path` and `relpath`.
+        metadata: The user's columns as they were; `path` and `relpath` too, unless columns have these names.
         num_frames: Number of latent frames N without padding.
         latent_dim: Channels D of the latents.
         sample_rate: Sample rate of the model, in Hz.
@@ -444,6 +444,9 @@ def _described(values: Any, where: str) -> dict[str, Any]:
     lowest = {"start_sample": 0}
     bad = [name for name, number in numbers.items() if number is None or number < lowest.get(name, 1)]
     bad += [name for name in ("key", "weights_sha256") if not isinstance(own.get(name), str)]
+    # Columns whose names were taken.
+    renamed = own.get("columns", {})
+    bad += [] if isinstance(renamed, dict) else ["columns"]
     if bad:
         raise EarVAEError(f"{where}: damaged: its {bad[0]} is {shown(own.get(bad[0]))}")
     sample_rate = sample_rate_of(values.get("sample_rate"), f"{where}: sample_rate")
@@ -451,7 +454,7 @@ def _described(values: Any, where: str) -> dict[str, Any]:
     return {
         "where": where,
         "key": own["key"],
-        "metadata": {name: value for name, value in values.items() if name not in _PLACE},
+        "metadata": {name: value for name, value in values.items() if name not in _PLACE} | renamed,
         "num_frames": numbers["num_frames"],
         "latent_dim": numbers["latent_dim"],
         "sample_rate": sample_rate,
