@@ -32,24 +32,20 @@ class VelocityTransformer(nn.Module):
     Args:
         latent_dim: Channels D of the latents.
         num_frames: Number of frames N of a window.
-        patch_frames: Frames that make one token together; divides `num_frames`.
         width: Width of the transformer.
         depth: Number of its layers.
     """
 
-    def __init__(
-        self, latent_dim: int, num_frames: int, patch_frames: int = 4, width: int = 256, depth: int = 4
-    ) -> None:
+    def __init__(self, latent_dim: int, num_frames: int, width: int = 128, depth: int = 4) -> None:
         super().__init__()
-        # A convolution whose windows do not overlap, and its counterpart.
-        self.into = nn.Conv1d(latent_dim, width, patch_frames, patch_frames)
-        self.positions = nn.Parameter(0.02 * torch.randn(num_frames // patch_frames, width))
+        self.into = nn.Linear(latent_dim, width)
+        self.positions = nn.Parameter(0.02 * torch.randn(num_frames, width))
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         layer = nn.TransformerEncoderLayer(
-            width, width // 64, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            width, width // 32, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
         self.layers = nn.TransformerEncoder(layer, depth, nn.LayerNorm(width), enable_nested_tensor=False)
-        self.out = nn.ConvTranspose1d(width, latent_dim, patch_frames, patch_frames)
+        self.out = nn.Linear(width, latent_dim)
         nn.init.zeros_(self.out.weight)
         self.register_buffer("frequencies", 2 * math.pi * torch.logspace(0, 2, width // 2), persistent=False)
 
@@ -57,8 +53,8 @@ class VelocityTransformer(nn.Module):
         """Returns the velocity [B, D, N] of latents [B, D, N] at times [B], from 0 (noise) to 1 (music)."""
         angles = time[:, None] * self.frequencies
         embedded = self.time(torch.cat([angles.cos(), angles.sin()], dim=1))
-        x = self.into(latents).transpose(1, 2) + self.positions + embedded[:, None]
-        return self.out(self.layers(x).transpose(1, 2))
+        x = self.into(latents.transpose(1, 2)) + self.positions + embedded[:, None]
+        return self.out(self.layers(x)).transpose(1, 2)
 
 
 class LatentFlow(L.LightningModule):
@@ -111,7 +107,7 @@ class LatentFlow(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     @torch.no_grad()
-    def sample(self, noise: Tensor, steps: int = 50) -> Tensor:
+    def sample(self, noise: Tensor, steps: int = 25) -> Tensor:
         """Carries noise [B, D, N] along the flow, with Heun's method, to normalized latents [B, D, N]."""
         latents = noise
         for step in range(steps):
@@ -122,15 +118,33 @@ class LatentFlow(L.LightningModule):
         return latents
 
 
-def train(latents: Path, vae: EarVAE, validation: Path | None, steps: int, out: Path) -> LatentFlow:
-    """Trains a flow on a data set of latents of a model."""
+def train(
+    latents: Path, vae: EarVAE, validation: Path | None, steps: int, out: Path, precision: str = "32-true"
+) -> LatentFlow:
+    """Trains a flow on a data set of latents of a model.
+
+    Args:
+        latents: The output of `ear-vae encode-dataset`.
+        vae: The model that made them, with their statistics.
+        validation: A folder of other songs, or None.
+        steps: Number of steps.
+        out: Folder for checkpoints.
+        precision: Lightning's; `bf16-mixed` is faster where the processor knows bfloat16.
+    """
     data = LatentDataModule(
-        latents, vae, None if validation is None else str(validation), crop_frames=FRAMES, batch_size=16,
-        crops_per_epoch=16 * 100, num_workers=1,
-    )  # fmt: skip
+        latents,
+        vae,
+        validation,
+        crop_frames=FRAMES,
+        batch_size=16,
+        # Validation comes at the end of an epoch.
+        crops_per_epoch=16 * min(steps, 100),
+        num_workers=1,
+    )
     flow = LatentFlow(VelocityTransformer(vae.latent_dim, FRAMES), vae.normalize)
     trainer = L.Trainer(
         max_steps=steps,
+        precision=precision,
         gradient_clip_val=1.0,
         callbacks=[EMAWeightAveraging(decay=0.98)],
         default_root_dir=out,
@@ -151,11 +165,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600, help="steps to train (%(default)s)")
     parser.add_argument("--samples", type=int, default=8, help="number of samples (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (%(default)s)")
+    parser.add_argument("--precision", default="32-true", help="such as bf16-mixed (%(default)s)")
     options = parser.parse_args()
 
     L.seed_everything(options.seed)
     vae = EarVAE.from_pretrained(options.model)
-    flow = train(options.latents, vae, options.validation, options.steps, options.out)
+    flow = train(options.latents, vae, options.validation, options.steps, options.out, options.precision)
     generator = torch.Generator().manual_seed(options.seed)
     noise = torch.randn(options.samples, vae.latent_dim, FRAMES, generator=generator)
     audio = vae.decode(vae.denormalize(flow.sample(noise)))
