@@ -175,7 +175,7 @@ class LatentDataModule(L.LightningDataModule):
         audio: Tensor = batch["audio"]
         with torch.no_grad():
             posterior = self.vae.to(audio.device).encode(audio)
-        latents = posterior.mode()[..., : self.crop_frames]
+        latents = posterior.mode()
         mask = torch.ones(latents.shape[0], latents.shape[2], dtype=torch.bool, device=latents.device)
         return {**batch, "latents": latents, "padding_mask": mask}
 
