@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ear_vae import EarVAE, EarVAEConfig, EarVAEError
+from ear_vae.pretrained.oobleck import CLASS_KEY, OUR_CLASS, config_for_diffusers, config_of_diffusers
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,17 @@ def test_a_model_without_statistics_says_where_they_come_from(vae: EarVAE) -> No
 def test_statistics_that_are_refused(mean: Any, std: Any, message: str) -> None:
     with pytest.raises(EarVAEError, match=message):
         with_statistics().set_latent_statistics(mean, std)
+
+
+def test_diffusers_has_them_under_the_same_names() -> None:
+    """And a config without any goes there and back as well."""
+    config = with_statistics().config
+    values = config_for_diffusers(config)
+    assert values["latents_std"] == [1.0, 2.0, 4.0, 0.5]
+    assert config_of_diffusers({CLASS_KEY: OUR_CLASS, **values}) == config
+    values = config_for_diffusers(EarVAEConfig())
+    unknown = {"latents_mean": None, "latents_std": None}
+    assert config_of_diffusers({CLASS_KEY: OUR_CLASS, **values, **unknown}) == EarVAEConfig()
 
 
 def test_mean_and_std_go_together() -> None:
