@@ -80,6 +80,13 @@ def test_the_flow_of_gaussian_latents_ends_in_them(latent_flow: ModuleType) -> N
         assert worse.loss(batch, torch.Generator().manual_seed(1)) > best
 
 
+def test_the_network_starts_with_what_is_best_for_noise(latent_flow: ModuleType) -> None:
+    """Before it has learnt anything, it takes Gaussian latents for that: they are carried nowhere."""
+    network = latent_flow.VelocityTransformer(4, 16, width=64, depth=1)
+    noise = torch.randn(3, 4, 16)
+    assert torch.allclose(latent_flow.LatentFlow(network, lambda z: z).sample(noise, 200), noise, atol=1e-3)
+
+
 def test_padding_does_not_count(latent_flow: ModuleType) -> None:
     flow = latent_flow.LatentFlow(Velocity(lambda x, t: torch.zeros_like(x)), lambda latents: latents / 2)
     latents = torch.randn(6, 4, 50)
