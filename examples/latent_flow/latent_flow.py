@@ -105,9 +105,10 @@ class LatentFlow(L.LightningModule):
 
     def validation_step(self, batch: dict[str, Any], index: int) -> None:
         """Logs the loss on a song that is not trained on; called by the Trainer."""
-        # The same noise each time, so that figures compare.
+        # At many times, and with the same noise in each epoch, so that figures compare.
+        repeated = {name: batch[name].repeat_interleave(16, dim=0) for name in ("latents", "padding_mask")}
         generator = torch.Generator(self.device).manual_seed(index)
-        self.log("validation/loss", self.loss(batch, generator), prog_bar=True, batch_size=1)
+        self.log("validation/loss", self.loss(repeated, generator), prog_bar=True, batch_size=1)
 
     def configure_optimizers(self) -> Any:
         """Returns AdamW, and a learning rate that rises and falls once; called by the Trainer."""
