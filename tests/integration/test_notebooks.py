@@ -79,6 +79,21 @@ def test_evaluate(repository: Path) -> None:
 
 
 @pytest.mark.slow
+def test_latent_flow(repository: Path) -> None:
+    """Channels become alike, passes differ, and the flow knows more than nothing."""
+    lines = printed_by(repository / "notebooks" / "06_latent_flow.ipynb")
+    (song,) = (line for line in lines if line.startswith("piece.ogg"))
+    length = soundfile.info(repository / "examples" / "piece.ogg").frames
+    assert song == f"piece.ogg: {-(-length // 256)} frames, 24.3 s"
+    (normal,) = (line for line in lines if line.startswith("normalized"))
+    assert all(float(word) == pytest.approx(1, abs=0.01) for word in normal.split(" ")[1::2])
+    starts = [line.split("from")[1] for line in lines if line.startswith("crop")]
+    assert len(set(starts)) == 2
+    before, after = (float(line.split(": loss")[1]) for line in lines if ": loss" in line)
+    assert 0.5 < after < before - 0.01
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["01_reconstruct.ipynb", "02_finetune.ipynb", "03_evaluate.ipynb"])
 @pytest.mark.parametrize(("song", "rate", "channels"), [("a.mp3", 48_000, 2), ("a.wav", 44_100, 1)])
 def test_your_own_file(
@@ -94,4 +109,9 @@ def test_your_own_file(
 
 def test_every_notebook_is_tested(repository: Path) -> None:
     names = {path.name for path in (repository / "notebooks").glob("*.ipynb")}
-    assert names == {"01_reconstruct.ipynb", "02_finetune.ipynb", "03_evaluate.ipynb"}
+    assert names == {
+        "01_reconstruct.ipynb",
+        "02_finetune.ipynb",
+        "03_evaluate.ipynb",
+        "06_latent_flow.ipynb",
+    }

@@ -183,6 +183,25 @@ def _command_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     command = add("report", "make a page to compare originals and rebuilt audio by ear", download)
     _add_report(command)
 
+    command = add("statistics", "measure the latents of a data set, for a model to normalize with")
+    command.description = (
+        "Prints mean and standard deviation of each latent channel over all frames of the data set; with "
+        "--into it writes them into a model."
+    )
+    command.add_argument("dataset", metavar="DATASET", help="the output of ear-vae encode-dataset")
+    command.add_argument(
+        "--into",
+        metavar="MODEL",
+        help="folder of the model that made the data set, to write them into its config.json",
+    )
+    command.add_argument("--covariance", action="store_true", help="print the channels' covariance as well")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument(
+        "--force",
+        action="store_true",
+        help="replace statistics that the model has, and accept those of another model's latents",
+    )
+
     command = add("convert", "write a model in another layout, or for another program", weights)
     command.add_argument("source", metavar="MODEL", help=_MODEL)
     command.add_argument(

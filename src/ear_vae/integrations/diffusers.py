@@ -128,6 +128,8 @@ class AutoencoderEarVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         architecture: Family of networks, see `EarVAEConfig`.
         snakes_per_residual_unit: 2 for an Oobleck.
         min_std: 1e-4 for an Oobleck.
+        latents_mean: Mean of each latent channel, where it was measured.
+        latents_std: Standard deviation of each latent channel, likewise.
 
     Attributes:
         vae: The model itself, with all that `EarVAE` can do.
@@ -160,6 +162,8 @@ class AutoencoderEarVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         architecture: str = "ear_vae",
         snakes_per_residual_unit: int = 1,
         min_std: float = 0.0,
+        latents_mean: tuple[float, ...] | None = None,
+        latents_std: tuple[float, ...] | None = None,
     ) -> None:
         super().__init__()
         self.vae = EarVAE(config_of_diffusers({CLASS_KEY: OUR_CLASS, **self.config}))

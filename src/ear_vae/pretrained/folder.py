@@ -6,8 +6,8 @@ import hashlib
 import html
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,53 @@ def write_folder(
         _write_card(directory / CARD_FILE, card)
     except (OSError, SafetensorError) as error:
         raise EarVAEError(f"{directory}: cannot write the model: {error}") from error
+
+
+def statistics_of(folder: str | os.PathLike[str]) -> tuple[Sequence[float], Sequence[float]] | None:
+    """Returns mean and standard deviation of each latent channel that a model's folder has; None without.
+
+    Args:
+        folder: Folder in our layout.
+
+    Raises:
+        EarVAEError: It is no such folder.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise EarVAEError(
+            f"{folder}: is no folder; give that of a model; ear-vae convert NAME FOLDER makes one"
+        )
+    config = EarVAEConfig.from_json(path / CONFIG_FILE)
+    if config.latents_mean is None or config.latents_std is None:
+        return None
+    return config.latents_mean, config.latents_std
+
+
+def write_statistics(
+    folder: str | os.PathLike[str],
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> None:
+    """Writes the statistics of its latents into the `config.json` of a model, in the place of others.
+
+    Args:
+        folder: Folder in our layout.
+        mean: Mean of each latent channel.
+        std: Standard deviation of each latent channel.
+
+    Raises:
+        EarVAEError: The folder is none of a model, or cannot be written to; the model has another number
+            of channels, or a standard deviation is not above 0.
+    """
+    path = Path(folder) / CONFIG_FILE
+    config = EarVAEConfig.from_json(path)
+    try:
+        config = replace(config, latents_mean=tuple(mean), latents_std=tuple(std))
+    except EarVAEError as error:
+        raise EarVAEError(f"{folder}: {error}") from error
+    with atomic_path(path, overwrite=True) as temporary:
+        temporary.write_text(config.to_json(), encoding="utf-8")
 
 
 def _write_card(path: Path, card: str) -> None:

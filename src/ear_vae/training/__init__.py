@@ -2,7 +2,7 @@
 
 from ear_vae.network.discriminator import DiscriminatorConfig
 from ear_vae.training.callbacks import StepProgressBar
-from ear_vae.training.data import AudioDataModule
+from ear_vae.training.data import AudioDataModule, LatentDataModule
 from ear_vae.training.module import EarVAEModule, ObjectiveConfig
 from ear_vae.training.optimization import OptimizerConfig
 
@@ -10,6 +10,7 @@ __all__ = [
     "AudioDataModule",
     "DiscriminatorConfig",
     "EarVAEModule",
+    "LatentDataModule",
     "ObjectiveConfig",
     "OptimizerConfig",
     "StepProgressBar",

@@ -51,6 +51,8 @@ _OUR_FIELDS = (
     "architecture",
     "snakes_per_residual_unit",
     "min_std",
+    "latents_mean",
+    "latents_std",
 )
 # Where the tensors of an autoencoder are in checkpoints of stable-audio-tools: in its own, in those of its
 # training, and in those of a diffusion model that it belongs to.
@@ -187,7 +189,7 @@ def config_for_diffusers(config: EarVAEConfig) -> dict[str, Any]:
     return {
         **{theirs: values[ours] for ours, (theirs, _) in _DIFFUSERS_FIELDS.items()},
         "decoder_channels": config.channels,
-        **{field: values[field] for field in _OUR_FIELDS},
+        **{field: values[field] for field in _OUR_FIELDS if field in values},
     }
 
 

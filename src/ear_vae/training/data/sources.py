@@ -130,6 +130,18 @@ def find_usable_files(
     return usable
 
 
+def listed_sources(sources: Sequence[str] | str | Path) -> list[Path]:
+    """Returns the paths of one or several folders or manifests, as data modules take them.
+
+    Raises:
+        EarVAEError: The list is empty.
+    """
+    listed = [sources] if isinstance(sources, (str, Path)) else list(sources)
+    if not listed:
+        raise EarVAEError("an empty list of folders; give at least one")
+    return [Path(source) for source in listed]
+
+
 def _conditions(policy: Policy) -> list[tuple[str, Callable[[AudioFile], bool]]]:
     """Returns, for each condition, a description of a file that fails it, and a function that checks it."""
     conditions: list[tuple[str, Callable[[AudioFile], bool]]] = []
