@@ -33,6 +33,18 @@ def printed_by(path: Path, song: Path | None = None) -> list[str]:
     return "".join(output.get("text", "") for output in outputs).splitlines()
 
 
+def test_threads_do_not_spin_while_they_wait(repository: Path) -> None:
+    """The way of waiting is read when torch is loaded, so it is chosen before any import that loads it."""
+    notebooks = sorted((repository / "notebooks").glob("*.ipynb"))
+    assert len(notebooks) == 3
+    for path in notebooks:
+        cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+        assert 'os.environ.setdefault("OMP_WAIT_POLICY", "passive")' in cells[0]
+        assert [line for line in cells[0].splitlines() if "import" in line and line[0] != "#"] == [
+            "import os"
+        ]
+
+
 def si_sdr_of(lines: list[str]) -> list[float]:
     return [float(line.split("SI-SDR")[1].split()[0]) for line in lines]
 
@@ -53,6 +65,7 @@ def test_finetune(repository: Path) -> None:
     """A few careful steps change the model a little, and do not break it."""
     lines = printed_by(repository / "notebooks" / "02_finetune.ipynb")
     assert "10 steps, 0 of them left out" in lines
+    assert not any("Tip:" in line or "TPU" in line for line in lines)
     before, after = si_sdr_of([line for line in lines if "SI-SDR" in line])
     assert before != after
     assert after == pytest.approx(before, abs=1.0)
