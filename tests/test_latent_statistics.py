@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ear_vae import EarVAE, EarVAEConfig, EarVAEError
-from ear_vae.pretrained.oobleck import CLASS_KEY, OUR_CLASS, config_for_diffusers, config_of_diffusers
+from ear_vae.pretrained.layouts.oobleck import CLASS_KEY, OUR_CLASS, config_for_diffusers, config_of_diffusers
 
 
 @pytest.fixture(scope="module")
