@@ -36,15 +36,16 @@ STRETCH_SECONDS, STEP_SECONDS = 0.4, 0.1
 EDGE_SECONDS = 0.02
 _POWER_FLOOR = 1e-20
 
-# Title, width and decimals of each figure.
+# Title, width and decimals of each figure; coherences are from 0 to 1, and shown in per cent.
 COLUMNS = {
     "si_sdr_db": ("SI-SDR dB", 9, 2),
     "mel_distance": ("mel", 6, 3),
     "stft_distance": ("STFT", 6, 3),
-    "icpc": ("ICPC", 7, 4),
-    "ccpc": ("CCPC", 7, 4),
+    "icpc": ("ICPC %", 7, 2),
+    "ccpc": ("CCPC %", 7, 2),
     "treble_db": ("5-15 kHz dB", 11, 2),
 }
+PERCENT = ("icpc", "ccpc")
 WHOLE_COLUMNS = {
     "quiet_db": ("quiet dB", 8, 1),
     "silence_dbfs": ("silence dBFS", 12, 1),
@@ -147,7 +148,7 @@ def line_of(row: Mapping[str, float], label: str) -> str:
     cells = []
     for name, (_, width, decimals) in (COLUMNS | WHOLE_COLUMNS).items():
         if name in row:
-            value = row[name]
+            value = row[name] * (100 if name in PERCENT else 1)
             cells.append(f"{value:{width}.{decimals}f}" if math.isfinite(value) else "-".rjust(width))
     return "  ".join([*cells, label])
 

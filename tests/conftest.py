@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import json
+import math
 import os
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ear_vae import EarVAE, EarVAEConfig
 from ear_vae.dsp._torchaudio import functional
@@ -57,6 +63,19 @@ def tiny_config() -> EarVAEConfig:
 
 
 @pytest.fixture(scope="session")
+def least_config() -> EarVAEConfig:
+    """A network of a few hundred numbers, hop 8, without a transformer."""
+    return EarVAEConfig(
+        channels=2,
+        channel_multipliers=(1, 2),
+        strides=(2, 4),
+        latent_dim=4,
+        transformer_depth=0,
+        transformer_head_dim=2,
+    )
+
+
+@pytest.fixture(scope="session")
 def tiny_discriminator() -> DiscriminatorConfig:
     return DiscriminatorConfig(window_sizes=(512, 128), channels=4)
 
@@ -98,6 +117,83 @@ def oobleck() -> Any:
             if name.endswith(("alpha", "beta")):
                 parameter.normal_(0, 0.3)
     return model
+
+
+@pytest.fixture(scope="session")
+def write_latents() -> Callable[..., Path]:
+    """`write_latents(folder, format, items, ...)`: a data set, from its description alone."""
+
+    def write(
+        folder: Path,
+        format: str,
+        items: list[dict[str, Any]],
+        *,
+        rate: int = 44_100,
+        ratio: int = 1024,
+        weights_sha256: str = "0" * 64,
+        per_shard: int = 2,
+    ) -> Path:
+        """Each item has `mean` and `std` [D, N], and may have `frames` that are valid, `start` in samples,
+        `seconds` of its source, and `columns` of the user."""
+        folder.mkdir(parents=True)
+        members: list[tuple[str, bytes]] = []
+        for number, item in enumerate(items):
+            mean, std, key = item["mean"], item["std"], f"{number:04}"
+            frames, start = item.get("frames", mean.shape[1]), item.get("start", 0)
+            seconds = item.get("seconds", (start + frames * ratio) / rate)
+            values = {
+                **item.get("columns", {}),
+                "path": f"/music/{key}.wav",
+                "relpath": f"{key}.wav",
+                "timestamps": [start / rate, (start + frames * ratio) / rate],
+                "seconds_start": start // rate,
+                "seconds_total": math.ceil(seconds),
+                "sample_rate": rate,
+                "padding_mask": [1] * frames + [0] * (mean.shape[1] - frames),
+                "ear_vae": {
+                    "key": key,
+                    "weights_sha256": weights_sha256,
+                    "latent_dim": mean.shape[0],
+                    "downsampling_ratio": ratio,
+                    "num_samples": frames * ratio,
+                    "num_frames": frames,
+                    "start_sample": start,
+                    "source_sample_rate": 48_000,
+                    "source_num_samples": round(seconds * 48_000),
+                    "source_sha256": "1" * 64,
+                    "dtype": str(mean.dtype),
+                    "columns": item.get("renamed", {}),
+                },
+            }
+            arrays = {}
+            for name, array in (("npy", mean), ("std.npy", std)):
+                stream = io.BytesIO()
+                np.save(stream, array)
+                arrays[name] = stream.getvalue()
+            if format == "safetensors":
+                (folder / "album").mkdir(exist_ok=True)
+                tensors = {"mean": torch.from_numpy(mean), "std": torch.from_numpy(std)}
+                metadata = {"ear_vae": json.dumps({"format": "ear-vae-latents", "metadata": values})}
+                save_file(tensors, folder / "album" / f"{key}.safetensors", metadata)
+            else:
+                members += [(f"{key}.json", json.dumps(values).encode())]
+                members += [(f"{key}.{name}", content) for name, content in arrays.items()]
+        if format == "stable-audio":
+            (folder / "album").mkdir()
+            for name, content in members:
+                (folder / "album" / name).write_bytes(content)
+            listed = [f"album/{number:04}.npy\n" for number in range(len(items))]
+            (folder / "filelist.txt").write_text("".join(listed))
+        for shard, first in enumerate(range(0, len(members), 3 * per_shard)):
+            if format == "webdataset":
+                with tarfile.open(folder / f"{shard:06}.tar", "w") as tar:
+                    for name, content in members[first : first + 3 * per_shard]:
+                        header = tarfile.TarInfo(name)
+                        header.size = len(content)
+                        tar.addfile(header, io.BytesIO(content))
+        return folder
+
+    return write
 
 
 @pytest.fixture(autouse=True, scope="session")

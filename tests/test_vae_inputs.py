@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,17 +15,9 @@ from ear_vae.dsp.resampling import resample, resample_briefly, resample_stream
 
 
 @pytest.fixture(scope="module")
-def vae() -> EarVAE:
+def vae(least_config: EarVAEConfig) -> EarVAE:
     torch.manual_seed(0)
-    config = EarVAEConfig(
-        channels=2,
-        channel_multipliers=(1, 2),
-        strides=(2, 4),
-        latent_dim=4,
-        transformer_depth=1,
-        transformer_head_dim=2,
-    )
-    return EarVAE(config).eval().requires_grad_(False)
+    return EarVAE(replace(least_config, transformer_depth=1)).eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")

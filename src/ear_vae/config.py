@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ear_vae.errors import EarVAEError
-from ear_vae.limits import HIGHEST_DOWNSAMPLING_RATIO, integer, read_json, sample_rate_of, shown
+from ear_vae.limits import (
+    HIGHEST_DOWNSAMPLING_RATIO,
+    finite_number,
+    integer,
+    read_json,
+    sample_rate_of,
+    shown,
+)
 
 FORMAT_VERSION = 1
 """Version of `config.json`: a later one has fields that this package does not know."""
@@ -25,11 +33,12 @@ _HIGHEST = {
     "snakes_per_residual_unit": 2,
 }
 _WIDEST_BLOCK = 16_384
+_STATISTICS = ("latents_mean", "latents_std")
 
 
 @dataclass(frozen=True)
 class EarVAEConfig:
-    """Everything that fixes the shapes of the network's tensors.
+    """Everything that fixes the shapes of the network's tensors, and the statistics of its latents.
 
     The defaults are the published `ear_vae_44k`. A config is immutable, compares by value and is
     valid by construction.
@@ -50,6 +59,9 @@ class EarVAEConfig:
             as in Oobleck.
         min_std: What is added to the softplus that gives the posterior's standard deviation, 0 to 1; 1e-4 in
             Oobleck.
+        latents_mean: Mean of each latent channel over a data set, `latent_dim` numbers, or None where it was
+            not measured (`ear-vae statistics`). The network does not use it, `EarVAE.normalize` does.
+        latents_std: Standard deviation of each latent channel, likewise and always with `latents_mean`.
 
     Raises:
         EarVAEError: A field has the wrong type or a value out of range.
@@ -66,10 +78,14 @@ class EarVAEConfig:
     architecture: str = "ear_vae"
     snakes_per_residual_unit: int = 1
     min_std: float = 0.0
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            if field.name in _STATISTICS:
+                continue
             if field.name == "architecture":
                 if not isinstance(value, str):
                     raise EarVAEError(f"config: architecture must be a name, got {shown(value)}")
@@ -127,6 +143,23 @@ class EarVAEConfig:
                 f"config: transformer_head_dim must be even and divide latent_dim ({self.latent_dim}), "
                 f"got {self.transformer_head_dim}"
             )
+        self._check_statistics()
+
+    def _check_statistics(self) -> None:
+        given = [name for name in _STATISTICS if getattr(self, name) is not None]
+        if len(given) == 1:
+            raise EarVAEError(f"config: {given[0]} is given alone; latents_mean and latents_std go together")
+        for name in given:
+            value = getattr(self, name)
+            least = 0.0 if name == "latents_std" else -math.inf
+            listed = list(value) if isinstance(value, (list, tuple)) else []
+            if len(listed) != self.latent_dim or not all(finite_number(v) and v > least for v in listed):
+                kind = "finite numbers" if name == "latents_mean" else "finite numbers above 0"
+                raise EarVAEError(
+                    f"config: {name} must be a list of {self.latent_dim} {kind}, one for each channel, "
+                    f"got {shown(value)}"
+                )
+            object.__setattr__(self, name, tuple(map(float, listed)))
 
     @property
     def downsampling_ratio(self) -> int:
@@ -145,8 +178,12 @@ class EarVAEConfig:
         return tuple(zip([self.channels, *widths[:-1]], widths, strict=True))
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the fields as JSON-ready values; `from_dict` takes them back."""
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+        """Returns the fields as JSON-ready values, without statistics that there are not.
+
+        `from_dict` takes them back.
+        """
+        values = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+        return {name: v for name, v in values.items() if not (name in _STATISTICS and v is None)}
 
     def to_json(self) -> str:
         """Returns the text of a `config.json`: the fields and the version of the format."""
@@ -178,14 +215,25 @@ class EarVAEConfig:
         """
         values = read_json(path)
         try:
-            if isinstance(values, Mapping) and "format_version" in values:
-                version = values["format_version"]
-                if type(version) is not int or version != FORMAT_VERSION:
-                    raise EarVAEError(
-                        f"config: format version {shown(version)}, this ear-vae reads {FORMAT_VERSION}; "
-                        "update ear-vae"
-                    )
-                values = {name: value for name, value in values.items() if name != "format_version"}
-            return cls.from_dict(values)
+            return cls.from_dict(without_version(values) if isinstance(values, Mapping) else values)
         except EarVAEError as error:
             raise EarVAEError(f"{path}: {error}") from None
+
+
+ConfigSource = EarVAEConfig | Mapping[str, Any] | str | os.PathLike[str]
+"""Where the config of bare weights comes from: itself, its fields, a JSON file, or the name of a preset."""
+
+
+def without_version(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a `config.json`.
+
+    Raises:
+        EarVAEError: It is of a later version.
+    """
+    rest = dict(values)
+    version = rest.pop("format_version", FORMAT_VERSION)
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise EarVAEError(
+            f"config: format version {shown(version)}, this ear-vae reads {FORMAT_VERSION}; update ear-vae"
+        )
+    return rest

@@ -7,7 +7,7 @@ import math
 import operator
 import reprlib
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ LOWEST_SAMPLE_RATE, HIGHEST_SAMPLE_RATE = 1_000, 768_000
 HIGHEST_DOWNSAMPLING_RATIO = 2**16
 """Samples per latent frame."""
 _MOST_JSON_BYTES = 2**20
+_NAMES_SHOWN = 5
 _LONGEST_NAME = 100
 _MOST_BITS = 64
 
@@ -97,6 +98,17 @@ def shortened(text: str, longest: int) -> str:
 def name_in_a_line(name: str, longest: int = _LONGEST_NAME) -> str:
     """Returns a name from anywhere escaped and shortened, to fit in a line of text."""
     return shortened(escaped(name), longest)
+
+
+def counted(count: int, noun: str) -> str:
+    """Returns a number with its noun in the singular or plural: `1 file`, `2 files`."""
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
+def first_names(names: Sequence[str]) -> str:
+    """Returns the first names, escaped, and the number of the others: thousands would fill a terminal."""
+    more = len(names) - _NAMES_SHOWN
+    return ", ".join(map(escaped, names[:_NAMES_SHOWN])) + (f" and {more} more" if more > 0 else "")
 
 
 def parse_json(text: str | bytes) -> Any:

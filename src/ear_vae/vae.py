@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ear_vae._dtype import available_device, supported_dtype
-from ear_vae.config import EarVAEConfig
+from ear_vae.config import ConfigSource, EarVAEConfig
 from ear_vae.dsp.resampling import resample, resample_stream
+from ear_vae.errors import EarVAEError
 from ear_vae.inference.arguments import (
     as_audio_batch,
     as_dense_tensor,
@@ -21,6 +23,7 @@ from ear_vae.inference.arguments import (
     require_decodable,
 )
 from ear_vae.inference.runner import Runner, optimize
+from ear_vae.inference.tiling import encoder_reach
 from ear_vae.limits import sample_rate_of, whole_number
 from ear_vae.network import Autoencoder
 from ear_vae.posterior import Posterior
@@ -266,6 +269,7 @@ class EarVAE(Autoencoder):
         cls,
         name_or_path: str | os.PathLike[str],
         *,
+        config: ConfigSource | None = None,
         variant: str | None = None,
         revision: str | None = None,
         device: str | torch.device | None = None,
@@ -275,7 +279,7 @@ class EarVAE(Autoencoder):
         cache_dir: str | os.PathLike[str] | None = None,
         force_download: bool = False,
     ) -> EarVAE:
-        """Loads a trained model: a local folder, else a bundled checkpoint, else a Hub repository.
+        """Loads a trained model: a local folder or file, else a bundled checkpoint, else a Hub repository.
 
         The model comes in evaluation mode and frozen (`requires_grad_(True)` to train it), so that a
         call outside `torch.no_grad()` does not keep every activation; gradients with respect to audio
@@ -285,7 +289,13 @@ class EarVAE(Autoencoder):
             name_or_path: A folder in our layout (`config.json`, `model.safetensors`) or in the official
                 one, the name of a bundled checkpoint such as `ear-vae-tiny`, or a Hub repository id such
                 as `earlab/EAR_VAE`. Folders and repositories may hold an Oobleck of diffusers or of
-                stable-audio-tools as well.
+                stable-audio-tools as well. Or a bare file of weights (`.pyt`, `.pt`, `.safetensors` …), with
+                the authors' names or ours, with weight norm or without, alone or under `state_dict`, `model`
+                or `gen_ema`; or a clone of the authors' repository.
+            config: Of a bare file of weights: its config as a JSON file or a dict, the authors', ours or
+                in part (`{"sample_rate": 44100}`), or the name of a published model whose sample rate and
+                strides it has. By default the `.json` of the same name beside it, else what the tensors
+                tell: all but the sample rate, which is known of the two published tuples of strides.
             variant: Which model of a repository that holds several, such as `ear_vae_44k`.
             revision: Branch, tag or commit on the Hub.
             device: Where to put the model; the CPU by default.
@@ -298,12 +308,13 @@ class EarVAE(Autoencoder):
 
         Raises:
             EarVAEError: Nothing is found under the name, the variant is missing or unknown, a file is
-                damaged or does not fit its config, the weights do not have the fingerprint that their file
-                states, the download failed, or there is no such device or dtype.
+                damaged, holds something else or does not fit its config, the weights do not have the
+                fingerprint that their file states, the download failed, or there is no such device or dtype.
         """
         device, dtype = available_device(device), supported_dtype(dtype)
         checkpoint = resolve(
             name_or_path,
+            config=config,
             variant=variant,
             revision=revision,
             local_files_only=local_files_only,
@@ -318,7 +329,9 @@ class EarVAE(Autoencoder):
                 vae = cls(config, name=checkpoint.name)
             vae.load_state_dict(state, assign=True)
             vae.eval().requires_grad_(False)
-            return vae.to(device=device, dtype=dtype) if dtype else vae.to(device=device)
+            if dtype is not None:
+                vae.cast(dtype)
+            return vae.to(device=device)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes `config.json`, `model.safetensors` and, unless there is one, a model card `README.md`.
@@ -356,6 +369,80 @@ class EarVAE(Autoencoder):
             commit_message=commit_message,
         )
 
+    def normalize(self, latents: Tensor | np.ndarray) -> Tensor:
+        """Returns latents with mean 0 and standard deviation 1 in each channel, for generative models.
+
+        (latents − mean) / std with the statistics in `config.latents_mean` and `config.latents_std`, which
+        `ear-vae statistics DATASET --into MODEL` writes and `set_latent_statistics` sets.
+
+        Args:
+            latents: [D, N] or [B, D, N], floating point.
+
+        Returns:
+            Latents of the same shape and dtype, on the same device; gradients flow.
+
+        Raises:
+            EarVAEError: The model has no statistics; otherwise as for `decode`.
+        """
+        z, mean, std = self._with_statistics(latents)
+        return ((z - mean) / std).to(z.dtype)
+
+    def denormalize(self, latents: Tensor | np.ndarray) -> Tensor:
+        """Returns what `normalize` made normal as latents to decode: latents · std + mean.
+
+        Args:
+            latents: [D, N] or [B, D, N], floating point.
+
+        Returns:
+            Latents of the same shape and dtype, on the same device; gradients flow.
+
+        Raises:
+            EarVAEError: As for `normalize`.
+        """
+        z, mean, std = self._with_statistics(latents)
+        return (z * std + mean).to(z.dtype)
+
+    def set_latent_statistics(self, mean: Iterable[float], std: Iterable[float]) -> None:
+        """Gives the model the statistics that `normalize` uses; `save_pretrained` writes them.
+
+        Args:
+            mean: Mean of each latent channel, D numbers.
+            std: Standard deviation of each latent channel, D numbers above 0.
+
+        Raises:
+            EarVAEError: They are not D finite numbers each, or a standard deviation is not above 0.
+        """
+        try:
+            listed = [tuple(map(float, values)) for values in (mean, std)]
+        except (TypeError, ValueError) as error:
+            raise EarVAEError(f"mean and std must be {self.latent_dim} numbers each") from error
+        self.config = replace(self.config, latents_mean=listed[0], latents_std=listed[1])
+
+    def silence(self, num_frames: int) -> Tensor:
+        """Returns the latents of digital silence, with which generative models pad: they are not zeros.
+
+        What `encode(torch.zeros(C, num_frames * downsampling_ratio)).mode()` gives. Frames that do not see
+        the edges are all alike, so that any length costs what a short one does.
+
+        Args:
+            num_frames: Number of latent frames N, at least 1.
+
+        Returns:
+            Latents [D, N] in float32 (float64 for a float64 model), on the model's device.
+
+        Raises:
+            EarVAEError: `num_frames` is no integer of 1 or more.
+        """
+        frames = whole_number(num_frames, "num_frames", lowest=1)
+        ratio = self.downsampling_ratio
+        before, after = (-(-reach // ratio) for reach in encoder_reach(self.encoder, ratio))
+        computed = min(frames, before + 1 + after)
+        audio = torch.zeros(self.audio_channels, computed * ratio, dtype=self.dtype, device=self.device)
+        with torch.no_grad():
+            latents = self.encode(audio).mode()
+        middle = latents[:, before : before + 1].expand(-1, frames - computed)
+        return torch.cat([latents[:, :before], middle, latents[:, before:]], dim=1)
+
     def optimize_for_inference(self) -> None:
         """Prepares for many passes that record no gradient, on the device where the model is now.
 
@@ -378,6 +465,21 @@ class EarVAE(Autoencoder):
 
     def _as_latents(self, latents: Tensor | np.ndarray) -> tuple[Tensor, bool]:
         return as_latent_batch(latents, self.latent_dim)
+
+    def _with_statistics(self, latents: Tensor | np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents as a tensor, and the statistics as [D, 1] in float32 at least."""
+        if self.config.latents_mean is None or self.config.latents_std is None:
+            raise EarVAEError(
+                f"{self.name} has no latent statistics to normalize with; measure them with ear-vae "
+                "statistics DATASET --into MODEL, or give them with EarVAE.set_latent_statistics"
+            )
+        z, squeeze = self._as_latents(latents)
+        dtype = torch.promote_types(z.dtype, torch.float32)
+        mean, std = (
+            torch.tensor(values, dtype=dtype, device=z.device)[:, None]
+            for values in (self.config.latents_mean, self.config.latents_std)
+        )
+        return (z[0] if squeeze else z), mean, std
 
     def _runner(self, tile_frames: int | None = None) -> Runner:
         if tile_frames is not None:

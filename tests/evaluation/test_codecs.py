@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import soundfile
 import torch
+from huggingface_hub import constants, file_download
 from torch import Tensor
 
 from ear_vae import EarVAEError
@@ -206,6 +208,34 @@ def test_what_cannot_be_loaded_says_so_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(EarVAEError, match=r"dac=.*: cannot be loaded from .*nowhere: ") as raised:
         CodecSystem("dac=nowhere", str(tmp_path / "nowhere"), CODECS["dac"], CPU)
     assert "\n" not in str(raised.value)
+
+
+def test_without_a_connection_no_library_asks_the_hub_again_and_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Their clients would try for half a minute; what is in the cache loads all the same."""
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    template = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"  # nobody listens there
+    for module in (constants, file_download):
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("waited"))
+    asked: list[bool] = []
+
+    def build(source: str, device: torch.device, *, local_files_only: bool) -> Any:
+        asked.append(local_files_only)
+        if source == "someone/new":
+            raise OSError("couldn't connect")
+        return torch.nn.Linear(1, 1), 44_100, 1, lambda audio: audio
+
+    codec = codecs.Codec("someone/cached", "a library", build)
+    assert CodecSystem("dac", "someone/cached", codec, CPU).sample_rate == 44_100
+    with pytest.raises(
+        EarVAEError, match=r"someone/new: couldn't connect; the Hub cannot be asked .*=FOLDER"
+    ):
+        CodecSystem("dac=someone/new", "someone/new", codec, CPU)
+    assert asked == [True, True]
 
 
 def test_other_names_are_models(tmp_path: Path) -> None:

@@ -123,7 +123,11 @@ def test_the_function_goes_on_where_the_command_was_interrupted(
     out = tmp_path / "out.json"
     good = (folders[1] / "1.wav").read_bytes()
     (folders[1] / "1.wav").write_text("not audio")
-    assert command("evaluate", *folders, "--json", out).returncode == 1
+    failed = command("evaluate", *folders, "--json", out)
+    assert failed.returncode == 1
+    (kept,) = tmp_path.glob("*.partial*")
+    assert f"finished comparisons are kept in {kept}, from which the same command goes on" in failed.stderr
+    assert "OUT.json.partial.jsonl" in command("evaluate", "--help").stdout
     (folders[1] / "1.wav").write_bytes(good)
     assert evaluate(*folders, jobs=1).reused == 0
     found = evaluate(*folders, json=out, jobs=1)
@@ -198,10 +202,31 @@ def test_a_page_is_small_unless_asked_otherwise_and_counts_one_excerpt(tmp_path:
     assert finished.returncode == 0, finished.stderr
     assert 8e6 < out.stat().st_size < 10e6
     assert re.search(r"excerpts were shortened to \d\.\d s to keep the page below 10 MB", finished.stderr)
-    more = ("--seconds", 30, "--megabytes", 3, "--force")
+    # Nobody asked for that many.
+    assert "the originals hold" not in finished.stderr
+    more = ("--seconds", 30, "--megabytes", 3, "--force", "--excerpts", 4)
     finished = command("report", out, tmp_path / "music", *systems, *more)
     assert "the originals hold 1 excerpt of 30 s, not 4" in finished.stderr
     assert f"{out}: 1 excerpt of up to " in finished.stderr
+
+
+def test_the_obvious_is_understood(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """A page without an extension; systems without names: a folder with an equals sign, and a file."""
+    pair = [folder / "0.wav" for folder in folders]
+    named = folders[1].with_name("a=b")
+    folders[1].rename(named)
+    for original, system, name in (
+        (folders[0], named, "a=b"),
+        (pair[0], named / "0.wav", "0"),
+        (pair[0], f"x={named / '0.wav'}", "x"),
+    ):
+        page = tmp_path / f"page {name}"
+        options = ("--system", system, "--seconds", 0.5)
+        finished = command("report", page, original, *options)
+        assert finished.returncode == 0, finished.stderr
+        assert finished.stderr.startswith(f"{page}.html: ")
+        assert data_of(Path(f"{page}.html"))["systems"] == ["Original", name]
+        assert not page.exists()
 
 
 def test_no_name_gets_out_of_the_page(tmp_path: Path) -> None:

@@ -390,7 +390,7 @@ def test_what_cannot_be_shown(folders: Path, capsys: pytest.CaptureFixture[str])
     out = folders / "out.html"
     for arguments, message in (
         ((out,), "give the folder of the originals"),
-        ((out, original), "at least one --system"),
+        ((out, original), "rebuilt audio with --system NAME=FOLDER"),
         ((out, original, "--system", good, "--system", f"good={bad}"), "two systems are called good"),
         ((out, original, "--system", f"={bad}"), "a system has no name"),
         ((folders / "no" / "out.html", original, "--system", good), "does not exist"),

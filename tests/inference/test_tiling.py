@@ -275,11 +275,11 @@ def test_what_a_tile_of_a_gpu_takes(
     name: str, fused: bool, activations: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Counted on shapes alone, each Snake being one pass, as on a GPU."""
-    monkeypatch.setattr("ear_vae.network.blocks.snake", lambda x, *_, compiled: torch.empty_like(x))
+    monkeypatch.setattr("ear_vae.network.blocks.snake", lambda x, *_, **__: torch.empty_like(x))
     monkeypatch.setattr("ear_vae.network.blocks.fuses_sums", lambda x: fused)
     monkeypatch.setattr(
         "ear_vae.network.blocks.snake_of_sum",
-        lambda x, *logs, keep_sum: torch.ops.ear_vae.snake(*x.take(), *logs, keep_sum),
+        lambda x, *logs, keep_sum, **_: torch.ops.ear_vae.snake(*x.take(), *logs, keep_sum),
     )
     with torch.device("meta"):
         config = EarVAEConfig()

@@ -289,6 +289,9 @@ def test_reconstruction_figures(
     assert benchmark.main([str(tmp_path), "--pattern", "**/gt.*", *options]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[-1] for line in lines] == ["file", "gt.wav", "median"]
+    # In per cent, as in every table.
+    assert lines[0].split()[4:6] == ["ICPC", "%"]
+    assert float(lines[1].split()[3]) > 1
     assert json.loads(json_file.read_text(encoding="utf-8"))["gt.wav"].keys() == {
         *benchmark.COLUMNS,
         *benchmark.WHOLE_COLUMNS,

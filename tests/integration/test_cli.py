@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,9 @@ from safetensors.torch import load_file
 
 from ear_vae import EarVAE, __version__
 from ear_vae.cli import main
+from ear_vae.evaluation.pairs import find_pairs, find_targets
 from ear_vae.latents import load_latents
+from ear_vae.training.data.sources import Policy, find_usable_files
 
 RATE = 44_100
 
@@ -98,14 +101,24 @@ def test_folders_are_mirrored_and_finished_work_is_kept(
     out = tmp_path / "in" / "out"
     arguments = ["reconstruct", str(music), str(out), "--model", str(small_model)]
     assert main(arguments) == 1
-    produced = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+    produced = sorted(
+        str(path.relative_to(out)) for path in out.rglob("*.*") if path.name[0] != "." and path.is_file()
+    )
     assert produced == ["a.wav", "deep er/-b.wav"]
     errors = capsys.readouterr().err
     assert errors.count("ear-vae: ") == 2
     assert f"ear-vae: {music / 'bad.mp3'}: not audio" in errors
-    assert "1 of 3 files failed" in errors
+    assert "1 of 3 files failed\n" in errors
+    assert main(arguments) == 1
+    errors = capsys.readouterr().err
+    assert (
+        f"2 of 3 outputs exist, kept (--force to redo them): {out / 'a.wav'}, {out / 'deep er/-b.wav'}"
+        in errors
+    )
+    assert "1 of 3 files failed; 2 outputs existed already and were kept" in errors
     (music / "bad.mp3").unlink()
     (out / "a.wav").write_bytes(b"mine")
+    (out / "deep er" / "-b.wav").unlink()
     assert main(arguments) == 0
     assert "a.wav: exists, kept" in capsys.readouterr().err
     assert (out / "a.wav").read_bytes() == b"mine"
@@ -113,6 +126,50 @@ def test_folders_are_mirrored_and_finished_work_is_kept(
     assert soundfile.info(out / "a.flac").subtype == "PCM_24"
     assert main([*arguments, "--force"]) == 0
     assert soundfile.info(out / "a.wav").frames == RATE // 2
+
+
+def test_what_was_rebuilt_is_no_input_unless_it_is_named(
+    tmp_path: Path, small_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside a song, in a folder inside its own with whatever name, and beside its folder."""
+    monkeypatch.chdir(tmp_path)
+    write(Path("music/song.wav"), 0.05)
+    write(Path("music/album/two.wav"), 0.05)
+    write(Path("music/mine/three.wav"), 0.05)
+    model = ["--model", str(small_model), "--quiet"]
+    runs = (["music/song.wav"], ["music", "music/first"], ["music/album"], ["music", "music/second"])
+    for arguments in (*runs, ["music", "music/mine"], ["music", "out"]):
+        assert main(["reconstruct", *arguments, *model]) == 0
+
+    def outputs(folder: str) -> list[str]:
+        return sorted(path.relative_to(folder).as_posix() for path in Path(folder).rglob("*.wav"))
+
+    originals = ["album/two.wav", "mine/three.wav", "song.wav"]
+    assert outputs("music/first") == outputs("music/second") == originals
+    assert outputs("music/album.rebuilt") == ["two.wav"]
+    # A folder that holds music of its own stays one of music.
+    assert outputs("out") == [
+        "album/two.wav",
+        "mine/album/two.wav",
+        "mine/song.wav",
+        "mine/three.wav",
+        "song.wav",
+    ]
+    assert main(["encode", "music", "latents", *model[:2]]) == 0
+    assert (
+        "left out: 8 files that were rebuilt from others (music/album.rebuilt/two.wav, "
+        in capsys.readouterr().err
+    )
+    assert len(list(Path("latents").rglob("*.safetensors"))) == 5
+    # Nor are they originals to measure against, or to train on.
+    assert [pair.name for pair in find_targets(Path("music")).pairs] == sorted(
+        name.removesuffix(".wav") for name in outputs("out")
+    )
+    assert find_pairs(Path("music"), Path("music/first")).without_estimate == ("mine/album/two", "mine/song")
+    assert len(find_usable_files([Path("music")], Policy(), cache_dir=tmp_path)) == 5
+    for folder in ("music/first", "music/album.rebuilt"):
+        assert main(["reconstruct", folder, f"again/{folder}", *model]) == 0
+        assert outputs(f"again/{folder}") == outputs(folder)
 
 
 def test_two_inputs_for_one_output_stop_before_any_work(
@@ -161,8 +218,20 @@ def test_info(tmp_path: Path, small_model: Path, capsys: pytest.CaptureFixture[s
     assert (found[latents]["kind"], found[latents]["shape"]) == ("latents", [64, 22])
     assert (found[small_model]["kind"], found[small_model]["channels"]) == ("model", 4)
     assert found[small_model]["weights_sha256"] == found[latents]["weights_sha256"]
-    assert main(["info", str(small_model)]) == 0
-    assert "parameters" in capsys.readouterr().out
+    shown = ""
+    for thing in (source, latents, small_model):
+        assert main(["info", str(thing)]) == 0
+        shown += re.sub(r" +", " ", capsys.readouterr().out)
+    rate = f"{found[latents]['latent_rate']:.6g}"
+    for line in (
+        "sample_rate 44100 Hz",
+        "duration_seconds 0.5 s",
+        "num_samples 22050 samples per channel",
+        f"latent_rate {rate} frames per second",
+        "shape [64, 22] (channels, frames)",
+        f"parameters {found[small_model]['parameters']} weights",
+    ):
+        assert f"\n{line}\n" in shown
 
 
 def test_convert_to_half_the_size(
@@ -263,6 +332,7 @@ def test_help_is_there_before_torch_would_be() -> None:
 INTERRUPTED = """
 import signal, sys
 from ear_vae.cli import main
+from ear_vae.evaluation.pairs import find_pairs, find_targets
 from ear_vae.vae import EarVAE
 signal.signal(signal.SIGINT, signal.default_int_handler)
 whole = EarVAE.decode_stream

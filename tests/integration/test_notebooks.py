@@ -33,6 +33,18 @@ def printed_by(path: Path, song: Path | None = None) -> list[str]:
     return "".join(output.get("text", "") for output in outputs).splitlines()
 
 
+def test_threads_do_not_spin_while_they_wait(repository: Path) -> None:
+    """The way of waiting is read when torch is loaded, so it is chosen before any import that loads it."""
+    notebooks = sorted((repository / "notebooks").glob("*.ipynb"))
+    assert len(notebooks) == 3
+    for path in notebooks:
+        cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+        assert 'os.environ.setdefault("OMP_WAIT_POLICY", "passive")' in cells[0]
+        assert [line for line in cells[0].splitlines() if "import" in line and line[0] != "#"] == [
+            "import os"
+        ]
+
+
 def si_sdr_of(lines: list[str]) -> list[float]:
     return [float(line.split("SI-SDR")[1].split()[0]) for line in lines]
 
@@ -53,6 +65,7 @@ def test_finetune(repository: Path) -> None:
     """A few careful steps change the model a little, and do not break it."""
     lines = printed_by(repository / "notebooks" / "02_finetune.ipynb")
     assert "10 steps, 0 of them left out" in lines
+    assert not any("Tip:" in line or "TPU" in line for line in lines)
     before, after = si_sdr_of([line for line in lines if "SI-SDR" in line])
     assert before != after
     assert after == pytest.approx(before, abs=1.0)
@@ -79,6 +92,21 @@ def test_evaluate(repository: Path) -> None:
 
 
 @pytest.mark.slow
+def test_latent_flow(repository: Path) -> None:
+    """Channels become alike, passes differ, and the flow knows more than nothing."""
+    lines = printed_by(repository / "notebooks" / "06_latent_flow.ipynb")
+    (song,) = (line for line in lines if line.startswith("piece.ogg"))
+    length = soundfile.info(repository / "examples" / "piece.ogg").frames
+    assert song == f"piece.ogg: {-(-length // 256)} frames, 24.3 s"
+    (normal,) = (line for line in lines if line.startswith("normalized"))
+    assert all(float(word) == pytest.approx(1, abs=0.01) for word in normal.split(" ")[1::2])
+    starts = [line.split("from")[1] for line in lines if line.startswith("crop")]
+    assert len(set(starts)) == 2
+    before, after = (float(line.split(": loss")[1]) for line in lines if ": loss" in line)
+    assert 0.5 < after < before - 0.01
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["01_reconstruct.ipynb", "02_finetune.ipynb", "03_evaluate.ipynb"])
 @pytest.mark.parametrize(("song", "rate", "channels"), [("a.mp3", 48_000, 2), ("a.wav", 44_100, 1)])
 def test_your_own_file(
@@ -94,4 +122,9 @@ def test_your_own_file(
 
 def test_every_notebook_is_tested(repository: Path) -> None:
     names = {path.name for path in (repository / "notebooks").glob("*.ipynb")}
-    assert names == {"01_reconstruct.ipynb", "02_finetune.ipynb", "03_evaluate.ipynb"}
+    assert names == {
+        "01_reconstruct.ipynb",
+        "02_finetune.ipynb",
+        "03_evaluate.ipynb",
+        "06_latent_flow.ipynb",
+    }

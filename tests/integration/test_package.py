@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -113,3 +114,28 @@ def test_distributions_are_complete(repository: Path, tmp_path: Path) -> None:
     metadata = wheel.read(f"{name}.dist-info/METADATA").decode()
     assert "Requires-Dist: torch>=2.7\n" in metadata
     assert "Classifier: Typing :: Typed\n" in metadata
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+@pytest.mark.parametrize("code", [0, 1])
+def test_the_scripts_show_what_pip_is_at_and_all_of_it_if_it_fails(tmp_path: Path, code: int) -> None:
+    pip = tmp_path / "venv" / "bin" / "python"
+    pip.parent.mkdir(parents=True)
+    says = "Collecting torch\n  Downloading torch-9.whl (188.1 MB)\nRequirement already satisfied: numpy\n"
+    pip.write_text(f"#!/bin/sh\ncase $* in *show*) exit 0;; esac\nprintf '{says}'\nexit {code}\n")
+    pip.chmod(0o755)
+    script = "set -euo pipefail; . scripts/environment; install .; echo installed"
+    result = subprocess.run(
+        ["bash", "-c", script],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "VENV": str(tmp_path / "venv")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == code
+    assert re.search(r"a download of about \d+ MB", result.stderr)
+    assert re.search(r"\d+ s  Downloading torch-9\.whl \(188\.1 MB\)\n", result.stderr)
+    assert (says in result.stderr) == bool(code)
+    assert result.stdout == ("" if code else "installed\n")
+    assert (tmp_path / "venv" / "installed").exists() != bool(code)

@@ -334,15 +334,18 @@ def test_files_that_are_missing_damaged_or_of_others(exported: Path, vae: EarVAE
         EarVAEOnnx(folder)
 
 
+@pytest.mark.parametrize("layout", ["onnx", "torch-export", "diffusers"])
+def test_a_folder_that_is_taken_stays(layout: str, model: Path, tmp_path: Path) -> None:
+    if layout == "diffusers":
+        pytest.importorskip("diffusers")
+    (tmp_path / "encoder.onnx").write_text("mine")
+    ran = ear_vae("convert", model, tmp_path, "--to", layout)
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert "exists already; remove it, or overwrite it (--force)" in ran.stderr
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
 def test_what_the_command_refuses(model: Path, tmp_path: Path) -> None:
-    taken = tmp_path / "taken"
-    taken.mkdir()
-    (taken / "encoder.onnx").write_text("mine")
-    for layout in ("onnx", "torch-export", "diffusers"):
-        ran = ear_vae("convert", model, taken, "--to", layout)
-        assert (ran.returncode, ran.stdout) == (1, "")
-        assert "exists already; remove it, or overwrite it (--force)" in ran.stderr
-    assert [path.read_text() for path in taken.iterdir()] == ["mine"]
     ran = ear_vae("convert", model, tmp_path / "x", "--to", "onnx", "--dtype", "bfloat16")
     assert "--dtype bfloat16 is not for --to onnx; choose float32 or float16" in ran.stderr
     ran = ear_vae("convert", model, tmp_path / "x", "--to", "diffusers", "--dtype", "float16")

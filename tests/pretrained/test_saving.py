@@ -13,75 +13,70 @@ from ear_vae import EarVAE, EarVAEConfig, EarVAEError
 from ear_vae.pretrained import convert
 from ear_vae.training import EarVAEModule
 
-CONFIG = EarVAEConfig(
-    channels=2,
-    channel_multipliers=(1, 2),
-    strides=(2, 4),
-    latent_dim=4,
-    transformer_depth=0,
-    transformer_head_dim=2,
-)
+
+def in_training(config: EarVAEConfig) -> EarVAE:
+    return EarVAEModule(config).vae
 
 
-def in_training() -> EarVAE:
-    return EarVAEModule(CONFIG).vae
-
-
-def not_finite() -> EarVAE:
-    vae = EarVAE(CONFIG).requires_grad_(False)
+def not_finite(config: EarVAEConfig) -> EarVAE:
+    vae = EarVAE(config).requires_grad_(False)
     vae.encoder.conv_in.weight[0, 0, 0] = torch.nan
     return vae
 
 
-def beyond_float32() -> EarVAE:
-    vae = EarVAE(CONFIG).double().requires_grad_(False)
+def beyond_float32(config: EarVAEConfig) -> EarVAE:
+    vae = EarVAE(config).double().requires_grad_(False)
     vae.encoder.conv_in.weight[0, 0, 0] = 1e300
     return vae
 
 
-def without_values() -> EarVAE:
-    return EarVAE(CONFIG).to("meta")
+def without_values(config: EarVAEConfig) -> EarVAE:
+    return EarVAE(config).to("meta")
 
 
-def pruned() -> EarVAE:
-    vae = EarVAE(CONFIG)
+def pruned(config: EarVAEConfig) -> EarVAE:
+    vae = EarVAE(config)
     prune.l1_unstructured(vae.encoder.conv_in, "weight", 0.5)
     return vae
 
 
-def wrapped() -> EarVAE:
-    vae = EarVAE(CONFIG)
+def wrapped(config: EarVAEConfig) -> EarVAE:
+    vae = EarVAE(config)
     vae.encoder = torch.compile(vae.encoder)  # compiles nothing before it runs
     return vae
 
 
 @pytest.mark.parametrize("make", [in_training, not_finite, beyond_float32, without_values, pruned, wrapped])
-def test_a_model_that_could_not_be_loaded_is_not_written(make: Callable[[], EarVAE], tmp_path: Path) -> None:
-    whole = EarVAE(CONFIG)
+def test_a_model_that_could_not_be_loaded_is_not_written(
+    make: Callable[[EarVAEConfig], EarVAE], least_config: EarVAEConfig, tmp_path: Path
+) -> None:
+    whole = EarVAE(least_config)
     whole.save_pretrained(tmp_path / "old")
     for folder in ("new", "old"):
         with pytest.raises(EarVAEError, match="nothing was written: a model in training is written by"):
-            make().save_pretrained(tmp_path / folder)
+            make(least_config).save_pretrained(tmp_path / folder)
     assert not (tmp_path / "new").exists()
     assert EarVAE.from_pretrained(tmp_path / "old").weights_sha256 == whole.weights_sha256
 
 
-def test_a_name_that_is_none_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_name_that_is_none_leaves_nothing_behind(least_config: EarVAEConfig, tmp_path: Path) -> None:
     with pytest.raises(TypeError):
-        EarVAE(CONFIG, name=None).save_pretrained(tmp_path / "model")  # type: ignore[arg-type]
+        EarVAE(least_config, name=None).save_pretrained(tmp_path / "model")  # type: ignore[arg-type]
     assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, "bfloat16"])
-def test_weights_are_stored_in_floating_point(dtype: torch.dtype, tmp_path: Path) -> None:
-    EarVAE(CONFIG).save_pretrained(tmp_path / "model")
+def test_weights_are_stored_in_floating_point(
+    dtype: torch.dtype, least_config: EarVAEConfig, tmp_path: Path
+) -> None:
+    EarVAE(least_config).save_pretrained(tmp_path / "model")
     with pytest.raises(EarVAEError, match="weights cannot be stored as"):
         convert(tmp_path / "model", tmp_path / "converted", dtype=dtype)
     assert not (tmp_path / "converted").exists()
 
 
-def test_weights_beyond_float16_are_not_stored_in_it(tmp_path: Path) -> None:
-    vae = EarVAE(CONFIG).requires_grad_(False)
+def test_weights_beyond_float16_are_not_stored_in_it(least_config: EarVAEConfig, tmp_path: Path) -> None:
+    vae = EarVAE(least_config).requires_grad_(False)
     vae.encoder.conv_in.weight[0, 0, 0] = 1e6
     vae.save_pretrained(tmp_path / "model")
     with pytest.raises(
@@ -91,8 +86,8 @@ def test_weights_beyond_float16_are_not_stored_in_it(tmp_path: Path) -> None:
     assert not (tmp_path / "converted").exists()
 
 
-def test_there_are_two_layouts_to_convert_to(tmp_path: Path) -> None:
-    EarVAE(CONFIG).save_pretrained(tmp_path / "model")
+def test_there_are_two_layouts_to_convert_to(least_config: EarVAEConfig, tmp_path: Path) -> None:
+    EarVAE(least_config).save_pretrained(tmp_path / "model")
     with pytest.raises(EarVAEError, match="to must be 'folder' or 'official', got 'Folder'"):
         convert(tmp_path / "model", tmp_path / "converted", to="Folder")  # type: ignore[arg-type]
     assert not (tmp_path / "converted").exists()

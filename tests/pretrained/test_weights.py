@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ear_vae import EarVAE, EarVAEConfig, EarVAEError
 from ear_vae.pretrained import convert
 from ear_vae.pretrained.folder import write_folder
-from ear_vae.pretrained.official_state_dict import from_official, to_official
+from ear_vae.pretrained.layouts.official_state_dict import from_official, to_official
 
 TINY = EarVAEConfig(
     channels=4, channel_multipliers=(1, 2), strides=(2, 4), latent_dim=32, transformer_depth=1
@@ -85,7 +85,7 @@ def test_the_same_object_saved_again_gives_the_same_bytes(vae: EarVAE, tmp_path:
 def test_nothing_in_pretrained_needs_the_model_class() -> None:
     code = (
         "import importlib, pkgutil, sys, ear_vae.pretrained as room\n"
-        "for module in pkgutil.iter_modules(room.__path__, 'ear_vae.pretrained.'):\n"
+        "for module in pkgutil.walk_packages(room.__path__, 'ear_vae.pretrained.'):\n"
         "    importlib.import_module(module.name)\n"
         "print('ear_vae.vae' in sys.modules, 'huggingface_hub' in sys.modules, 'torch' in sys.modules)"
     )
@@ -290,14 +290,19 @@ def test_official_tensors_that_do_not_fit(folder: Path, tmp_path: Path, cache: P
     state = torch.load(weights, weights_only=True)
     key = "encoder.layers.0.weight_v"
     for changed, problem in (
-        ({k: v for k, v in state.items() if k != key}, f"missing {key}"),
-        ({**state, key: state[key][:1]}, rf"{key} is \[1, 2, 7\] instead of \[4, 2, 7\]"),
+        ({k: v for k, v in state.items() if k != key}, "missing encoder.layers.0.weight"),
+        ({**state, key: state[key][:1]}, rf"damaged: {key} is \[1, 2, 7\], .*weight_g is \[4, 1, 1\]"),
+        ({**state, key: state[key][:, :1]}, r"layers.0.weight is \[4, 1, 7\] instead of \[4, 2, 7\]"),
         ({**state, "discriminator.weight": torch.zeros(2)}, "unexpected discriminator.weight"),
         (
             {**state, "transformers.layers.0.pre_norm.beta": torch.ones(32)},
-            "a norm of the transformer has a bias",
+            "the transformer has a norm with a bias .*pre_norm.beta",
         ),
-        ({k: v for k, v in state.items() if "weight_" not in k}, "not official"),
+        (
+            {**state, "transformers.rotary_pos_emb.inv_freq": torch.ones(16)},
+            "the transformer has frequencies that the published network has not",
+        ),
+        ({k: v for k, v in state.items() if "weight_" not in k}, "missing encoder.layers.0.weight"),
     ):
         torch.save(changed, weights)
         with pytest.raises(EarVAEError, match=rf"tiny\.pyt: .*{problem}"):

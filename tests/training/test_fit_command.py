@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,11 +19,12 @@ import torch
 from ear_vae import EarVAE
 from ear_vae.cli import main
 from ear_vae.cli.fit import shipped_configs
+from ear_vae.training.callbacks import StepProgressBar
 
 SHORT = ["--model.config.channels", "4", "--model.config.channel_multipliers", "[1,2,2,2,2]"]
 SHORT += ["--trainer.accelerator", "cpu", "--data.num_workers", "0", "--data.segment_seconds", "0.1"]
 SHORT += ["--data.batch_size", "1", "--data.segments_per_epoch", "10"]
-ADVERTISEMENTS = ("Tip:", "litlogger", "litmodels", "tensorboardX")
+NOISE = ("Tip:", "litlogger", "litmodels", "tensorboardX", "TPU", "FLOPs", "stopped: `max_steps")
 
 
 def ear_vae(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -55,7 +58,7 @@ def first(music: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[s
 def test_a_run_ends_with_where_the_model_is_and_how_to_go_on(first: tuple[list[str], Path, str]) -> None:
     _, root, shown = first
     assert f"model: {root / 'model'}\n" in shown
-    assert not any(word in shown for word in ADVERTISEMENTS)
+    assert not any(word in shown for word in NOISE)
     (command,) = re.findall(r"train further with: ear-vae (.*)", shown)
     result = ear_vae(*shlex.split(command))
     assert result.returncode == 0, result.stderr
@@ -67,6 +70,19 @@ def test_a_run_ends_with_where_the_model_is_and_how_to_go_on(first: tuple[list[s
     )
     assert ("100", "4", "4") in {bar[:3] for bar in bars}
     assert {bar[2] for bar in bars} == {"4"}
+    weights = sum(tensor.numel() for tensor in EarVAE.from_pretrained(root / "model").state_dict().values())
+    assert f"training a model of {weights / 1e6:.2g} M weights on cpu, up to step 4\n" in result.stderr
+
+
+def test_a_resumed_bar_goes_on_with_the_smoothed_loss() -> None:
+    bar, resumed, foreign = StepProgressBar(), StepProgressBar(), StepProgressBar()
+    trainer: Any = SimpleNamespace(callback_metrics={"train/total": torch.tensor(8.0)})
+    assert bar.get_metrics(trainer, trainer) == {"total": "8.000"}
+    resumed.load_state_dict(bar.state_dict())
+    trainer.callback_metrics["train/total"] = torch.tensor(3.0)
+    assert resumed.get_metrics(trainer, trainer) == {"total": "7.500"}
+    foreign.load_state_dict({"smoothed": "a text"})
+    assert foreign.get_metrics(trainer, trainer) == {"total": "3.000"}
 
 
 def test_a_second_run_does_not_replace_the_first(
@@ -198,3 +214,24 @@ def test_another_optimizer_from_a_config(
     other = ["--model.optimizer.algorithm", "null", "--model.optimizer.schedule", "null"]
     assert main([*command, *other, "--ckpt_path", str(last)]) == 1
     assert "optimizers: ['SGD'] there, ['AdamW'] here" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_readmes_training_in_python_says_what_it_does_and_no_more(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "Trainer" in block)
+    code = code.replace("max_steps=1000", "max_steps=2").replace(
+        "segment_seconds=0.75", "segment_seconds=0.1"
+    )
+    for folder in ("MUSIC", "OTHER_MUSIC"):
+        (tmp_path / folder).mkdir()
+        noise = 0.1 * np.random.default_rng(0).standard_normal((9 * 44_100, 2))
+        soundfile.write(tmp_path / folder / "a.wav", noise, 44_100)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    shown = result.stdout + result.stderr
+    assert re.search(r"100%.* 2/2 .*total=", shown)
+    assert not any(word in shown for word in (*NOISE, "SIGTERM"))
+    assert EarVAE.from_pretrained(tmp_path / "my-model").latent_dim == 64

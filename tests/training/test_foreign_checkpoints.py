@@ -28,22 +28,20 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The number of training batches"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
 ]
-CONFIG = EarVAEConfig(
-    channels=2,
-    channel_multipliers=(1, 2),
-    strides=(2, 4),
-    latent_dim=4,
-    transformer_depth=0,
-    transformer_head_dim=2,
-)
 OBJECTIVE = ObjectiveConfig(window_sizes=(64,))
 
 
-def module(**settings: Any) -> EarVAEModule:
-    given = {"objective": OBJECTIVE, "optimizer": OptimizerConfig(warmup_steps=0), **settings}
-    if "pretrained" not in given:
-        given.setdefault("config", CONFIG)
-    return EarVAEModule(**given)
+@pytest.fixture(scope="module")
+def module(least_config: EarVAEConfig) -> Callable[..., EarVAEModule]:
+    """Makes a module with some settings of its own."""
+
+    def make(**settings: Any) -> EarVAEModule:
+        given = {"objective": OBJECTIVE, "optimizer": OptimizerConfig(warmup_steps=0), **settings}
+        if "pretrained" not in given:
+            given.setdefault("config", least_config)
+        return EarVAEModule(**given)
+
+    return make
 
 
 def segments(value: float = 0.1) -> DataLoader:
@@ -51,34 +49,40 @@ def segments(value: float = 0.1) -> DataLoader:
     return DataLoader(list(audio), batch_size=2)
 
 
-def train(
-    root: Path,
-    steps: int,
-    *,
-    model: EarVAEModule | None = None,
-    resume: Path | None = None,
-    callbacks: list[L.Callback] | None = None,
-    validation: bool = False,
-    **settings: Any,
-) -> L.Trainer:
-    trainer = L.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        default_root_dir=root,
-        callbacks=[Checkpoints(every_n_steps=2)] if callbacks is None else callbacks,
-        **settings,
-    )
-    excerpts = DataLoader([0.1 * torch.randn(2, 4096)], batch_size=1) if validation else None
-    trainer.fit(model or module(), segments(), excerpts, ckpt_path=resume, weights_only=True)
-    return trainer
+@pytest.fixture(scope="module")
+def train(module: Callable[..., EarVAEModule]) -> Callable[..., L.Trainer]:
+    """Trains a module for some steps, with checkpoints below a folder."""
+
+    def run(
+        root: Path,
+        steps: int,
+        *,
+        model: EarVAEModule | None = None,
+        resume: Path | None = None,
+        callbacks: list[L.Callback] | None = None,
+        validation: bool = False,
+        **settings: Any,
+    ) -> L.Trainer:
+        trainer = L.Trainer(
+            max_steps=steps,
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            default_root_dir=root,
+            callbacks=[Checkpoints(every_n_steps=2)] if callbacks is None else callbacks,
+            **settings,
+        )
+        excerpts = DataLoader([0.1 * torch.randn(2, 4096)], batch_size=1) if validation else None
+        trainer.fit(model or module(), segments(), excerpts, ckpt_path=resume, weights_only=True)
+        return trainer
+
+    return run
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, train: Callable[..., L.Trainer]) -> Path:
     root = tmp_path_factory.mktemp("run")
     train(root, 2)
     return root / "checkpoints" / "last.ckpt"
@@ -95,7 +99,9 @@ def forged(checkpoint: Path, place: Path, forge: Callable[[dict[str, Any]], Any]
 @pytest.mark.filterwarnings("ignore:.*could not find the monitored key")
 @pytest.mark.parametrize("own_callback", [True, False])
 @pytest.mark.parametrize("name", ["{folder}/../victim", "memory://victim/best.ckpt"])
-def test_a_checkpoint_cannot_have_anything_removed(tmp_path: Path, own_callback: bool, name: str) -> None:
+def test_a_checkpoint_cannot_have_anything_removed(
+    tmp_path: Path, own_callback: bool, name: str, train: Callable[..., L.Trainer]
+) -> None:
     """Lightning removes the best checkpoints of a resumed run as better ones come, whatever is there."""
     folder, victim = tmp_path / "checkpoints", tmp_path / "victim"
     victim.mkdir()
@@ -147,7 +153,11 @@ def test_the_card_shows_what_is_in_a_checkpoint_as_text(checkpoint: Path, tmp_pa
 
 @pytest.mark.parametrize("where", ["settings", "AudioDataModule"])
 def test_what_a_resumed_checkpoint_says_cannot_steer_a_terminal(
-    where: str, checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    where: str,
+    checkpoint: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    train: Callable[..., L.Trainer],
 ) -> None:
     from ear_vae.training.checkpoint_reading import changes
 
@@ -219,7 +229,11 @@ def trained_number(content: dict[str, Any]) -> None:
     ],
 )
 def test_a_damaged_checkpoint_is_refused_before_training(
-    forge: Callable[[dict[str, Any]], None], checkpoint: Path, tmp_path: Path
+    forge: Callable[[dict[str, Any]], None],
+    checkpoint: Path,
+    tmp_path: Path,
+    module: Callable[..., EarVAEModule],
+    train: Callable[..., L.Trainer],
 ) -> None:
     model = module()
     before = copy.deepcopy(model.vae.state_dict())
@@ -230,14 +244,18 @@ def test_a_damaged_checkpoint_is_refused_before_training(
         assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-def test_another_kind_of_schedule_is_refused_in_words(checkpoint: Path, tmp_path: Path) -> None:
+def test_another_kind_of_schedule_is_refused_in_words(
+    checkpoint: Path, tmp_path: Path, module: Callable[..., EarVAEModule], train: Callable[..., L.Trainer]
+) -> None:
     other = functools.partial(torch.optim.lr_scheduler.StepLR, step_size=1)
     model = module(optimizer=OptimizerConfig(warmup_steps=2, schedule=other))
     with pytest.raises(EarVAEError, match="schedule is of another kind"):
         train(tmp_path, 4, model=model, resume=checkpoint)
 
 
-def test_a_schedule_by_class_after_a_warm_up_is_resumed(tmp_path: Path) -> None:
+def test_a_schedule_by_class_after_a_warm_up_is_resumed(
+    tmp_path: Path, module: Callable[..., EarVAEModule], train: Callable[..., L.Trainer]
+) -> None:
     decay = functools.partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5)
     settings = OptimizerConfig(warmup_steps=2, schedule=decay, learning_rate=1e-3)
     train(tmp_path / "a", 4, model=module(optimizer=settings))
@@ -263,15 +281,19 @@ def test_damaged_hyper_parameters_are_refused(
         EarVAEModule.load_from_checkpoint(forged(checkpoint, tmp_path / "forged.ckpt", forge))
 
 
-def test_settings_that_a_checkpoint_decides_are_refused(checkpoint: Path) -> None:
+def test_settings_that_a_checkpoint_decides_are_refused(checkpoint: Path, least_config: EarVAEConfig) -> None:
     with pytest.raises(EarVAEError, match="config: the model is that of the checkpoint"):
-        EarVAEModule.load_from_checkpoint(checkpoint, config=CONFIG)
+        EarVAEModule.load_from_checkpoint(checkpoint, config=least_config)
     with pytest.raises(EarVAEError, match="device 'meta' is not available"):
         EarVAEModule.load_from_checkpoint(checkpoint, map_location="meta")
 
 
 @pytest.fixture(scope="module")
-def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def released(
+    tmp_path_factory: pytest.TempPathFactory,
+    module: Callable[..., EarVAEModule],
+    train: Callable[..., L.Trainer],
+) -> Path:
     root = tmp_path_factory.mktemp("released")
     train(root, 2, model=module(discriminator=DISCRIMINATOR))
     return release_model(root / "checkpoints" / "last.ckpt", root / "model", training_state=True)
@@ -290,7 +312,13 @@ DISCRIMINATOR = DiscriminatorConfig(window_sizes=(64,), channels=2, dilations=(1
     ],
 )
 def test_a_damaged_training_state_is_refused(
-    suffix: str, value: float | None, reason: str, released: Path, tmp_path: Path
+    suffix: str,
+    value: float | None,
+    reason: str,
+    released: Path,
+    tmp_path: Path,
+    module: Callable[..., EarVAEModule],
+    train: Callable[..., L.Trainer],
 ) -> None:
     tensors = load_file(released / "training_state.safetensors")
     name = min(key for key in tensors if key.startswith("vae") and key.endswith(suffix))
@@ -305,7 +333,9 @@ def test_a_damaged_training_state_is_refused(
         train(tmp_path, 1, model=model, callbacks=[])
 
 
-def test_moments_of_adamw_are_for_adamw(released: Path, tmp_path: Path) -> None:
+def test_moments_of_adamw_are_for_adamw(
+    released: Path, tmp_path: Path, module: Callable[..., EarVAEModule], train: Callable[..., L.Trainer]
+) -> None:
     model = module(
         pretrained=str(released),
         training_state=str(released / "training_state.safetensors"),

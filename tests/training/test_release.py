@@ -107,9 +107,13 @@ def test_an_existing_model_is_replaced_only_when_asked(
     assert (tmp_path / "model" / "model.safetensors").read_bytes() != before
 
 
-def test_all_it_takes_to_train_on(trained: EarVAEModule, checkpoint: Path, tmp_path: Path) -> None:
+def test_all_it_takes_to_train_on(
+    trained: EarVAEModule, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "model"
     assert main(["release", str(checkpoint), str(folder), "--training-state"]) == 0
+    said = capsys.readouterr().err
+    assert f"{folder}: a model and its training state; use it with --model {folder}\n" in said
     still = OptimizerConfig(learning_rate=0.0, warmup_steps=0)
     module = EarVAEModule(
         pretrained=str(folder),

@@ -10,6 +10,11 @@ from pathlib import Path
 
 from ear_vae.errors import EarVAEError
 
+OUTPUT_MARK = ".ear-vae-output"
+"""Name of the empty file that tells a folder of rebuilt audio inside a folder of music from the music."""
+REBUILT = ".rebuilt"
+"""What the name of a file or folder of rebuilt audio ends with, before the extension, if none is chosen."""
+
 
 @dataclass(frozen=True)
 class Found:
@@ -19,10 +24,20 @@ class Found:
         files: Sorted paths, each beginning with the folder's.
         unreadable: One line, `PATH: reason`, for each subfolder that could not be entered and each file of
             a fitting name that is not there to be read, such as a link that leads nowhere or a pipe.
+        rebuilt: Those of `files` that this package made of others: in a folder with `OUTPUT_MARK` or in
+            `album.rebuilt` beside `album`, other than the folder searched, and `song.rebuilt.wav` beside
+            `song.mp3`.
     """
 
     files: tuple[Path, ...]
     unreadable: tuple[str, ...] = ()
+    rebuilt: tuple[Path, ...] = ()
+
+    @property
+    def originals(self) -> tuple[Path, ...]:
+        """Files that are not `rebuilt`."""
+        rebuilt = set(self.rebuilt)
+        return tuple(path for path in self.files if path not in rebuilt)
 
 
 def find_files(folder: str | os.PathLike[str], extensions: Collection[str]) -> Found:
@@ -43,12 +58,26 @@ def find_files(folder: str | os.PathLike[str], extensions: Collection[str]) -> F
     files: list[Path] = []
     problems: list[OSError] = []
     special: list[str] = []
+    rebuilt: set[Path] = set()
+    outputs: set[str] = set()
     for current, folders, names in os.walk(root, onerror=problems.append):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
+        if OUTPUT_MARK in names and Path(current) != root:
+            outputs.add(current)
+        outputs.update(
+            os.path.join(current, name)
+            for name in folders
+            if current in outputs or (name.endswith(REBUILT) and name.removesuffix(REBUILT) in folders)
+        )
+        fitting = [name for name in names if Path(name).suffix.lower() in extensions]
+        stems = {Path(name).stem for name in fitting}
+        for name in fitting:
             path = Path(current, name)
-            if name.startswith(".") or path.suffix.lower() not in extensions:
+            if name.startswith("."):
                 continue
+            made_of = path.stem.removesuffix(REBUILT)
+            if current in outputs or (made_of != path.stem and made_of in stems):
+                rebuilt.add(path)
             try:
                 # Reading from a pipe would wait for a writer that may never come.
                 if stat.S_ISREG(path.stat().st_mode):
@@ -60,4 +89,5 @@ def find_files(folder: str | os.PathLike[str], extensions: Collection[str]) -> F
     unreadable = sorted([*special, *(f"{problem.filename}: {problem.strerror}" for problem in problems)])
     if any(problem.filename == str(root) for problem in problems):
         raise EarVAEError(unreadable[0])
-    return Found(tuple(sorted(files)), tuple(unreadable))
+    files.sort()
+    return Found(tuple(files), tuple(unreadable), tuple(path for path in files if path in rebuilt))

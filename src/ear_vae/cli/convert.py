@@ -18,8 +18,8 @@ from ear_vae.vae import EarVAE
 
 # What writes a model for a neighbour: module, which needs libraries of its own, and function.
 _EXPORTS = {
-    "onnx": ("ear_vae.integrations.onnx_export", "export_onnx"),
-    "torch-export": ("ear_vae.integrations.torch_export", "export_programs"),
+    "onnx": ("ear_vae.integrations.export.onnx_export", "export_onnx"),
+    "torch-export": ("ear_vae.integrations.export.torch_export", "export_programs"),
     "diffusers": ("ear_vae.integrations.diffusers", "export_diffusers"),
 }
 _DTYPES = {
@@ -46,6 +46,7 @@ def run_convert(options: argparse.Namespace) -> int:
         options.source,
         options.destination,
         to="official" if layout == "official" else "folder",
+        config=options.config,
         variant=options.variant,
         revision=options.revision,
         dtype=getattr(torch, options.dtype),
@@ -61,7 +62,9 @@ def _export(layout: str, options: argparse.Namespace) -> int:
     # Before a model is loaded: the libraries may be missing.
     export: Any = getattr(import_module(module), function)
     destination = Path(options.destination)
-    vae = EarVAE.from_pretrained(options.source, variant=options.variant, revision=options.revision)
+    vae = EarVAE.from_pretrained(
+        options.source, config=options.config, variant=options.variant, revision=options.revision
+    )
     dtype = {"dtype": getattr(torch, options.dtype)} if layout in _DTYPES else {}
     difference = export(vae, destination, overwrite=options.force, **dtype)
     checked = (

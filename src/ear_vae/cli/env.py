@@ -42,15 +42,17 @@ def run_env(options: argparse.Namespace) -> int:
 def facts() -> dict[str, Any]:
     """Returns versions, devices, caches and, under `problems`, a line for each problem with what to do.
 
-    Values are strings, or lists of strings.
+    What looks like a problem but leaves nothing to do is under `notes`. Values are strings, or lists of
+    strings.
     """
     problems: list[str] = []
+    notes: list[str] = []
     found: dict[str, Any] = {
         "ear-vae": f"{__version__} in {Path(__file__).parents[1]}",
         "python": f"{platform.python_version()} on {platform.platform()}",
         "torch": f"{torch.__version__}, {_build()}, {torch.get_num_threads()} threads",
-        "devices": _devices(problems),
-        "torchaudio": _torchaudio(problems),
+        "devices": _devices(problems, notes),
+        "torchaudio": _torchaudio(problems, notes),
         **{name: _version(name) or "missing" for name in _REQUIRED},
         "libsndfile": soundfile.__libsndfile_version__,
         "ffmpeg": _ffmpeg(problems),
@@ -64,7 +66,7 @@ def facts() -> dict[str, Any]:
     }
     if not found["models"]:
         problems.append("no bundled model was found; install the package again")
-    return {**found, "problems": problems}
+    return {**found, "problems": problems, "notes": notes}
 
 
 def _version(package: str) -> str | None:
@@ -80,7 +82,7 @@ def _build() -> str:
     return f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for the CPU alone"
 
 
-def _devices(problems: list[str]) -> list[str]:
+def _devices(problems: list[str], notes: list[str]) -> list[str]:
     devices = ["cpu"]
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
@@ -89,8 +91,8 @@ def _devices(problems: list[str]) -> list[str]:
         devices.append("mps")
     has_driver = shutil.which("nvidia-smi") is not None
     if len(devices) == 1 and torch.version.cuda and not has_driver:
-        problems.append(
-            "this torch is built for CUDA, but there is no NVIDIA driver; without a GPU that is fine"
+        notes.append(
+            "this torch is built for CUDA and there is no NVIDIA driver: nothing to do, unless there is a GPU"
         )
     elif len(devices) == 1 and torch.version.cuda:
         problems.append(
@@ -105,7 +107,7 @@ def _devices(problems: list[str]) -> list[str]:
     return devices
 
 
-def _torchaudio(problems: list[str]) -> str:
+def _torchaudio(problems: list[str], notes: list[str]) -> str:
     version = _version("torchaudio")
     if version is None:
         problems.append("torchaudio is missing; pip install torchaudio")
@@ -113,11 +115,17 @@ def _torchaudio(problems: list[str]) -> str:
     reason = extension_problem()
     if reason is None:
         return f"{version}, its compiled extension fits"
-    problems.append(
-        f"torchaudio {version} does not fit torch {torch.__version__} ({reason}). ear-vae works without its "
-        "compiled extension; other programs that import transformers or diffusers may fail: give them a "
-        "torchaudio made for this torch, from the same package index, or an environment without torchaudio"
-    )
+    beside = [name for name in ("transformers", "diffusers") if _version(name)]
+    if beside:
+        problems.append(
+            f"torchaudio {version} does not fit torch {torch.__version__} ({reason}). Nothing to do for "
+            f"ear-vae; if a program fails on importing {' or '.join(beside)}, give it a torchaudio made "
+            "for this torch, from the same package index, or an environment without torchaudio"
+        )
+    else:
+        notes.append(
+            "torchaudio was compiled for another torch: nothing to do, ear-vae uses its Python part alone"
+        )
     return f"{version}, its compiled extension does not fit this torch and is left out"
 
 

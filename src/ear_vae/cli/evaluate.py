@@ -13,9 +13,10 @@ from ear_vae.cli.models import device_of
 from ear_vae.cli.systems import refuse_options_of_models
 from ear_vae.cli.terminal import is_watched, put, say
 from ear_vae.errors import EarVAEError
-from ear_vae.evaluation.evaluator import Progress, evaluate
+from ear_vae.evaluation.evaluator import Progress, evaluate, partial_file
 from ear_vae.evaluation.pairs import DEFAULT_PATTERN
-from ear_vae.evaluation.results import Evaluation, counted, first_names
+from ear_vae.evaluation.results import Evaluation
+from ear_vae.limits import counted, first_names
 
 
 def run_evaluate(options: argparse.Namespace) -> int:
@@ -35,7 +36,14 @@ def run_evaluate(options: argparse.Namespace) -> int:
         raise EarVAEError("give either the folder of the estimates or at least one --model that makes them")
     refuse_options_of_models(options)
     _refuse_idle_options(options)
-    evaluation = _with_progress(options)
+    partial = partial_file(options.json or None, options.csv or None)
+    go_on = f"finished comparisons are kept in {partial}, from which the same command goes on"
+    try:
+        evaluation = _with_progress(options)
+    except KeyboardInterrupt:
+        if partial and partial.exists():
+            say(go_on)
+        raise
     if evaluation.without_target and not options.quiet:
         say(f"without target: {first_names([str(path) for path in evaluation.without_target])}")
     if evaluation.reused and not options.quiet:
@@ -48,6 +56,8 @@ def run_evaluate(options: argparse.Namespace) -> int:
     failed, total = len(evaluation.failures), len(evaluation.rows) + len(evaluation.failures)
     if failed and total > 1:
         say(f"ear-vae: {failed} of {total} comparisons failed")
+    if failed and partial and not options.quiet:
+        say(go_on)
     return 1 if failed else 0
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -13,12 +13,13 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from ear_vae._atomic import same_file
-from ear_vae.audio.folders import Found, find_files
+from ear_vae.audio.folders import OUTPUT_MARK, REBUILT, Found, find_files
 from ear_vae.audio.formats import AUDIO_EXTENSIONS
 from ear_vae.cli.terminal import reason, say, say_traceback
 from ear_vae.errors import EarVAEError
 from ear_vae.inference.tiling import observe_tiles
-from ear_vae.limits import name_in_a_line
+from ear_vae.latents.raw import RAW_EXTENSIONS
+from ear_vae.limits import counted, first_names, name_in_a_line
 
 STREAM = "-"
 LATENT_EXTENSION = ".safetensors"
@@ -45,7 +46,8 @@ class Kind:
 
 
 AUDIO = Kind("audio files", AUDIO_EXTENSIONS)
-LATENTS = Kind(f"latent files ({LATENT_EXTENSION})", frozenset({LATENT_EXTENSION}))
+_LATENT_EXTENSIONS = (LATENT_EXTENSION, *RAW_EXTENSIONS)
+LATENTS = Kind(f"latent files ({', '.join(_LATENT_EXTENSIONS)})", frozenset(_LATENT_EXTENSIONS))
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,15 @@ class Plan:
         jobs: Inputs to process, each with its output.
         kept: Outputs that exist already and are kept.
         unreadable: Parts of the folder that could not be read, each with the reason.
+        rebuilt: Files that were rebuilt from others in the folder, and are left out.
+        marked: Folder to mark as one of rebuilt audio, which later jobs leave out; None for none.
     """
 
     jobs: tuple[Job, ...]
     kept: tuple[str, ...] = ()
     unreadable: tuple[str, ...] = ()
+    rebuilt: tuple[str, ...] = ()
+    marked: Path | None = None
 
 
 def make_plan(
@@ -132,8 +138,8 @@ def _beside(source: str, extension: str) -> str:
     # A folder such as . or .. has its name elsewhere.
     path = path if path.name not in ("", "..") else path.resolve()
     if path.is_dir():
-        return str(path.with_name(f"{path.name}.rebuilt"))
-    return str(path.with_name(f"{path.stem}.rebuilt{extension}"))
+        return str(path.with_name(path.name + REBUILT))
+    return str(path.with_name(path.stem + REBUILT + extension))
 
 
 def _require_output_of_a_file(source: str, destination: str, extension: str, *, overwrite: bool) -> None:
@@ -150,7 +156,10 @@ def _require_output_of_a_file(source: str, destination: str, extension: str, *, 
     if source != STREAM and same_file(source, destination):
         raise EarVAEError(f"{destination}: is the input itself; choose another name for the output")
     if output.exists() and not overwrite:
-        raise EarVAEError(f"{destination}: exists already; choose another name, or replace it with --force")
+        raise EarVAEError(
+            f"{destination}: exists already, and would be the output of {source}; choose another name, or "
+            "replace it with --force"
+        )
 
 
 def _plan_folder(
@@ -171,14 +180,19 @@ def _plan_folder(
             f"such as {folder.with_suffix('')}"
         )
     found = reads.find(source)
-    inputs = list(found.files)
+    inputs, rebuilt = list(found.originals), list(found.rebuilt)
     inner = folder.resolve()
-    if inner != source.resolve() and inner.is_relative_to(source.resolve()):
+    inside = inner != source.resolve() and inner.is_relative_to(source.resolve())
+    if inside:
         # What an earlier run wrote there is no input.
-        inputs = [path for path in inputs if not path.resolve().is_relative_to(inner)]
+        inputs, rebuilt = (
+            [path for path in paths if not path.resolve().is_relative_to(inner)]
+            for paths in (inputs, rebuilt)
+        )
     if not inputs:
         unseen = f"; {found.unreadable[0]}" if found.unreadable else ""
-        raise EarVAEError(f"{source}: holds no {reads.plural}{unseen}")
+        besides = f" but {_left_out(rebuilt)}" if rebuilt else ""
+        raise EarVAEError(f"{source}: holds no {reads.plural}{besides}{unseen}")
     originals = {path.resolve() for path in inputs} | {_identity(path) for path in inputs}
     outputs: dict[Path, Path] = {}
     for path in inputs:
@@ -197,7 +211,18 @@ def _plan_folder(
         for output, path in outputs.items()
         if str(output) not in kept
     )
-    return Plan(jobs, kept, found.unreadable)
+    # A folder that holds something already may hold music.
+    is_new = not folder.exists() or not any(folder.iterdir())
+    marked = folder if inside and is_new and extension != LATENT_EXTENSION else None
+    return Plan(jobs, kept, found.unreadable, tuple(map(str, rebuilt)), marked)
+
+
+def _left_out(rebuilt: Sequence[Path | str]) -> str:
+    """Says which files are no inputs, and how to make them some."""
+    return (
+        f"{counted(len(rebuilt), 'file')} that {'was' if len(rebuilt) == 1 else 'were'} rebuilt from others "
+        f"({first_names(list(map(str, rebuilt)))}); to rebuild such a file or folder again, name it itself"
+    )
 
 
 def _identity(path: Path) -> tuple[int, int]:
@@ -223,12 +248,22 @@ def run_jobs(
     """
     for problem in plan.unreadable:
         say(f"ear-vae: {problem}")
-    for output in plan.kept:
-        _report(f"{output}: exists, kept (--force to redo it)", quiet)
+    if plan.rebuilt:
+        _report(f"left out: {_left_out(plan.rebuilt)}", quiet)
+    if len(plan.kept) == 1:
+        _report(f"{plan.kept[0]}: exists, kept (--force to redo it)", quiet)
+    elif plan.kept:
+        count = f"{len(plan.kept)} of {len(plan.kept) + len(plan.jobs)} outputs"
+        _report(f"{count} exist, kept (--force to redo them): {first_names(plan.kept)}", quiet)
     if not plan.jobs:
         return 1 if plan.unreadable else 0
     shared = start()
     failed = 0
+    if plan.marked:
+        # Where it cannot be written, neither can the outputs, and their jobs say so.
+        with suppress(OSError):
+            plan.marked.mkdir(parents=True, exist_ok=True)
+            (plan.marked / OUTPUT_MARK).touch()
     for job in plan.jobs:
         started = time.monotonic()
         try:
@@ -245,8 +280,10 @@ def run_jobs(
         elapsed = time.monotonic() - started
         speed = f"{seconds / max(elapsed, 1e-3):.1f}x real time"
         _report(f"{job.destination_name}: {seconds:.1f} s in {elapsed:.1f} s ({speed})", quiet)
-    if failed and len(plan.jobs) > 1:
-        say(f"ear-vae: {failed} of {len(plan.jobs)} files failed")
+    total = len(plan.jobs) + len(plan.kept)
+    if failed and total > 1:
+        kept = f"; {counted(len(plan.kept), 'output')} existed already and were kept" if plan.kept else ""
+        say(f"ear-vae: {failed} of {total} files failed{kept}")
     return 1 if failed or plan.unreadable else 0
 
 

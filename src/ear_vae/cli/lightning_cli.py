@@ -21,9 +21,18 @@ from ear_vae.training.checkpoint_reading import read_checkpoint
 from ear_vae.training.data import AudioDataModule
 from ear_vae.training.module import EarVAEModule
 
-# What Lightning says that is not about the run: advertisements, remarks on a logger that it rightly does
-# without, and the signal that stands for Ctrl-C within it. Below, the loggers that say so.
-_NOISE = ("Tip:", "tensorboardX", "litlogger", "litmodels", "Received SIGTERM")
+# What Lightning says that is not about the run, or that the bar shows: advertisements, remarks on a logger
+# that it rightly does without, accelerators that are not there, the last step, and the signal that stands for
+# Ctrl-C within it. Below, the loggers that say so.
+_NOISE = (
+    "Tip:",
+    "tensorboardX",
+    "litlogger",
+    "litmodels",
+    "TPU available: False",
+    "stopped: `max_steps=",
+    "Received SIGTERM",
+)
 _TALKATIVE = (
     "lightning.pytorch.utilities.rank_zero",
     "lightning.pytorch.trainer.connectors.signal_connector",
@@ -154,6 +163,8 @@ def train(arguments: Sequence[str], typed: Sequence[str], *, overwrite: bool = F
         def before_fit(self) -> None:
             nonlocal cli
             cli = self
+            if self.trainer.is_global_zero:
+                say(_what_is_trained(self.model, self.trainer))
 
     try:
         Remembered(
@@ -164,6 +175,8 @@ def train(arguments: Sequence[str], typed: Sequence[str], *, overwrite: bool = F
             args=["fit", *arguments, "--weights_only=true"],
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
+            # Its table counts the average of the weights as a second model, and operations as none.
+            trainer_defaults={"enable_model_summary": False},
             parser_kwargs={
                 "prog": "ear-vae",
                 "allow_abbrev": False,
@@ -182,6 +195,18 @@ def train(arguments: Sequence[str], typed: Sequence[str], *, overwrite: bool = F
             logger.removeFilter(_is_about_this_run)
     _say_what_is_where(cli, typed, stopped=False)
     return 0
+
+
+def _what_is_trained(module: EarVAEModule, trainer: Any) -> str:
+    """Says which networks train, how large they are, and where."""
+    networks = {"model": module.vae, "discriminator": module.discriminator}
+    sizes = [
+        f"{name} of {sum(parameter.numel() for parameter in network.parameters()) / 1e6:.2g} M weights"
+        for name, network in networks.items()
+        if network is not None
+    ]
+    device = trainer.strategy.root_device
+    return f"training a {' and a '.join(sizes)} on {device}, up to step {trainer.max_steps}"
 
 
 def _say_what_is_where(cli: FitCLI | None, typed: Sequence[str], *, stopped: bool) -> None:

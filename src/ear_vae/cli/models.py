@@ -36,6 +36,7 @@ def pretrained(name: str, options: argparse.Namespace) -> EarVAE:
     require_downloadable([name], options)
     return EarVAE.from_pretrained(
         name,
+        config=options.config,
         variant=options.variant,
         revision=options.revision,
         force_download=options.force_download,

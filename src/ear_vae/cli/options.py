@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -17,7 +18,19 @@ from ear_vae.limits import escaped
 
 _LARGEST_SEED = 2**63 - 1
 _COMPUTE_DTYPES = ("float32", "bfloat16")
-_MODEL = "a folder, ear-vae-tiny (bundled), ear_vae_44k or ear_vae_v2_48k (the authors'), or a Hub repository"
+_FOLDER_INSTEAD = "for several files give their folder"
+_INSTEAD_OF_MORE = {
+    "reconstruct": _FOLDER_INSTEAD,
+    "encode": _FOLDER_INSTEAD,
+    "decode": _FOLDER_INSTEAD,
+    "evaluate": "for several files give two folders",
+    "info": "give one at a time",
+    "report": "rebuilt audio goes after --system",
+}
+_MODEL = (
+    "a folder, a file of weights, ear-vae-tiny (bundled), ear_vae_44k or ear_vae_v2_48k (the authors'), or a "
+    "Hub repository"
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,6 +46,14 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         super().error(escaped(message))
+
+
+class _NamedModel(argparse.Action):
+    """Stores a model's name, and that it was given: raw latents are not decoded with a default."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: Any = None) -> None:
+        setattr(namespace, self.dest, values)
+        namespace.model_is_named = True
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -56,7 +77,21 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error(f"give a command first, and {first} after it; ear-vae --help lists the commands")
     if not first.startswith("-") and first not in commands:
         parser.error(_no_command(first, commands))
-    return parser.parse_args(arguments)
+    options, left = parser.parse_known_args(arguments)
+    if left:
+        options.refuse(_left_over(options.name, left, options.help_text()))
+    return options
+
+
+def _left_over(command: str, left: Sequence[str], help_text: str) -> str:
+    """Returns what to say of arguments that a command does not take."""
+    unknown = [argument.partition("=")[0] for argument in left if argument.startswith("-")]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], re.findall(r"--[a-z-]+", help_text), n=1)
+        meant = f"; did you mean {near[0]}?" if near else f"; ear-vae {command} --help lists the options"
+        return f"there is no option {unknown[0]}{meant}"
+    instead = _INSTEAD_OF_MORE.get(command)
+    return f"too many arguments, from {left[0]!r} on" + (f"; {instead}" if instead else "")
 
 
 def _no_command(word: str, commands: Sequence[str]) -> str:
@@ -89,7 +124,7 @@ def _command_parser() -> tuple[argparse.ArgumentParser, list[str]]:
 
     def add(name: str, help: str, *parents: _Parser) -> _Parser:
         added = subparsers.add_parser(name, parents=[*parents, debug], help=help)
-        added.set_defaults(refuse=added.error)
+        added.set_defaults(refuse=added.error, help_text=added.format_help)
         return added
 
     files, weights, download, model, computing, audio, debug = _shared_options()
@@ -130,7 +165,12 @@ def _command_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     _add_dataset(command)
 
     command = add("decode", "turn latent files into audio", files, weights, download, model, computing, audio)
-    command.description = "With --force, latents that another model made are decoded too."
+    command.description = (
+        "With --force, latents that another model made are decoded too. Raw latents (.npy, .npz, .pt, or "
+        "safetensors of other programs), an array [D, N] or [1, D, N], do not tell their model: name it with "
+        "--model."
+    )
+    command.add_argument("--time-first", action="store_true", help="raw latents are [N, D] instead of [D, N]")
     command.add_argument(
         "output",
         metavar="OUTPUT",
@@ -141,7 +181,7 @@ def _command_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     command.add_argument(
         "subject",
         metavar="MODEL_OR_FILE",
-        help=f"{_MODEL}, an audio file, a latent file, or - for standard input",
+        help=f"{_MODEL}, an audio file, a latent file, raw latents, or - for standard input",
     )
     command.add_argument("--json", action="store_true", help="print JSON")
 
@@ -150,6 +190,25 @@ def _command_parser() -> tuple[argparse.ArgumentParser, list[str]]:
 
     command = add("report", "make a page to compare originals and rebuilt audio by ear", download)
     _add_report(command)
+
+    command = add("statistics", "measure the latents of a data set, for a model to normalize with")
+    command.description = (
+        "Prints mean and standard deviation of each latent channel over all frames of the data set; with "
+        "--into it writes them into a model."
+    )
+    command.add_argument("dataset", metavar="DATASET", help="the output of ear-vae encode-dataset")
+    command.add_argument(
+        "--into",
+        metavar="MODEL",
+        help="folder of the model that made the data set, to write them into its config.json",
+    )
+    command.add_argument("--covariance", action="store_true", help="print the channels' covariance as well")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument(
+        "--force",
+        action="store_true",
+        help="replace statistics that the model has, and accept those of another model's latents",
+    )
 
     command = add("convert", "write a model in another layout, or for another program", weights)
     command.add_argument("source", metavar="MODEL", help=_MODEL)
@@ -298,8 +357,17 @@ def _add_evaluation(command: argparse.ArgumentParser) -> None:
         "encodec, sao, agc); repeatable",
     )
     _add_comparison(command)
-    command.add_argument("--json", metavar="OUT.json", help="write all figures and their summary")
-    command.add_argument("--csv", metavar="OUT.csv", help="write a line for each file")
+    command.add_argument(
+        "--json",
+        metavar="OUT.json",
+        help="write all figures and their summary; until all comparisons have succeeded, finished ones are "
+        "kept in OUT.json.partial.jsonl, from which the same command goes on",
+    )
+    command.add_argument(
+        "--csv",
+        metavar="OUT.csv",
+        help="write a line for each file; finished ones are kept likewise",
+    )
     command.add_argument(
         "--jobs",
         type=_count,
@@ -328,14 +396,14 @@ def _add_report(command: argparse.ArgumentParser) -> None:
         "Writes one HTML file that opens in any browser, without a server. Excerpts are taken where the "
         "originals are loudest: of files evenly spaced by name, with --from by their mel distance."
     )
-    command.add_argument("output", metavar="OUT.html", help="the page")
+    command.add_argument("output", metavar="OUT.html", help="the page; without an extension .html is added")
     command.add_argument("target", metavar="TARGET", nargs="?", help="the originals: a folder or a file")
     command.add_argument(
         "--system",
         action="append",
         default=[],
-        metavar="NAME=FOLDER",
-        help="rebuilt audio, and its name on the page; repeatable",
+        metavar="[NAME=]FOLDER",
+        help="rebuilt audio, a folder or a file, and its name on the page, by default its own; repeatable",
     )
     command.add_argument(
         "--model",
@@ -353,7 +421,7 @@ def _add_report(command: argparse.ArgumentParser) -> None:
         help="show what ear-vae evaluate --json compared, instead of TARGET; repeatable",
     )
     _add_comparison(command)
-    command.add_argument("--excerpts", type=_count, default=4, help="number of excerpts (%(default)s)")
+    command.add_argument("--excerpts", type=_count, help="number of excerpts (4, or what the originals hold)")
     command.add_argument(
         "--seconds", type=_positive, default=10.0, help="length of each in seconds (%(default)g)"
     )
@@ -407,6 +475,12 @@ def _shared_options() -> tuple[_Parser, ...]:
         "--variant", metavar="NAME", help="name of the model in a repository that holds several"
     )
     weights.add_argument(
+        "--config",
+        metavar="CONFIG",
+        help="config of a bare file of weights: a JSON file, ear_vae_44k or ear_vae_v2_48k; by default the "
+        ".json beside it, or what the weights tell",
+    )
+    weights.add_argument(
         "--revision", metavar="REVISION", help="branch, tag or commit of the Hub repository to take"
     )
 
@@ -415,8 +489,13 @@ def _shared_options() -> tuple[_Parser, ...]:
     )
 
     model.add_argument(
-        "--model", metavar="MODEL", default="ear-vae-tiny", help=f"{_MODEL} (default: %(default)s)"
+        "--model",
+        metavar="MODEL",
+        action=_NamedModel,
+        default="ear-vae-tiny",
+        help=f"{_MODEL} (default: %(default)s)",
     )
+    model.set_defaults(model_is_named=False)
     model.add_argument(
         "--device",
         metavar="DEVICE",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 
+from ear_vae.cli.terminal import say
 from ear_vae.training.release import release_model
 
 
@@ -17,4 +19,6 @@ def run_release(options: argparse.Namespace) -> int:
         training_state=options.training_state,
         overwrite=options.force,
     )
+    what = "a model and its training state" if options.training_state else "a model"
+    say(f"{options.destination}: {what}; use it with --model {shlex.quote(options.destination)}")
     return 0

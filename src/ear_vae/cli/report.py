@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from ear_vae._atomic import require_free
+from ear_vae.audio.formats import AUDIO_EXTENSIONS
 from ear_vae.cli.models import device_of
 from ear_vae.cli.systems import refuse_options_of_models
 from ear_vae.cli.terminal import say
 from ear_vae.errors import EarVAEError
 from ear_vae.evaluation.listening.report import write_listening_report
 from ear_vae.evaluation.pairs import DEFAULT_PATTERN
-from ear_vae.evaluation.results import counted, read_evaluation
+from ear_vae.evaluation.results import read_evaluation
+from ear_vae.limits import counted
 
 
 def run_report(options: argparse.Namespace) -> int:
@@ -31,6 +34,7 @@ def run_report(options: argparse.Namespace) -> int:
     """
     if not options.evaluation:
         refuse_options_of_models(options)
+    options.output = _page(options.output)
     require_free(options.output, overwrite=options.force)
     _refuse_idle_options(options)
     report = write_listening_report(
@@ -61,6 +65,23 @@ def run_report(options: argparse.Namespace) -> int:
     return 1 if report.failures else 0
 
 
+def _page(name: str) -> str:
+    """Returns the name of the page, with the extension by which a browser knows it.
+
+    Raises:
+        EarVAEError: The name is that of the originals, or of another kind of file.
+    """
+    path, extension = Path(name), Path(name).suffix.lower()
+    if extension in (".html", ".htm"):
+        return name
+    if path.is_dir() or path.is_file() or extension in AUDIO_EXTENSIONS:
+        raise EarVAEError(
+            f"{name}: the page comes first, then the originals: ear-vae report page.html {shlex.quote(name)} "
+            "--system NAME=REBUILT"
+        )
+    return name if path.exists() else f"{name}.html"
+
+
 def _refuse_idle_options(options: argparse.Namespace) -> None:
     """Ends with a usage error where an option would do nothing, or where what to compare is missing."""
     if options.evaluation:
@@ -77,7 +98,9 @@ def _refuse_idle_options(options: argparse.Namespace) -> None:
     if not options.target:
         raise EarVAEError("give the folder of the originals, or an evaluation with --from")
     if not options.system and not options.model:
-        raise EarVAEError("give at least one --system NAME=FOLDER or --model NAME to compare with")
+        raise EarVAEError(
+            "give what to compare with: rebuilt audio with --system NAME=FOLDER, or a model with --model NAME"
+        )
     if not options.system:
         for name in ("pattern", "align"):
             if getattr(options, name):
@@ -87,12 +110,13 @@ def _refuse_idle_options(options: argparse.Namespace) -> None:
 
 
 def _systems(given: list[str]) -> dict[str, str]:
-    """Returns folders by name, from options NAME=FOLDER or FOLDER."""
+    """Returns folders or files by name, from options NAME=FOLDER or FOLDER, which is named after itself."""
     systems: dict[str, str] = {}
     for option in given:
         name, separator, folder = option.partition("=")
-        folder = folder if separator else option
-        name = name if separator else Path(folder).resolve().name
+        if not separator or Path(option).exists():
+            path, folder = Path(option), option
+            name = path.stem if path.is_file() else path.resolve().name
         if not name:
             raise EarVAEError("a system has no name; write --system NAME=FOLDER")
         if name in systems:

@@ -22,6 +22,7 @@ OPTIONS = {
     "variant": "--variant",
     "revision": "--revision",
     "retry_failed": "--retry-failed",
+    "config": "--config",
 }
 OPTIONS_OF_FIT = {"overwrite": "--force", "variant": "--model.variant"}
 

@@ -58,9 +58,9 @@ def evaluate(
 ) -> Evaluation:
     """Measures rebuilt audio against its originals, or models that rebuild the originals first.
 
-    With `json` or `csv`, finished comparisons are kept in a file beside the output until all have succeeded:
-    the same call after an interruption continues from there. A comparison that fails is part of the
-    result and does not stop the rest.
+    With `json` or `csv`, finished comparisons are kept in a file beside the output (`out.json.partial.jsonl`)
+    until all have succeeded: the same call after an interruption continues from there. A comparison that
+    fails is part of the result and does not stop the rest.
 
     Args:
         targets: Folder of originals, searched with its subfolders, or one file.
@@ -119,7 +119,7 @@ def evaluate(
     for output in outputs:
         if output.exists() and any(same_file(output, file) for task in tasks for file in _files_of(task)):
             raise EarVAEError(f"{output}: is a file to be measured; choose another name for the output")
-    partial = outputs[0].with_name(f"{outputs[0].name}.partial.jsonl") if outputs else None
+    partial = partial_file(json, csv)
     if partial and overwrite:
         partial.unlink(missing_ok=True)
     report = _Counter(progress, len(tasks) + len(failures))
@@ -153,6 +153,12 @@ def evaluate(
     if partial and not evaluation.failures:
         partial.unlink(missing_ok=True)
     return evaluation
+
+
+def partial_file(json: str | os.PathLike[str] | None, csv: str | os.PathLike[str] | None) -> Path | None:
+    """Returns the file with finished comparisons until all have succeeded; None without an output."""
+    output = json if json is not None else csv
+    return None if output is None else Path(f"{os.fspath(output)}.partial.jsonl")
 
 
 class _Counter:

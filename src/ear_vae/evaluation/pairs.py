@@ -47,6 +47,8 @@ class Pairs:
 def find_targets(target: Path) -> Pairs:
     """Lists the originals in a folder, or the one file, without estimates.
 
+    Files that this package rebuilt from others there are none, see `ear_vae.audio.folders.Found`.
+
     Args:
         target: Folder of originals, searched with its subfolders, or one file.
 
@@ -55,7 +57,7 @@ def find_targets(target: Path) -> Pairs:
     """
     if target.is_file():
         return Pairs((Pair(target.stem, target),))
-    originals, unreadable = _by_name(target)
+    originals, unreadable = _by_name(target, are_originals=True)
     return Pairs(tuple(Pair(name, path) for name, path in originals.items()), unreadable=unreadable)
 
 
@@ -82,8 +84,8 @@ def find_pairs(target: Path, estimate: Path, *, pattern: str = DEFAULT_PATTERN) 
         return Pairs((Pair(target.stem, target, estimate),))
     if "{name}" not in pattern:
         raise EarVAEError(f"the pattern {pattern!r} has no {{name}} in it, for the name of the original")
-    originals, unseen = _by_name(target)
-    rebuilt, unseen_too = _by_name(estimate)
+    originals, unseen = _by_name(target, are_originals=True)
+    rebuilt, unseen_too = _by_name(estimate, are_originals=False)
     wanted = {name: pattern.replace("{name}", name) for name in originals}
     if target.resolve() == estimate.resolve() and pattern != DEFAULT_PATTERN:
         # In a shared folder, the estimate of one file is not an original itself.
@@ -107,12 +109,12 @@ def find_pairs(target: Path, estimate: Path, *, pattern: str = DEFAULT_PATTERN) 
     )
 
 
-def _by_name(folder: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
+def _by_name(folder: Path, *, are_originals: bool) -> tuple[dict[str, Path], tuple[str, ...]]:
     if not folder.exists():
         raise EarVAEError(f"{folder}: no such file or folder")
     found: dict[str, Path] = {}
     seen = find_files(folder, AUDIO_EXTENSIONS)
-    for path in seen.files:
+    for path in seen.originals if are_originals else seen.files:
         name = path.relative_to(folder).with_suffix("").as_posix()
         if name in found:
             raise EarVAEError(f"{found[name]} and {path} have the same name; remove or rename one of them")

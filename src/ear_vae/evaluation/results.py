@@ -16,12 +16,13 @@ from ear_vae.errors import EarVAEError
 from ear_vae.evaluation.files import QUANTITIES, Row, is_row
 from ear_vae.evaluation.metrics import METRICS
 from ear_vae.evaluation.pairs import DEFAULT_PATTERN
-from ear_vae.limits import escaped, parse_json
+from ear_vae.limits import escaped, first_names, parse_json
 
 HIGHER_IS_BETTER = frozenset({"si_sdr_db", "icpc", "ccpc"})
-_DECIMALS = {"si_sdr_db": 2, "true_peak_distance_db": 2, "loudness_distance_lu": 2}
+_DECIMALS = {"si_sdr_db": 2, "true_peak_distance_db": 2, "loudness_distance_lu": 2, "icpc": 2, "ccpc": 2}
+# As in the literature's tables.
+_PERCENT = frozenset({"icpc", "ccpc"})
 _WORST_SHOWN = 3
-_NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ class Evaluation:
     def table(self) -> str:
         """Returns mean, median, spread and worst files of every metric as text, system by system.
 
-        For a system with a single file only the values: there is nothing to average or to rank.
+        For a system with a single file only the values: there is nothing to average or to rank. ICPC and CCPC
+        are in per cent.
         """
         return "\n\n".join(_system_table(name, rows) for name, rows in _by_system(self.rows).items())
 
@@ -246,7 +248,7 @@ def _system_table(name: str, rows: Sequence[Row]) -> str:
             if figures["count"] < 2:
                 shown[-1] = "-"  # one value has no spread
             shown += [str(figures["count"]), ", ".join(map(escaped, worst(rows, metric)))]
-        lines.append([metric, *shown])
+        lines.append([f"{metric} %" if metric in _PERCENT else metric, *shown])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     if several:
         widths[-1] = 0  # names are as long as they are
@@ -266,18 +268,9 @@ def _system_table(name: str, rows: Sequence[Row]) -> str:
 
 
 def _shown(value: float | None, metric: str) -> str:
-    return "-" if value is None else f"{value:.{_DECIMALS.get(metric, 4)}f}"
-
-
-def counted(count: int, noun: str) -> str:
-    """Returns a number with its noun in the singular or plural: `1 file`, `2 files`."""
-    return f"{count} {noun}" + ("" if count == 1 else "s")
-
-
-def first_names(names: Sequence[str]) -> str:
-    """Returns the first names, escaped, and the number of the others: thousands would fill a terminal."""
-    more = len(names) - _NAMES_SHOWN
-    return ", ".join(map(escaped, names[:_NAMES_SHOWN])) + (f" and {more} more" if more > 0 else "")
+    if value is None:
+        return "-"
+    return f"{100 * value if metric in _PERCENT else value:.{_DECIMALS.get(metric, 4)}f}"
 
 
 def _by_system(rows: Iterable[Row]) -> dict[str, list[Row]]:

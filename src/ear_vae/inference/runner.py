@@ -127,10 +127,12 @@ class Runner:
         return transformed.to(latents.device)
 
     def _encoder_stages(self, encoder: Encoder) -> list[Stage]:
-        return encoder_stages(encoder, self.model.config, self.model.device, self.stage_tiles)
+        model = self.model
+        return encoder_stages(encoder, model.config, model.device, self.stage_tiles, model.dtype)
 
     def _decoder_stages(self, decoder: Decoder) -> list[Stage]:
-        return decoder_stages(decoder, self.model.config, self.model.device, self.stage_tiles)
+        model = self.model
+        return decoder_stages(decoder, model.config, model.device, self.stage_tiles, model.dtype)
 
     def _require_runnable(self, x: Tensor) -> None:
         """Of all parts, whichever is about to run: the dtype of the first decides how the others are fed."""
@@ -139,7 +141,12 @@ class Runner:
                 f"the model is on {self.model.device} and its input on {x.device}: nothing on the meta "
                 "device has values; load the model, or make the input, on a device that computes"
             )
-        require_runnable({parameter.dtype for parameter in self.model.parameters()}, self.model.device)
+        dtypes = {parameter.dtype for parameter in self.model.parameters()}
+        if dtypes == {torch.float32, torch.bfloat16}:
+            # As `Autoencoder.cast` leaves them.
+            wide = {id(p) for convolution in self.model.wide_convolutions() for p in convolution.parameters()}
+            dtypes = {parameter.dtype for parameter in self.model.parameters() if id(parameter) not in wide}
+        require_runnable(dtypes, self.model.device)
 
     def _run(self, network: _Network, x: Tensor, stages_of: _StagesOf[_Network]) -> Tensor:
         self._require_runnable(x)
@@ -214,8 +221,13 @@ class Runner:
 
     def _prepare(self, tile: Tensor) -> Tensor:
         """[B, C, T] as the networks take it in inference, see `ear_vae.network.blocks`."""
+        if self.model.device.type == "cpu":
+            # The first convolution takes it in float32, whatever the weights are in.
+            tile = tile.to(torch.promote_types(self.model.dtype, torch.float32))
+        else:
+            tile = self._to_model(tile)
         # Channels last by hand, which torch.vmap takes too.
-        return self._to_model(tile).movedim(1, -1).contiguous().movedim(-1, 1).unsqueeze(-2)
+        return tile.movedim(1, -1).contiguous().movedim(-1, 1).unsqueeze(-2)
 
     def _to_model(self, x: Tensor) -> Tensor:
         return copy_to_device(x, self.model.device, self.model.dtype)

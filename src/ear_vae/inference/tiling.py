@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from ear_vae.config import EarVAEConfig
 from ear_vae.dsp.stream_buffer import StreamBuffer
 from ear_vae.network import Decoder, Encoder
-from ear_vae.network.blocks import convolutions, keep_kernels
+from ear_vae.network.blocks import convolutions, keep_kernels, total
 
 # Of a tile along the file, by device: what its widest activation would take in one piece. A CPU has all
 # stages but the last whole, about half as much at a time.
@@ -147,9 +147,9 @@ class StageTiles:
     activation_bytes: int = 2**22
     fewest_units: int = 512
 
-    def units(self, values_per_unit: int) -> int:
-        """Units of a tile in a stage whose widest activation has that many values per unit."""
-        return max(self.fewest_units, self.activation_bytes // (_BYTES_PER_VALUE * values_per_unit))
+    def units(self, values_per_unit: int, dtype: torch.dtype = torch.float32) -> int:
+        """Units of a tile in a stage whose widest activation has that many values of a dtype per unit."""
+        return max(self.fewest_units, self.activation_bytes // (dtype.itemsize * values_per_unit))
 
 
 DEFAULT_STAGE_TILES = StageTiles()
@@ -160,12 +160,13 @@ def encoder_stages(
     config: EarVAEConfig,
     device: torch.device,
     stage_tiles: StageTiles = DEFAULT_STAGE_TILES,
+    dtype: torch.dtype = torch.float32,
 ) -> list[Stage]:
     """The stages of an encoder, the rate falling by a stride in each; off the CPU a single one."""
     if device.type != "cpu":
         return [_encoder_stage(encoder, config.downsampling_ratio, sys.maxsize)]
     return [
-        _encoder_stage(network, stride, stage_tiles.units(width * stride))
+        _encoder_stage(network, stride, stage_tiles.units(width * stride, dtype))
         for network, stride, (width, _) in zip(
             encoder.stages(), config.strides, config.block_widths, strict=True
         )
@@ -177,12 +178,13 @@ def decoder_stages(
     config: EarVAEConfig,
     device: torch.device,
     stage_tiles: StageTiles = DEFAULT_STAGE_TILES,
+    dtype: torch.dtype = torch.float32,
 ) -> list[Stage]:
     """The stages of a decoder, the rate rising by a stride in each; off the CPU a single one."""
     if device.type != "cpu":
         return [_decoder_stage(decoder, config.downsampling_ratio, sys.maxsize)]
     return [
-        _decoder_stage(network, stride, stage_tiles.units(width * stride))
+        _decoder_stage(network, stride, stage_tiles.units(width * stride, dtype))
         for network, stride, (width, _) in zip(
             decoder.stages(), reversed(config.strides), reversed(config.block_widths), strict=True
         )
@@ -364,7 +366,7 @@ def run_tiled(
 
     def compute(span: TileSpan) -> Tensor:
         first, last = max(0, span.start - before), min(num_frames, span.stop + after)
-        tile = network(x[span.rows, ..., first * inputs_per_frame : last * inputs_per_frame])
+        tile = total(network(x[span.rows, ..., first * inputs_per_frame : last * inputs_per_frame]))
         return tile[..., (span.start - first) * outputs_per_frame : (span.stop - first) * outputs_per_frame]
 
     # As few different lengths as can be, whatever the whole is: oneDNN keeps code for each, by the megabyte.

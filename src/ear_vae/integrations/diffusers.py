@@ -29,7 +29,7 @@ from ear_vae.integrations._moments import moments
 from ear_vae.integrations._optional import optional
 from ear_vae.posterior import Posterior
 from ear_vae.pretrained.folder import CONFIG_FILE
-from ear_vae.pretrained.oobleck import CLASS_KEY, OUR_CLASS, config_for_diffusers, config_of_diffusers
+from ear_vae.pretrained.layouts.oobleck import CLASS_KEY, OUR_CLASS, config_for_diffusers, config_of_diffusers
 from ear_vae.vae import EarVAE
 
 with optional("diffusers", extra="diffusers"):
@@ -128,6 +128,8 @@ class AutoencoderEarVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         architecture: Family of networks, see `EarVAEConfig`.
         snakes_per_residual_unit: 2 for an Oobleck.
         min_std: 1e-4 for an Oobleck.
+        latents_mean: Mean of each latent channel, where it was measured.
+        latents_std: Standard deviation of each latent channel, likewise.
 
     Attributes:
         vae: The model itself, with all that `EarVAE` can do.
@@ -160,6 +162,8 @@ class AutoencoderEarVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         architecture: str = "ear_vae",
         snakes_per_residual_unit: int = 1,
         min_std: float = 0.0,
+        latents_mean: tuple[float, ...] | None = None,
+        latents_std: tuple[float, ...] | None = None,
     ) -> None:
         super().__init__()
         self.vae = EarVAE(config_of_diffusers({CLASS_KEY: OUR_CLASS, **self.config}))

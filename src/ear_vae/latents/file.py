@@ -8,8 +8,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
@@ -18,6 +19,7 @@ from torch import Tensor
 from ear_vae._atomic import atomic_path, name_of, write_all
 from ear_vae._dtype import STORED_DTYPES
 from ear_vae.errors import EarVAEError
+from ear_vae.latents.raw import matrix
 from ear_vae.limits import (
     HIGHEST_DOWNSAMPLING_RATIO,
     integer,
@@ -39,6 +41,37 @@ _INTEGERS = (
     "source_sample_rate",
     "source_num_samples",
 )
+
+
+class LatentModel(Protocol):
+    """What latents have to know of the model that they are of."""
+
+    name: str
+
+    @property
+    def sample_rate(self) -> int:
+        """Rate of the audio in Hz."""
+        ...
+
+    @property
+    def downsampling_ratio(self) -> int:
+        """Samples per latent frame."""
+        ...
+
+    @property
+    def latent_dim(self) -> int:
+        """Channels D of the latents."""
+        ...
+
+    @property
+    def audio_channels(self) -> int:
+        """Channels C of the audio."""
+        ...
+
+    @property
+    def weights_sha256(self) -> str:
+        """Fingerprint of the weights."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -73,6 +106,45 @@ class Latents:
     weights_sha256: str
     sampled: bool = False
     metadata: Mapping[str, Any] | None = None
+
+    @classmethod
+    def from_mean(
+        cls, mean: Tensor | np.ndarray, vae: LatentModel, *, num_samples: int | None = None
+    ) -> Latents:
+        """Latents that come from elsewhere, as of a model that made them: to be saved, and decoded with it.
+
+        Args:
+            mean: [D, N] or [1, D, N], floating point.
+            vae: The model whose latents they are, an `EarVAE` or an `EarVAEOnnx`.
+            num_samples: Length of the audio in samples at the model's rate, without padding; by default that
+                of all frames.
+
+        Raises:
+            EarVAEError: They are no array of that shape, have another number of channels than the model, or
+                as many frames as `num_samples` has not.
+        """
+        tensor = matrix(mean if isinstance(mean, Tensor) else torch.as_tensor(np.asarray(mean)), "latents")
+        channels, frames = tensor.shape
+        if channels != vae.latent_dim:
+            cure = "; they have time first: give them transposed" if frames == vae.latent_dim else ""
+            raise EarVAEError(
+                f"latents have shape {list(tensor.shape)}; '{vae.name}' has [{vae.latent_dim}, N]{cure}"
+            )
+        length = frames * vae.downsampling_ratio if num_samples is None else num_samples
+        latents = cls(
+            mean=tensor,
+            std=None,
+            sample_rate=vae.sample_rate,
+            downsampling_ratio=vae.downsampling_ratio,
+            num_samples=length,
+            audio_channels=vae.audio_channels,
+            source_sample_rate=vae.sample_rate,
+            source_num_samples=length,
+            model_name=vae.name,
+            weights_sha256=vae.weights_sha256,
+        )
+        _require_valid(latents, "latents")
+        return latents
 
     @property
     def latent_rate(self) -> float:

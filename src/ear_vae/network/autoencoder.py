@@ -8,9 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ear_vae._dtype import upcast
 from ear_vae.config import EarVAEConfig
 from ear_vae.errors import EarVAEError
 from ear_vae.limits import shown
+from ear_vae.network.blocks import Conv1d, ConvTranspose1d
 from ear_vae.network.decoder import Decoder
 from ear_vae.network.encoder import Encoder
 from ear_vae.network.transformer import LatentTransformer
@@ -70,5 +72,30 @@ class Autoencoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the weights, in which the convolutions run."""
-        return next(self.parameters()).dtype
+        """Dtype in which the convolutions run: that of the weights, see `cast` for the exceptions."""
+        return min((parameter.dtype for parameter in self.parameters()), key=lambda dtype: dtype.itemsize)
+
+    def wide_convolutions(self) -> list[nn.Conv1d | nn.ConvTranspose1d]:
+        """The convolutions that keep float32 weights where the others get bfloat16.
+
+        They are the first and the last of encoder and decoder, and those that compute in float32 in any case:
+        a small part of the weights and of the work, but each rounding there is a rounding of all audio.
+        """
+        outer = {self.encoder.conv_in, self.encoder.conv_out, self.decoder.conv_in, self.decoder.conv_out}
+        return [
+            module
+            for module in self.modules()
+            if module in outer or (isinstance(module, (Conv1d, ConvTranspose1d)) and module.in_float32)
+        ]
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Casts the weights, those of `wide_convolutions` to float32 at least.
+
+        `to` casts all of them, which runs as well and is less exact.
+        """
+        wide = torch.promote_types(dtype, torch.float32)
+        convolutions = self.wide_convolutions()
+        kept = [{name: upcast(p) for name, p in c.state_dict().items()} for c in convolutions]
+        self.to(dtype=dtype)
+        for convolution, state in zip(convolutions, kept, strict=True):
+            convolution.to(dtype=wide).load_state_dict(state)

@@ -9,6 +9,10 @@ Weights lie in the plain order of torch, [O, C, K], whatever form they are used 
 reordered call by call, which is little beside the product where many positions share them; `keep_kernels` has
 it done once for several calls. Where few positions share a large kernel, the convolution is one product with
 the weights as they lie.
+
+A convolution computes in the dtype of its input. Weights in bfloat16 have it given bfloat16 by the Snake
+before it; on a CPU what the residual units add to stays float32 all the same, and so do the first and the
+last convolution of each network: that is cheap, and most of what bfloat16 would get wrong.
 """
 
 from __future__ import annotations
@@ -21,11 +25,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ear_vae.network.snake import DeferredSum, fuses_sums, snake, snake_of_sum
+from ear_vae._dtype import upcast
+from ear_vae.network.snake import DeferredSum, fuses_residuals, fuses_sums, snake, snake_of_sum
+from ear_vae.network.snake_common import keeps_float32, narrower
 
 # By the parameter's identity, with the parameter so that no other takes that over.
 _kept_kernels: ContextVar[dict[int, tuple[Tensor, Tensor]] | None] = ContextVar("kept_kernels", default=None)
 
+# A convolution that changes the rate between fewer channels than these computes in float32 on a CPU: it is
+# little work, and bfloat16 makes it no faster. With AMX, oneDNN 3.12 (in torch 2.13) even gets it wrong where
+# channels are fewer than 16 and the stride is 4 or more.
+_NARROW_CHANNELS = 64
 RESIDUAL_DILATIONS = (1, 3, 9)
 RESIDUAL_KERNEL_SIZE = 7
 
@@ -33,9 +43,17 @@ RESIDUAL_KERNEL_SIZE = 7
 class Conv1d(nn.Conv1d):
     """`torch.nn.Conv1d` that also takes [B, C, 1, N]."""
 
+    @property
+    def in_float32(self) -> bool:
+        """Whether it computes in float32 on a CPU, whatever the dtype of its input."""
+        return self.stride[0] > 1 and min(self.in_channels, self.out_channels) < _NARROW_CHANNELS
+
     def forward(self, x: Tensor, *, add_bias: bool = True) -> Tensor:
-        """Convolves [B, C, N] or [B, C, 1, N]; the form is kept."""
-        bias = self.bias if add_bias else None
+        """Convolves [B, C, N] or [B, C, 1, N]; form and dtype are kept."""
+        if self.in_float32 and _reduced(x):
+            with torch.autocast(x.device.type, enabled=False):
+                return self.forward(x.float(), add_bias=add_bias).to(x.dtype)
+        weight, bias = _like_input(x, self.weight, self.bias if add_bias else None)
         (kernel,), (stride,), (dilation,), padding = (
             self.kernel_size,
             self.stride,
@@ -44,17 +62,15 @@ class Conv1d(nn.Conv1d):
         )
         assert not isinstance(padding, str)
         if x.ndim == 3:
-            return functional.conv1d(
-                x, self.weight, bias, stride=stride, padding=padding[0], dilation=dilation
-            )
+            return functional.conv1d(x, weight, bias, stride=stride, padding=padding[0], dilation=dilation)
         num_outputs = (x.shape[-1] + 2 * padding[0] - dilation * (kernel - 1) - 1) // stride + 1
         if kernel > 1 and _few(x, num_outputs, self.out_channels):
             rows = functional.pad(x.squeeze(-2).mT, (0, 0, padding[0], padding[0]))
             windows = rows.unfold(1, dilation * (kernel - 1) + 1, stride)[..., ::dilation].flatten(2)
-            return functional.conv2d(windows.mT.unsqueeze(-2), self.weight.flatten(1)[..., None, None], bias)
+            return functional.conv2d(windows.mT.unsqueeze(-2), weight.flatten(1)[..., None, None], bias)
         return functional.conv2d(
             x,
-            _image_kernel(self.weight),
+            _image_kernel(self.weight, x.dtype),
             bias,
             stride=(1, stride),
             padding=(0, padding[0]),
@@ -65,23 +81,31 @@ class Conv1d(nn.Conv1d):
 class ConvTranspose1d(nn.ConvTranspose1d):
     """`torch.nn.ConvTranspose1d` that also takes [B, C, 1, N]."""
 
+    @property
+    def in_float32(self) -> bool:
+        """Whether it computes in float32 on a CPU, whatever the dtype of its input."""
+        return min(self.in_channels, self.out_channels) < _NARROW_CHANNELS
+
     def forward(self, x: Tensor, *, add_bias: bool = True) -> Tensor:  # type: ignore[override]
-        """Convolves [B, C, N] or [B, C, 1, N], transposed; the form is kept."""
-        bias = self.bias if add_bias else None
+        """Convolves [B, C, N] or [B, C, 1, N], transposed; form and dtype are kept."""
+        if self.in_float32 and _reduced(x):
+            with torch.autocast(x.device.type, enabled=False):
+                return self.forward(x.float(), add_bias=add_bias).to(x.dtype)
+        weight, bias = _like_input(x, self.weight, self.bias if add_bias else None)
         (kernel,), (stride,), padding = self.kernel_size, self.stride, self.padding
         assert not isinstance(padding, str)
         if x.ndim == 3:
-            return functional.conv_transpose1d(x, self.weight, bias, stride=stride, padding=padding[0])
+            return functional.conv_transpose1d(x, weight, bias, stride=stride, padding=padding[0])
         if _few(x, x.shape[-1], self.out_channels):
             # Item by item: a batched product would copy the weight for each.
-            windows = torch.stack([self.weight.flatten(1).T @ item for item in x.squeeze(-2).unbind()])
+            windows = torch.stack([weight.flatten(1).T @ item for item in x.squeeze(-2).unbind()])
             length = (x.shape[-1] - 1) * stride - 2 * padding[0] + kernel
             y = functional.fold(
                 windows, (1, length), (1, kernel), padding=(0, padding[0]), stride=(1, stride)
             )
             return _channels_last(y if bias is None else y + bias[:, None, None])
         return functional.conv_transpose2d(
-            x, _image_kernel(self.weight), bias, stride=(1, stride), padding=(0, padding[0])
+            x, _image_kernel(self.weight, x.dtype), bias, stride=(1, stride), padding=(0, padding[0])
         )
 
 
@@ -117,9 +141,26 @@ def keep_kernels(kept: dict[int, tuple[Tensor, Tensor]] | None = None) -> Iterat
         _kept_kernels.reset(token)
 
 
-def _image_kernel(weight: Tensor) -> Tensor:
+def _reduced(x: Tensor) -> bool:
+    """Whether a convolution would compute in bfloat16 on a CPU."""
+    if x.device.type != "cpu":
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        return torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return x.dtype == torch.bfloat16
+
+
+def _like_input(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Weights in the dtype of the input; autocast casts by itself."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return weight, bias
+    return weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+
+
+def _image_kernel(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A kernel [O, C, K] as [O, C, 1, K], with the channels last in memory where it is kept."""
-    image = weight.unsqueeze(-2)
+    image = weight.unsqueeze(-2).to(dtype)
     # What a parametrization or a transform computes is new each time.
     if torch.compiler.is_compiling() or not isinstance(weight, nn.Parameter):
         return image
@@ -145,7 +186,12 @@ class Snake(nn.Module):
     """x + sin²(αx) / (β + 1e-9), with α and β per channel, stored as logarithms.
 
     The sine is computed in at least float32 whatever the input's dtype: a bfloat16 argument of a
-    few hundred has lost its phase. The output has the input's dtype.
+    few hundred has lost its phase. The output has the input's dtype, or on a CPU that of the
+    parameters where that is the narrower one.
+
+    Args:
+        channels: Channels C.
+        keeps_dtype: Whether the output has the input's dtype in any case.
 
     Attributes:
         compiled: Whether `ear_vae.network.snake.compile_snake` has been called for it.
@@ -154,21 +200,30 @@ class Snake(nn.Module):
     (2020); two-parameter form of Lee et al., "BigVGAN" (2023).
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, *, keeps_dtype: bool = False) -> None:
         super().__init__()
         self.log_alpha = nn.Parameter(torch.zeros(channels))
         self.log_beta = nn.Parameter(torch.zeros(channels))
+        self.keeps_dtype = keeps_dtype
         self.compiled = False
 
     def forward(self, x: Tensor | DeferredSum) -> Tensor:
         """Applies the function to each channel of [B, C, N] or [B, C, 1, N]."""
         if isinstance(x, DeferredSum):
-            return snake_of_sum(x, self.log_alpha, self.log_beta, keep_sum=False)[1]
-        return snake(x, self.log_alpha, self.log_beta, compiled=self.compiled)
+            return snake_of_sum(
+                x,
+                self.log_alpha,
+                self.log_beta,
+                keep_sum=False,
+                wide=self.keeps_dtype,
+                compiled=self.compiled,
+            )[1]
+        dtype = x.dtype if self.keeps_dtype or x.is_cuda else narrower(x.dtype, self.log_alpha.dtype)
+        return snake(x, self.log_alpha, self.log_beta, dtype=dtype, compiled=self.compiled)
 
     def with_input(self, x: DeferredSum) -> tuple[Tensor, Tensor]:
         """The sum, added up, and the function of it."""
-        return snake_of_sum(x, self.log_alpha, self.log_beta, keep_sum=True)
+        return snake_of_sum(x, self.log_alpha, self.log_beta, keep_sum=True, compiled=self.compiled)
 
 
 class ResidualUnit(nn.Module):
@@ -202,7 +257,11 @@ class ResidualUnit(nn.Module):
         del activated
         second = self.snake if self.snake2 is None else self.snake2
         y = convolve(self.conv_pointwise, second(y))
-        return y.plus(x) if isinstance(y, DeferredSum) else x + y
+        if isinstance(y, DeferredSum):
+            return y.plus(x)
+        if isinstance(self.snake, Snake) and self.snake.compiled and fuses_residuals(y):
+            return DeferredSum(y, residual=x)
+        return (upcast(x) if keeps_float32(x) else x) + y
 
 
 def residual_units(channels: int, num_snakes: int = 1) -> nn.Sequential:

@@ -18,8 +18,9 @@ class EncoderBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, stride: int, num_snakes: int = 1) -> None:
         super().__init__()
         self.residual_units = residual_units(in_channels, num_snakes)
-        self.snake = Snake(in_channels)
-        self.conv = Conv1d(in_channels, out_channels, 2 * stride, stride=stride, padding=stride // 2)
+        conv = Conv1d(in_channels, out_channels, 2 * stride, stride=stride, padding=stride // 2)
+        self.snake = Snake(in_channels, keeps_dtype=conv.in_float32)
+        self.conv = conv
 
     def forward(self, x: Tensor | DeferredSum) -> Tensor | DeferredSum:
         """Maps [B, in_channels, N * stride] to [B, out_channels, N]; either may be a sum to be added up."""
@@ -41,7 +42,7 @@ class Encoder(nn.Module):
             )
         )
         last = config.block_widths[-1][1]
-        self.snake_out = Snake(last)
+        self.snake_out = Snake(last, keeps_dtype=True)
         self.conv_out = Conv1d(last, 2 * config.latent_dim, OUT_KERNEL_SIZE, padding=OUT_KERNEL_SIZE // 2)
 
     def forward(self, audio: Tensor) -> Tensor:

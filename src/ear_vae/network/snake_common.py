@@ -46,6 +46,19 @@ def sum_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
     return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
 
 
+def keeps_float32(x: Tensor) -> bool:
+    """Whether what residual units add to stays in float32 at least: in inference on a CPU, see `blocks`.
+
+    There an activation is in the cache, and its width costs little; on a GPU bytes are what takes the time.
+    """
+    return x.device.type == "cpu" and x.ndim == 4
+
+
+def narrower(first: torch.dtype, second: torch.dtype) -> torch.dtype:
+    """The dtype of fewer bytes."""
+    return first if first.itemsize <= second.itemsize else second
+
+
 def layout(x: Tensor) -> torch.memory_format:
     """How results lie in memory: with the channels last where those of `x` do, else in the plain order."""
     if x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):

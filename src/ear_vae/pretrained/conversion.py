@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from ear_vae._atomic import atomic_path, same_file, temporary_folder
-from ear_vae.config import EarVAEConfig
+from ear_vae.config import ConfigSource, EarVAEConfig
 from ear_vae.errors import EarVAEError
 from ear_vae.limits import shown
 from ear_vae.pretrained.folder import CONFIG_FILE, read_folder, write_folder
-from ear_vae.pretrained.official_repository import VARIANTS_KEY
-from ear_vae.pretrained.official_state_dict import to_official, to_official_config
+from ear_vae.pretrained.layouts.official_repository import VARIANTS_KEY
+from ear_vae.pretrained.layouts.official_state_dict import to_official, to_official_config
 from ear_vae.pretrained.resolve import resolve
 
 OFFICIAL_WEIGHTS_SUFFIX = ".pyt"
@@ -31,6 +31,7 @@ def convert(
     destination: str | os.PathLike[str],
     *,
     to: Literal["folder", "official"] | None = None,
+    config: ConfigSource | None = None,
     variant: str | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -40,14 +41,14 @@ def convert(
     """Writes a model in this package's layout or in the official one.
 
     Args:
-        source: Model to convert: a folder in either layout, the name of a bundled checkpoint, or a Hub
-            repository id `owner/name`.
+        source: Model to convert: whatever `EarVAE.from_pretrained` loads.
         destination: Folder to write, whose parents are made; or a path that ends in `.pyt`, for the pickled
             state dict of the official layout alone.
         to: Layout to write. `folder` is this package's, with the model named after the folder; `official` is
             that of the published weights: `config.json`, `config/NAME.json` and `pretrained_weight/NAME.pyt`,
             which `EarVAE.from_pretrained` reads too. By default `official` for a path that ends in `.pyt`,
             else `folder`.
+        config: Config of a bare file of weights, as for `EarVAE.from_pretrained`.
         variant: Which model of a repository that holds several.
         revision: Branch, tag or commit on the Hub.
         cache_dir: Folder for downloads and conversions instead of the Hub's usual one.
@@ -74,15 +75,15 @@ def convert(
         raise EarVAEError(f"official weights are float32: {dtype} is for our own folders only; leave it out")
     if not (official and is_official_file):
         require_free_folder(destination, overwrite)
-    checkpoint = resolve(source, variant=variant, revision=revision, cache_dir=cache_dir)
-    config, state = read_folder(checkpoint.folder)
+    checkpoint = resolve(source, config=config, variant=variant, revision=revision, cache_dir=cache_dir)
+    architecture, state = read_folder(checkpoint.folder)
     if not official:
         with new_folder(destination) as folder:
-            write_folder(folder, config, state, name=destination.resolve().name, dtype=dtype)
+            write_folder(folder, architecture, state, name=destination.resolve().name, dtype=dtype)
     elif is_official_file:
-        _write_official_weights(state, config, destination, overwrite)
+        _write_official_weights(state, architecture, destination, overwrite)
     else:
-        _write_official_folder(state, config, destination, checkpoint.name)
+        _write_official_folder(state, architecture, destination, checkpoint.name)
     return destination
 
 

@@ -6,8 +6,8 @@ import hashlib
 import html
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,21 @@ def read_folder(folder: Path) -> tuple[EarVAEConfig, dict[str, Tensor]]:
         stored, facts = read_safetensors(path)
         require_fit(path, stored, expected_shapes(config, path=path))
         state = {name: tensor.float().contiguous() for name, tensor in stored.items()}
-    # A file written by another program may state none.
+    require_stated(path, state, facts)
+    return config, state
+
+
+def require_stated(path: Path, state: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Refuses weights that are not those that their file was written with.
+
+    Args:
+        path: The file, for messages.
+        state: Our state dict.
+        facts: What the file states; one that another program wrote may state no fingerprint.
+
+    Raises:
+        EarVAEError: The weights have another fingerprint.
+    """
     stated = facts.get("weights_sha256")
     if stated is not None and stated != (found := fingerprint(state)):
         raise EarVAEError(
@@ -78,7 +92,6 @@ def read_folder(folder: Path) -> tuple[EarVAEConfig, dict[str, Tensor]]:
             "EarVAE.save_pretrained, or fetch the file again",
             argument="force_download",
         )
-    return config, state
 
 
 def write_folder(
@@ -133,6 +146,53 @@ def write_folder(
         raise EarVAEError(f"{directory}: cannot write the model: {error}") from error
 
 
+def statistics_of(folder: str | os.PathLike[str]) -> tuple[Sequence[float], Sequence[float]] | None:
+    """Returns mean and standard deviation of each latent channel that a model's folder has; None without.
+
+    Args:
+        folder: Folder in our layout.
+
+    Raises:
+        EarVAEError: It is no such folder.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise EarVAEError(
+            f"{folder}: is no folder; give that of a model; ear-vae convert NAME FOLDER makes one"
+        )
+    config = EarVAEConfig.from_json(path / CONFIG_FILE)
+    if config.latents_mean is None or config.latents_std is None:
+        return None
+    return config.latents_mean, config.latents_std
+
+
+def write_statistics(
+    folder: str | os.PathLike[str],
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> None:
+    """Writes the statistics of its latents into the `config.json` of a model, in the place of others.
+
+    Args:
+        folder: Folder in our layout.
+        mean: Mean of each latent channel.
+        std: Standard deviation of each latent channel.
+
+    Raises:
+        EarVAEError: The folder is none of a model, or cannot be written to; the model has another number
+            of channels, or a standard deviation is not above 0.
+    """
+    path = Path(folder) / CONFIG_FILE
+    config = EarVAEConfig.from_json(path)
+    try:
+        config = replace(config, latents_mean=tuple(mean), latents_std=tuple(std))
+    except EarVAEError as error:
+        raise EarVAEError(f"{folder}: {error}") from error
+    with atomic_path(path, overwrite=True) as temporary:
+        temporary.write_text(config.to_json(), encoding="utf-8")
+
+
 def _write_card(path: Path, card: str) -> None:
     """Writes a card unless there is one, which stays, also one that another process writes meanwhile."""
     try:
@@ -183,7 +243,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise EarVAEError(f"{path}: not a readable safetensors file: {error}") from error
 
 
-def require_fit(path: Path, state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+def require_fit(path: Path | str, state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
     """Refuses a state dict whose names, shapes or dtypes are not those of the network.
 
     Raises:
@@ -196,19 +256,26 @@ def require_fit(path: Path, state: Mapping[str, Tensor], shapes: Mapping[str, to
         tensor = state[name]
         if tensor.shape != shapes[name]:
             problems.append(f"{name} is {list(tensor.shape)} instead of {list(shapes[name])}")
-        elif tensor.dtype not in STORED_DTYPES:
-            problems.append(f"{name} is {tensor.dtype} instead of float32 or another floating dtype")
-        elif tensor.layout != torch.strided:
-            problems.append(f"{name} is {tensor.layout} instead of dense")
-        elif tensor.is_meta:
-            problems.append(f"{name} has no values (it lies on the meta device)")
-        elif not tensor.isfinite().all():
-            problems.append(f"{name} holds NaN or infinity")
-        elif not tensor.float().isfinite().all():
-            problems.append(f"{name} holds values beyond the range of float32")
+        elif problem := unusable(tensor):
+            problems.append(f"{name} {problem}")
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise EarVAEError(f"{path}: the weights do not fit the config: {shown}")
+
+
+def unusable(tensor: Tensor) -> str | None:
+    """Says what keeps a tensor from being a weight, whatever its shape; None if nothing does."""
+    if tensor.dtype not in STORED_DTYPES:
+        return f"is {tensor.dtype} instead of float32 or another floating dtype"
+    if tensor.layout != torch.strided:
+        return f"is {tensor.layout} instead of dense"
+    if tensor.is_meta:
+        return "has no values (it lies on the meta device)"
+    if not tensor.isfinite().all():
+        return "holds NaN or infinity"
+    if not tensor.float().isfinite().all():
+        return "holds values beyond the range of float32"
+    return None
 
 
 def _require_writable(directory: Path, state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
@@ -221,7 +288,7 @@ def _require_writable(directory: Path, state: Mapping[str, Tensor], shapes: Mapp
         ) from None
 
 
-def expected_shapes(config: EarVAEConfig, *, path: Path) -> dict[str, torch.Size]:
+def expected_shapes(config: EarVAEConfig, *, path: Path | str) -> dict[str, torch.Size]:
     """Returns the name and shape of every tensor of our state dict.
 
     Args:

@@ -1,23 +1,32 @@
-"""From a name to a local folder with a model: an existing folder, a bundled checkpoint, or the Hub's."""
+"""From a name to a local folder with a model: a folder, a file, a bundled checkpoint, or the Hub's."""
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ear_vae.config import EarVAEConfig
+from ear_vae.config import ConfigSource, EarVAEConfig
 from ear_vae.errors import EarVAEError, first_line
-from ear_vae.limits import read_json
+from ear_vae.limits import read_json, shown
 from ear_vae.pretrained.bundled import bundled_checkpoints
 from ear_vae.pretrained.conversion_cache import conversions_folder, file_sha256
 from ear_vae.pretrained.folder import CONFIG_FILE, WEIGHTS_FILE, Checkpoint, expected_shapes
-from ear_vae.pretrained.official_repository import VARIANTS_KEY, choose_variant, convert_variant
-from ear_vae.pretrained.oobleck import (
+from ear_vae.pretrained.layouts.bare import (
+    WEIGHTS_SUFFIXES,
+    GivenConfig,
+    configs_in,
+    convert_bare,
+    given_configs,
+    weights_in,
+)
+from ear_vae.pretrained.layouts.official_repository import VARIANTS_KEY, choose_variant, convert_variant
+from ear_vae.pretrained.layouts.oobleck import (
     CLASS_KEY,
     DIFFUSERS_WEIGHTS_FILE,
     STABLE_AUDIO_CONFIG_FILE,
@@ -38,6 +47,8 @@ _VAE_FOLDER = "vae/"
 # The two published models; width tells them from others.
 _PUBLISHED_REPOSITORY = "earlab/EAR_VAE"
 _PUBLISHED_CHANNELS = 128
+# How alike a name is to one that may have been meant: ear_vae_tiny, ear-vae-44k, not ear.
+_NEAR = 0.75
 PUBLISHED_SHA256 = {
     "ear_vae_44k": "0362dc7e96566869747dbe079b0a6d71c090b0a3a5d5077779e7be17c096d9d5",
     "ear_vae_v2_48k": "cc53f3f043aaae01307ffe1439b3a1c9d9e019652e6c13e089cd18d6037c2d3f",
@@ -55,6 +66,7 @@ class _Source:
         variant_prefix: Prefix of a variant's name in the name of an official model.
         fetch: Function that returns the local path of a file, by its relative path.
         find: The same, but returns None where there is no such file.
+        folder: The folder, where they are in a local one.
     """
 
     where: str
@@ -62,11 +74,13 @@ class _Source:
     variant_prefix: str
     fetch: Callable[[str], Path]
     find: Callable[[str], Path | None]
+    folder: Path | None = None
 
 
 def resolve(
     name_or_path: str | os.PathLike[str],
     *,
+    config: ConfigSource | None = None,
     variant: str | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
@@ -74,13 +88,14 @@ def resolve(
     cache_dir: str | os.PathLike[str] | None = None,
     force_download: bool = False,
 ) -> Checkpoint:
-    """Finds the local folder, in our layout, of a model: an existing one, else a bundled one, else the Hub's.
+    """Finds the local folder, in our layout, of a model: local files, else a bundled one, else the Hub's.
 
     Args:
-        name_or_path: Model to find: a folder in our layout, in the official one or with an Oobleck of
-            diffusers or of stable-audio-tools, the name of a bundled checkpoint, a Hub repository id
-            `owner/name`, or `ear_vae_44k` or `ear_vae_v2_48k` for the authors' model of that name in
-            `earlab/EAR_VAE`.
+        name_or_path: Model to find: a folder in our layout, in the official one, a clone of the authors'
+            repository, or with an Oobleck of diffusers or of stable-audio-tools; a bare file of weights; the
+            name of a bundled checkpoint, a Hub repository id `owner/name`, or `ear_vae_44k` or
+            `ear_vae_v2_48k` for the authors' model of that name in `earlab/EAR_VAE`.
+        config: Config of a bare file of weights, see `EarVAE.from_pretrained`.
         variant: Name of the model in an official repository with several.
         revision: Branch, tag or commit on the Hub.
         local_files_only: Do not go to the network.
@@ -101,9 +116,17 @@ def resolve(
             )
         variant, name_or_path = text, _PUBLISHED_REPOSITORY
         text = name_or_path
+    if os.path.isfile(text) and Path(text).suffix.lower() in WEIGHTS_SUFFIXES:
+        _require_no_revision(text, revision)
+        path = Path(text)
+        if config is not None or path.name != WEIGHTS_FILE or not path.with_name(CONFIG_FILE).is_file():
+            return _open_file(path, config=config, variant=variant, cache_dir=cache_dir)
+        text = str(path.parent)  # the file of a model's folder
     if os.path.isdir(text):
+        _require_no_revision(text, revision)
         source = _local_source(Path(text), Path(text).resolve().name, _hub_cache(cache_dir))
     elif isinstance(name_or_path, str) and name_or_path in bundled:
+        _require_no_revision(text, revision)
         source = _local_source(bundled[name_or_path], name_or_path, _hub_cache(cache_dir))
     elif isinstance(name_or_path, str) and _REPO_ID.fullmatch(name_or_path) and not os.path.exists(text):
         source = _hub_source(
@@ -114,26 +137,112 @@ def resolve(
             cache_dir=cache_dir,
             force_download=force_download,
         )
-        return _open(source, variant=variant, cache_dir=cache_dir)
     else:
-        problem = "is a file, not a model's folder" if os.path.exists(text) else "is no folder that exists"
-        raise EarVAEError(
-            f"{text}: {problem}; expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE} (or in the official "
-            f"layout), a bundled checkpoint ({', '.join(sorted(bundled)) or 'there are none'}), one of the "
-            f"authors' ({', '.join(PUBLISHED_SHA256)}), or a Hub repository 'owner/name'"
+        problem = (
+            "is a file, but none of weights" if os.path.exists(text) else "is no folder or file that exists"
         )
+        names = [*sorted(bundled), *PUBLISHED_SHA256]
+        near = " or ".join(difflib.get_close_matches(text.lower(), names, n=2, cutoff=_NEAR))
+        raise EarVAEError(
+            f"{text}: {problem}; {f'did you mean {near}? ' if near else ''}"
+            f"expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE} (or in the official layout), a file of "
+            f"weights ({', '.join(WEIGHTS_SUFFIXES)}), a bundled checkpoint "
+            f"({', '.join(sorted(bundled)) or 'there are none'}), one of the authors' "
+            f"({', '.join(PUBLISHED_SHA256)}), or a Hub repository 'owner/name'"
+        )
+    return _open(source, config=config, variant=variant, cache_dir=cache_dir)
+
+
+def _is_clone(source: _Source) -> bool:
+    """Whether a folder without a config has files of weights, as a clone of the authors' repository has."""
+    others = (f"{_VAE_FOLDER}{CONFIG_FILE}", STABLE_AUDIO_CONFIG_FILE)
+    return not any(source.find(name) for name in others) and bool(weights_in(source.folder or Path()))
+
+
+def _require_no_revision(text: str, revision: str | None) -> None:
     if revision is not None:
         raise EarVAEError(
             f"{text}: revisions are for Hub repositories only; leave it out",
             argument="revision",
             value=revision,
         )
-    return _open(source, variant=variant, cache_dir=cache_dir)
 
 
-def _open(source: _Source, *, variant: str | None, cache_dir: str | os.PathLike[str] | None) -> Checkpoint:
+def _open_file(
+    path: Path,
+    *,
+    config: ConfigSource | None,
+    variant: str | None,
+    cache_dir: str | os.PathLike[str] | None,
+) -> Checkpoint:
+    if variant is not None:
+        raise EarVAEError(
+            f"{path}: is one model, and variants are of repositories; leave it out",
+            argument="variant",
+            value=variant,
+        )
+    if problem := _damage(path):
+        raise EarVAEError(f"{path}: {problem}; fetch it again", argument="force_download")
+    return _open_weights(path, given_configs(path, config), cache_dir=cache_dir)
+
+
+def _open_clone(
+    source: _Source,
+    folder: Path,
+    *,
+    config: ConfigSource | None,
+    variant: str | None,
+    cache_dir: str | os.PathLike[str] | None,
+) -> Checkpoint:
+    weights = weights_in(folder)
+    choices = ", ".join(shown(name) for name in list(weights)[:20])
+    if variant is None and len(weights) > 1:
+        raise EarVAEError(
+            f"{folder}: holds several models; choose one of {choices}", argument="variant", value=...
+        )
+    if variant is not None and variant not in weights:
+        raise EarVAEError(f"{folder}: has no variant {shown(variant)}; it has {choices}")
+    path = source.fetch(str(weights[variant or next(iter(weights))].as_posix()))
+    configs = configs_in(folder, path) if config is None else given_configs(path, config)
+    return _open_weights(path, configs, cache_dir=cache_dir)
+
+
+def _open_weights(
+    path: Path, configs: Sequence[GivenConfig], *, cache_dir: str | os.PathLike[str] | None
+) -> Checkpoint:
+    sha256, name = file_sha256(path), path.stem
+    folder = convert_bare(path, configs, sha256=sha256, name=name, cache=conversions_folder(cache_dir))
+    _warn_unless_published(str(path), name, EarVAEConfig.from_json(folder / CONFIG_FILE), sha256)
+    return Checkpoint(folder, name)
+
+
+def _warn_unless_published(where: str, name: str, config: EarVAEConfig, sha256: str) -> None:
+    published = PUBLISHED_SHA256.get(name, sha256)
+    if config.channels == _PUBLISHED_CHANNELS and sha256 != published:
+        warnings.warn(
+            f"{where}: the weights of {name} are not the known published ones: their sha256 is "
+            f"{sha256}, that of the published ones {published}",
+            stacklevel=5,
+        )
+
+
+def _open(
+    source: _Source,
+    *,
+    config: ConfigSource | None,
+    variant: str | None,
+    cache_dir: str | os.PathLike[str] | None,
+) -> Checkpoint:
     """Fetches the files of a model and converts them if they are official ones."""
     config_path = source.find(CONFIG_FILE)
+    if config_path is None and source.folder is not None and _is_clone(source):
+        return _open_clone(source, source.folder, config=config, variant=variant, cache_dir=cache_dir)
+    if config is not None:
+        raise EarVAEError(
+            f"{source.where}: has its own config; one is for bare files of weights only, leave it out",
+            argument="config",
+            value=...,
+        )
     if config_path is None:
         if (oobleck := _open_oobleck(source, variant=variant, cache_dir=cache_dir)) is not None:
             return oobleck
@@ -149,16 +258,10 @@ def _open(source: _Source, *, variant: str | None, cache_dir: str | os.PathLike[
     entry = choose_variant(values, variant, where=f"{source.where}/{CONFIG_FILE}")
     variant_config, weights = source.fetch(entry.config), source.fetch(entry.weights)
     sha256 = file_sha256(weights)
-    folder, config = convert_variant(
+    folder, architecture = convert_variant(
         entry, variant_config, weights, weights_sha256=sha256, cache=conversions_folder(cache_dir)
     )
-    published = PUBLISHED_SHA256.get(entry.name, sha256)
-    if config.channels == _PUBLISHED_CHANNELS and sha256 != published:
-        warnings.warn(
-            f"{source.where}: the weights of {entry.name} are not the known published ones: their sha256 is "
-            f"{sha256}, that of the published ones {published}",
-            stacklevel=4,
-        )
+    _warn_unless_published(source.where, entry.name, architecture, sha256)
     return Checkpoint(folder, source.variant_prefix + entry.name)
 
 
@@ -238,7 +341,7 @@ def _local_source(folder: Path, name: str, hub_cache: Path) -> _Source:
     def find(relative: str) -> Path | None:
         return fetch(relative) if os.path.lexists(folder / relative) else None
 
-    return _Source(where=str(folder), name=name, variant_prefix="", fetch=fetch, find=find)
+    return _Source(where=str(folder), name=name, variant_prefix="", fetch=fetch, find=find, folder=folder)
 
 
 def _stays_inside(folder: Path, path: Path, hub_cache: Path) -> bool:
@@ -269,28 +372,35 @@ def _hub_source(
     if local_files_only and force_download:
         raise EarVAEError("local_files_only=True and force_download=True contradict each other; choose one")
     commit: str | None = None
-    unreachable: EarVAEError | None = None
+    asked = local_files_only
+    offline: Exception | None = None
 
     def download(relative: str, *, force: bool) -> Path:
-        from huggingface_hub import hf_hub_download
+        nonlocal asked, offline
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
+        cache = None if cache_dir is None else os.path.expanduser(cache_dir)
+        at = commit or revision
         try:
+            # Of a file in the cache the client itself asks once only.
+            if not asked and (force or not try_to_load_from_cache(repo_id, relative, cache, at)):
+                asked, offline = True, why_offline(repo_id, relative, revision=at, token=token)
+            if force and offline is not None:
+                raise offline
             return Path(
                 hf_hub_download(
                     repo_id,
                     relative,
-                    revision=commit or revision,
-                    cache_dir=None if cache_dir is None else os.path.expanduser(cache_dir),
+                    revision=at,
+                    cache_dir=cache,
                     token=token,
-                    # The client tries for half a minute to reach the Hub: once is enough.
-                    local_files_only=local_files_only or unreachable is not None,
-                    force_download=force and unreachable is None,
+                    local_files_only=local_files_only or offline is not None,
+                    force_download=force,
                 )
             )
         except Exception as error:  # the client lets through whatever its HTTP library of the day raises
-            if unreachable is not None:
-                raise unreachable from unreachable.__cause__
-            raise EarVAEError(_hub_problem(error, repo_id, relative, revision, local_files_only)) from error
+            problem = _hub_problem(error, repo_id, relative, revision, local_files_only, offline)
+            raise EarVAEError(problem) from error
 
     def fetch(relative: str) -> Path:
         nonlocal commit
@@ -316,14 +426,11 @@ def _hub_source(
         return path
 
     def find(relative: str) -> Path | None:
-        nonlocal unreachable
         from huggingface_hub import errors
 
         try:
             return fetch(relative)
         except EarVAEError as error:
-            if isinstance(error.__cause__, errors.LocalEntryNotFoundError) and not local_files_only:
-                unreachable = error
             if isinstance(error.__cause__, errors.EntryNotFoundError):
                 return None
             raise
@@ -331,8 +438,31 @@ def _hub_source(
     return _Source(where=repo_id, name=repo_id, variant_prefix=f"{repo_id}:", fetch=fetch, find=find)
 
 
+def why_offline(
+    repo_id: str, file: str, *, revision: str | None = None, token: str | None = None
+) -> Exception | None:
+    """Asks the Hub once for a file; returns why it cannot be reached, None where it answers anything at all.
+
+    Without a connection the Hub's client asks six times for a file that it does not have, in half a minute.
+    """
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
+
+    try:
+        get_hf_file_metadata(hf_hub_url(repo_id, file, revision=revision), token=token)
+    except (errors.HfHubHTTPError, ValueError):  # for the download itself to say
+        return None
+    except Exception as error:  # whatever the client's HTTP library of the day raises
+        return error
+    return None
+
+
 def _hub_problem(
-    error: Exception, repo_id: str, file: str, revision: str | None, local_files_only: bool
+    error: Exception,
+    repo_id: str,
+    file: str,
+    revision: str | None,
+    local_files_only: bool,
+    offline: Exception | None,
 ) -> str:
     """Says in one sentence why a download failed, and what to do."""
     from huggingface_hub import errors
@@ -358,7 +488,8 @@ def _hub_problem(
             )
         return (
             f"{repo_id}: {file}{at_revision} is not in the local cache and the Hub cannot be asked for it "
-            f"({what_the_hub_says(error.__cause__ or error)}); check the connection, or give a local folder"
+            f"({what_the_hub_says(offline or error.__cause__ or error)}); check the connection, or give a "
+            "local folder"
         )
     if isinstance(error, errors.EntryNotFoundError):
         return f"{repo_id}: the repository has no file {file}{at_revision}; is it an εar-VAE model?"

@@ -188,6 +188,15 @@ class StepProgressBar(TQDMProgressBar):
             self.train_progress_bar.n = self._step
             self.train_progress_bar.set_postfix(self.get_metrics(trainer, pl_module))
 
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the smoothed loss, with which a resumed run goes on."""
+        return {"smoothed": self._smoothed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on with the smoothed loss of the run that is resumed."""
+        smoothed = state_dict.get("smoothed")
+        self._smoothed = smoothed if isinstance(smoothed, float) else None
+
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """Returns the smoothed total of the loss terms, and the SI-SDR of the last validation."""
         metrics = trainer.callback_metrics

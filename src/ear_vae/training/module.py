@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -194,6 +194,8 @@ class EarVAEModule(L.LightningModule):
             raise EarVAEError("give either a config for a new model or a pretrained one to continue from")
         elif initialization is not None:
             raise EarVAEError("initialization is for a new model; a pretrained one has its weights")
+        if config is not None and config.latents_mean is not None:
+            raise EarVAEError("a new model has no latents yet: leave latents_mean and latents_std out")
         weights = _weights_in_use(
             objective.weights, discriminator is not None, adversarial_after, train_encoder
         )
@@ -203,6 +205,9 @@ class EarVAEModule(L.LightningModule):
             self.vae = EarVAE(config)
         else:
             self.vae = EarVAE.from_pretrained(pretrained, variant=variant)
+        if train_encoder:
+            # Its latents will be others.
+            self.vae.config = replace(self.vae.config, latents_mean=None, latents_std=None)
         if self.vae.audio_channels != 2:
             raise EarVAEError(
                 f"training compares left and right: audio_channels must be 2, got {self.vae.audio_channels}"

@@ -27,7 +27,8 @@ from ear_vae._atomic import atomic_path
 from ear_vae.errors import EarVAEError
 from ear_vae.evaluation.listening.excerpts import Excerpt
 from ear_vae.evaluation.metrics import METRICS
-from ear_vae.evaluation.results import HIGHER_IS_BETTER, counted
+from ear_vae.evaluation.results import HIGHER_IS_BETTER
+from ear_vae.limits import counted
 
 _SCRIPTS = ("player.js", "pictures.js", "abx.js", "report.js")
 _FULL_SCALE = 2**15

@@ -15,10 +15,11 @@ from ear_vae.evaluation.files import Row
 from ear_vae.evaluation.listening.excerpts import Excerpt, ExcerptSpan, choose_spans, cut, measured
 from ear_vae.evaluation.listening.page import Means, fitting, write_page
 from ear_vae.evaluation.pairs import DEFAULT_PATTERN, Pair, find_pairs, find_targets
-from ear_vae.evaluation.results import counted, read_evaluation, summarize
+from ear_vae.evaluation.results import read_evaluation, summarize
 from ear_vae.evaluation.runner import Task
 from ear_vae.evaluation.systems.base import System
 from ear_vae.evaluation.systems.loading import Model, as_system
+from ear_vae.limits import counted
 
 DEFAULT_EXCERPTS, DEFAULT_SECONDS, DEFAULT_MEGABYTES = 4, 10.0, 10.0
 # Files are ranked by it where an evaluation has it.
@@ -84,7 +85,7 @@ def write_listening_report(
     variant: str | None = None,
     device: str | torch.device | None = None,
     force_download: bool = False,
-    excerpts: int = DEFAULT_EXCERPTS,
+    excerpts: int | None = None,
     seconds: float = DEFAULT_SECONDS,
     megabytes: float = DEFAULT_MEGABYTES,
     title: str | None = None,
@@ -108,7 +109,7 @@ def write_listening_report(
         variant: Variant of the models that are loaded by name, where their repository holds several.
         device: Device for the models that are loaded by name; the CPU by default.
         force_download: Fetch the models that are loaded by name from the Hub again.
-        excerpts: Number of excerpts.
+        excerpts: Number of excerpts; by default 4, or fewer where the originals hold fewer.
         seconds: Length of each excerpt in seconds.
         megabytes: Largest size of the page in 10⁶ bytes; excerpts are shortened to keep it.
         title: Title of the page; by default made of the names of the systems and of the originals.
@@ -142,8 +143,8 @@ def write_listening_report(
             sources.add(_short(system.name), find_targets(sources.target).pairs, system=system)
     _require_no_input(path, sources, evaluations)
     notes: list[str] = []
-    spans = choose_spans(_common_files(sources, notes), count=excerpts, seconds=seconds)
-    if len(spans) < excerpts:
+    spans = choose_spans(_common_files(sources, notes), count=excerpts or DEFAULT_EXCERPTS, seconds=seconds)
+    if excerpts is not None and len(spans) < excerpts:
         held = counted(len(spans), "excerpt")
         notes.append(f"the originals hold {held} of {seconds:g} s, not {excerpts}")
     made: list[Excerpt] = []

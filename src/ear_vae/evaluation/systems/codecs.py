@@ -17,6 +17,7 @@ from ear_vae.dsp import _torchaudio as torchaudio
 from ear_vae.errors import EarVAEError, first_line
 from ear_vae.evaluation.systems.base import System
 from ear_vae.inference.tiling import run_tiled
+from ear_vae.pretrained.resolve import why_offline
 
 # Convolutional codecs process long audio in tiles of this length with this much context, which is more than
 # the receptive field of any of them.
@@ -31,12 +32,13 @@ class Codec:
     Attributes:
         source: Hub repository that the name alone stands for.
         library: Name of the library that it needs, for messages.
-        build: Function that loads it from a repository or folder.
+        build: Function that loads it from a repository or folder, onto a device, and without the network
+            where `local_files_only`.
     """
 
     source: str
     library: str
-    build: Callable[[str, torch.device], tuple[Any, int, int, Callable[[Tensor], Tensor]]]
+    build: Callable[..., tuple[Any, int, int, Callable[[Tensor], Tensor]]]
 
 
 class CodecSystem:
@@ -56,13 +58,22 @@ class CodecSystem:
         self.name = name
         # Their libraries import torchaudio, which must be importable even where its extension does not fit.
         torchaudio.functional()
+        offline = None if Path(source).is_dir() else why_offline(source, "config.json")
         try:
-            network, self.sample_rate, self.channels, self._rebuild = codec.build(source, device)
+            network, self.sample_rate, self.channels, self._rebuild = codec.build(
+                source, device, local_files_only=offline is not None
+            )
         except ImportError as error:
             raise EarVAEError(f"{name} needs {codec.library}: {_INSTALL} ({error})") from error
         # Whatever a library raises for a wrong folder, a refused download or a damaged file.
         except Exception as error:
-            raise EarVAEError(f"{name}: cannot be loaded from {source}: {first_line(error)}") from error
+            problem = first_line(error)
+            if offline is not None:
+                problem += (
+                    f"; the Hub cannot be asked ({first_line(offline)}), so only what is in the local cache "
+                    f"loads: check the connection, or give a local folder ({name.partition('=')[0]}=FOLDER)"
+                )
+            raise EarVAEError(f"{name}: cannot be loaded from {source}: {problem}") from error
         self.identity = _digest(network)
         self._device = device
 
@@ -96,19 +107,25 @@ def is_codec(name: str) -> bool:
     return short in CODECS and bool(source or not equals)
 
 
-def _dac(source: str, device: torch.device) -> tuple[Any, int, int, Callable[[Tensor], Tensor]]:
+def _dac(
+    source: str, device: torch.device, *, local_files_only: bool
+) -> tuple[Any, int, int, Callable[[Tensor], Tensor]]:
     from transformers import DacModel
 
-    model = DacModel.from_pretrained(source, use_safetensors=True).to(device).eval()
+    model = DacModel.from_pretrained(source, use_safetensors=True, local_files_only=local_files_only)
+    model = model.to(device).eval()
     hop = math.prod(model.config.downsampling_ratios)
     rate = model.config.sampling_rate
     return model, rate, 1, _tiled(lambda audio: model(audio).audio_values.unsqueeze(1), hop, rate)
 
 
-def _encodec(source: str, device: torch.device) -> tuple[Any, int, int, Callable[[Tensor], Tensor]]:
+def _encodec(
+    source: str, device: torch.device, *, local_files_only: bool
+) -> tuple[Any, int, int, Callable[[Tensor], Tensor]]:
     from transformers import EncodecFeatureExtractor, EncodecModel
 
-    model = EncodecModel.from_pretrained(source, use_safetensors=True).to(device).eval()
+    model = EncodecModel.from_pretrained(source, use_safetensors=True, local_files_only=local_files_only)
+    model = model.to(device).eval()
     config = model.config
     # It cuts audio into overlapping chunks itself, which is part of the codec.
     prepare = EncodecFeatureExtractor(
@@ -129,12 +146,20 @@ def _encodec(source: str, device: torch.device) -> tuple[Any, int, int, Callable
     return model, config.sampling_rate, config.audio_channels, rebuild
 
 
-def _stable_audio_open(source: str, device: torch.device) -> tuple[Any, int, int, Callable[[Tensor], Tensor]]:
+def _stable_audio_open(
+    source: str, device: torch.device, *, local_files_only: bool
+) -> tuple[Any, int, int, Callable[[Tensor], Tensor]]:
     from diffusers import AutoencoderOobleck
 
     folder = Path(source)
     inner = "vae" if not folder.is_dir() or (folder / "vae").is_dir() else None
-    model = AutoencoderOobleck.from_pretrained(source, subfolder=inner, use_safetensors=True)
+    model = AutoencoderOobleck.from_pretrained(
+        source,
+        subfolder=inner,
+        use_safetensors=True,
+        local_files_only=local_files_only,
+        low_cpu_mem_usage=False,  # what it falls back to without accelerate, with a notice of four lines
+    )
     model = model.to(device).eval()
     rate = model.config.sampling_rate
 
@@ -146,14 +171,18 @@ def _stable_audio_open(source: str, device: torch.device) -> tuple[Any, int, int
     return model, rate, model.config.audio_channels, _tiled(rebuild, hop, rate)
 
 
-def _agc(source: str, device: torch.device) -> tuple[Any, int, int, Callable[[Tensor], Tensor]]:
+def _agc(
+    source: str, device: torch.device, *, local_files_only: bool
+) -> tuple[Any, int, int, Callable[[Tensor], Tensor]]:
     from agc import AGC
     from huggingface_hub import snapshot_download
     from safetensors.torch import load_file
 
     # Its own from_pretrained does not work with transformers 5.
     files = ["config.json", "model.safetensors"]
-    folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(source, allow_patterns=files))
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(source, allow_patterns=files, local_files_only=local_files_only))
     model = AGC(AGC.config_class.from_json_file(folder / files[0]))
     model.load_state_dict(load_file(folder / files[1]))
     model.to(device).eval()

@@ -177,3 +177,27 @@ class SegmentDataset(Dataset[Tensor]):
         audio = audio[:, : self.segment_samples]
         audio = torch.nn.functional.pad(audio, (0, self.segment_samples - audio.shape[1]))
         return audio.expand(2, -1) if audio.shape[0] == 1 else audio
+
+
+class MiddleExcerpts(Dataset[Tensor]):
+    """The middle of each of some files, [2, T], to validate on.
+
+    Args:
+        files: Files that are not shorter than an excerpt.
+        sample_rate: Sample rate of the excerpts in Hz.
+        seconds: Length of an excerpt.
+    """
+
+    def __init__(self, files: Sequence[AudioFile], sample_rate: int, seconds: float) -> None:
+        self.files, self.sample_rate, self.seconds = files, sample_rate, seconds
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Reads the excerpt of a file."""
+        file = self.files[index]
+        length = int(self.seconds * file.sample_rate)
+        audio, _ = read_audio(file.path, start=(file.num_samples - length) // 2, num_samples=length)
+        audio = resample(audio, file.sample_rate, self.sample_rate)
+        return audio.expand(2, -1) if audio.shape[0] == 1 else audio

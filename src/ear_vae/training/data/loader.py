@@ -6,12 +6,10 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from ear_vae.errors import EarVAEError
 from ear_vae.limits import integer, shown
-from ear_vae.training.data.dataset import SegmentDataset
 
 # How long a worker goes on after SIGTERM, for the step that is under way.
 _GRACE_SECONDS = 60
@@ -26,13 +24,13 @@ class SegmentSampler(DistributedSampler[int]):
     It is a `DistributedSampler` so that Lightning, which puts its own around any other, leaves it alone.
 
     Args:
-        dataset: Dataset of the segments.
+        dataset: Dataset of the segments, of which every number stands for one.
         per_epoch: Segments per epoch over all processes; a multiple of the number of processes.
         rank: Number of this process, from 0.
         processes: Number of processes.
     """
 
-    def __init__(self, dataset: SegmentDataset, *, per_epoch: int, rank: int, processes: int) -> None:
+    def __init__(self, dataset: Dataset[Any], *, per_epoch: int, rank: int, processes: int) -> None:
         super().__init__(dataset, num_replicas=processes, rank=rank, shuffle=False)
         self.per_epoch = per_epoch
         self.position = 0
@@ -46,14 +44,14 @@ class SegmentSampler(DistributedSampler[int]):
         return iter(range(self.position + self.rank, end, self.num_replicas))
 
 
-class SegmentLoader(DataLoader[Tensor]):
-    """Loads batches [B, 2, T] of segments; its state is the number of segments that were taken.
+class SegmentLoader(DataLoader[Any]):
+    """Loads batches of segments, of audio or of latents; its state is the number of segments that were taken.
 
     Resuming therefore reads the batches that would have come next, also in the middle of an epoch, and
     none of those before.
 
     Args:
-        dataset: Dataset of the segments.
+        dataset: Dataset of the segments, of which every number stands for one.
         batch_size: Segments in a batch of one process.
         segments_per_epoch: Segments per epoch over all processes; those that do not fill a step are left out.
         rank: Number of this process, from 0.
@@ -66,7 +64,7 @@ class SegmentLoader(DataLoader[Tensor]):
 
     def __init__(
         self,
-        dataset: SegmentDataset,
+        dataset: Dataset[Any],
         *,
         batch_size: int,
         segments_per_epoch: int,
@@ -78,7 +76,7 @@ class SegmentLoader(DataLoader[Tensor]):
         per_epoch = segments_per_epoch // self.step_segments * self.step_segments
         if per_epoch == 0:
             raise EarVAEError(
-                f"segments_per_epoch is {segments_per_epoch}, but one step of {processes} processes takes "
+                f"an epoch has {segments_per_epoch} segments, but one step of {processes} processes takes "
                 f"{self.step_segments}"
             )
         self.segments = SegmentSampler(dataset, per_epoch=per_epoch, rank=rank, processes=processes)
@@ -90,7 +88,7 @@ class SegmentLoader(DataLoader[Tensor]):
             **settings,
         )
 
-    def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Yields the remaining batches of the epoch."""
         for batch in super().__iter__():
             # Before the batch is used: a checkpoint is written after that, but before the next is asked for.

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from ear_vae.audio import read_audio, resample
 from ear_vae.errors import EarVAEError
 from ear_vae.limits import sample_rate_of, whole_number
 from ear_vae.training.checkpoint_reading import changes
-from ear_vae.training.data.dataset import Augmentation, SegmentDataset
+from ear_vae.training.data.dataset import Augmentation, MiddleExcerpts, SegmentDataset
 from ear_vae.training.data.loader import SegmentLoader
-from ear_vae.training.data.sources import AudioFile, Policy, find_usable_files
+from ear_vae.training.data.sources import AudioFile, Policy, find_usable_files, listed_sources
 
 _LOG = logging.getLogger(__name__)
 
@@ -89,8 +87,8 @@ class AudioDataModule(L.LightningDataModule):
             raise EarVAEError("segment_seconds and validation_seconds must be finite and more than 0")
         if min_level_db is not None and not math.isfinite(min_level_db):
             raise EarVAEError(f"min_level_db must be a level in dB or null, got {min_level_db}")
-        self.sources = _paths(folder)
-        self.validation_sources = [] if validation_folder is None else _paths(validation_folder)
+        self.sources = listed_sources(folder)
+        self.validation_sources = [] if validation_folder is None else listed_sources(validation_folder)
         self.sample_rate = sample_rate
         self.segment_samples = (
             max(1, round(segment_seconds * sample_rate / segment_multiple)) * segment_multiple
@@ -166,7 +164,7 @@ class AudioDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Tensor]:
         """Returns a loader of one excerpt [1, 2, T] of each validation file."""
-        dataset = _MiddleExcerpts(self.validation_files, self.sample_rate, self.validation_seconds)
+        dataset = MiddleExcerpts(self.validation_files, self.sample_rate, self.validation_seconds)
         return DataLoader(dataset, batch_size=1)
 
     def _dataset(self, segment_samples: int, augmentation: Augmentation | None) -> SegmentDataset:
@@ -179,25 +177,3 @@ class AudioDataModule(L.LightningDataModule):
             min_level_db=self.min_level_db,
             mono=self.policy.mono,
         )
-
-
-class _MiddleExcerpts(Dataset[Tensor]):
-    def __init__(self, files: Sequence[AudioFile], sample_rate: int, seconds: float) -> None:
-        self.files, self.sample_rate, self.seconds = files, sample_rate, seconds
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Tensor:
-        file = self.files[index]
-        length = int(self.seconds * file.sample_rate)
-        audio, _ = read_audio(file.path, start=(file.num_samples - length) // 2, num_samples=length)
-        audio = resample(audio, file.sample_rate, self.sample_rate)
-        return audio.expand(2, -1) if audio.shape[0] == 1 else audio
-
-
-def _paths(sources: Sequence[str] | str | Path) -> list[Path]:
-    listed = [sources] if isinstance(sources, (str, Path)) else list(sources)
-    if not listed:
-        raise EarVAEError("an empty list of folders; give at least one")
-    return [Path(source) for source in listed]

@@ -130,6 +130,18 @@ def find_usable_files(
     return usable
 
 
+def listed_sources(sources: Sequence[str] | str | Path) -> list[Path]:
+    """Returns the paths of one or several folders or manifests, as data modules take them.
+
+    Raises:
+        EarVAEError: The list is empty.
+    """
+    listed = [sources] if isinstance(sources, (str, Path)) else list(sources)
+    if not listed:
+        raise EarVAEError("an empty list of folders; give at least one")
+    return [Path(source) for source in listed]
+
+
 def _conditions(policy: Policy) -> list[tuple[str, Callable[[AudioFile], bool]]]:
     """Returns, for each condition, a description of a file that fails it, and a function that checks it."""
     conditions: list[tuple[str, Callable[[AudioFile], bool]]] = []
@@ -161,7 +173,8 @@ def _listed(source: Path) -> Iterable[tuple[Path, float]]:
     if source.is_dir():
         found = find_files(source, AUDIO_EXTENSIONS)
         _report("unreadable", found.unreadable)
-        return [(path, 1.0) for path in found.files]
+        _report("rebuilt from another file there", list(map(str, found.rebuilt)))
+        return [(path, 1.0) for path in found.originals]
     if not source.exists():
         raise EarVAEError(f"{source}: does not exist; give a folder of audio or a manifest")
     if not source.is_file():

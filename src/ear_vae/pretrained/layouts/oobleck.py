@@ -20,11 +20,12 @@ from ear_vae.errors import EarVAEError
 from ear_vae.limits import read_json, shown
 from ear_vae.pretrained.conversion_cache import converted_once, file_sha256
 from ear_vae.pretrained.folder import WEIGHTS_FILE, expected_shapes, require_fit
-from ear_vae.pretrained.official_state_dict import load_tensors, official_names
-from ear_vae.pretrained.weight_norm import folded
+from ear_vae.pretrained.layouts.official_state_dict import from_official, load_tensors
+from ear_vae.pretrained.layouts.weight_norm import folded
 
 CLASS_KEY = "_class_name"
 """What tells the config of a diffusers model from others."""
+_MODEL_TYPE_KEY = "model_type"  # of stable-audio-tools
 OUR_CLASS = "AutoencoderEarVAE"
 """Class of `ear_vae.integrations.diffusers`."""
 DIFFUSERS_WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -50,6 +51,8 @@ _OUR_FIELDS = (
     "architecture",
     "snakes_per_residual_unit",
     "min_std",
+    "latents_mean",
+    "latents_std",
 )
 # Where the tensors of an autoencoder are in checkpoints of stable-audio-tools: in its own, in those of its
 # training, and in those of a diffusion model that it belongs to.
@@ -82,8 +85,7 @@ def convert_diffusers(config_path: Path, weights_path: Path, *, name: str, cache
         EarVAEError: It is of another class or of an Oobleck that this network cannot be, a file is damaged,
             the two do not fit each other, or the cache cannot be written to.
     """
-    layout = _Layout(config_of_diffusers, _state_of_diffusers)
-    return _convert(layout, config_path, weights_path, name=name, cache=cache)
+    return _convert(_DIFFUSERS, config_path, weights_path, name=name, cache=cache)
 
 
 def convert_stable_audio(config_path: Path, weights_path: Path, *, name: str, cache: Path) -> Path:
@@ -98,8 +100,7 @@ def convert_stable_audio(config_path: Path, weights_path: Path, *, name: str, ca
     Raises:
         EarVAEError: As `convert_diffusers`.
     """
-    layout = _Layout(config_of_stable_audio, _state_of_stable_audio)
-    return _convert(layout, config_path, weights_path, name=name, cache=cache)
+    return _convert(_STABLE_AUDIO, config_path, weights_path, name=name, cache=cache)
 
 
 def _convert(layout: _Layout, config_path: Path, weights_path: Path, *, name: str, cache: Path) -> Path:
@@ -117,13 +118,39 @@ def require_config(read: Callable[[Any], EarVAEConfig], path: Path) -> EarVAECon
     Raises:
         EarVAEError: As `read`, or the file cannot be read.
     """
-    values = read_json(path)
+    return _config(read, read_json(path), path)
+
+
+def is_oobleck_config(values: Mapping[str, Any]) -> bool:
+    """Whether a parsed config is one of diffusers or of stable-audio-tools, whatever it is of."""
+    return CLASS_KEY in values or _MODEL_TYPE_KEY in values
+
+
+def read_oobleck(
+    values: Mapping[str, Any], where: str, weights: Path
+) -> tuple[EarVAEConfig, dict[str, Tensor]]:
+    """Reads the weights to a config of diffusers or of stable-audio-tools.
+
+    Args:
+        values: The parsed config.
+        where: Where it came from, for messages.
+        weights: The file of weights.
+
+    Raises:
+        EarVAEError: As `convert_diffusers`.
+    """
+    layout = _DIFFUSERS if CLASS_KEY in values else _STABLE_AUDIO
+    config = _config(layout.config, values, where)
+    return config, layout.state(weights, config)
+
+
+def _config(read: Callable[[Any], EarVAEConfig], values: Any, where: Path | str) -> EarVAEConfig:
     try:
         return read(values)
     except EarVAEError as error:
-        raise EarVAEError(f"{path}: {error}") from None
+        raise EarVAEError(f"{where}: {error}") from None
     except (KeyError, TypeError, AttributeError) as error:
-        raise EarVAEError(f"{path}: field missing or of the wrong type: {shown(error)}") from error
+        raise EarVAEError(f"{where}: field missing or of the wrong type: {shown(error)}") from error
 
 
 def config_of_diffusers(values: Any) -> EarVAEConfig:
@@ -162,7 +189,7 @@ def config_for_diffusers(config: EarVAEConfig) -> dict[str, Any]:
     return {
         **{theirs: values[ours] for ours, (theirs, _) in _DIFFUSERS_FIELDS.items()},
         "decoder_channels": config.channels,
-        **{field: values[field] for field in _OUR_FIELDS},
+        **{field: values[field] for field in _OUR_FIELDS if field in values},
     }
 
 
@@ -176,7 +203,7 @@ def config_of_stable_audio(values: Any) -> EarVAEConfig:
         EarVAEError: It is of another autoencoder, or of an Oobleck that our network cannot be.
     """
     model = values["model"]
-    if values["model_type"] != "autoencoder":
+    if values[_MODEL_TYPE_KEY] != "autoencoder":
         pretransform = model["pretransform"]
         if pretransform["type"] != "autoencoder":
             raise EarVAEError(f"its pretransform is {shown(pretransform['type'])}; expected an autoencoder")
@@ -237,16 +264,7 @@ def _state_of_diffusers(path: Path, config: EarVAEConfig) -> dict[str, Tensor]:
 
 
 def _state_of_stable_audio(path: Path, config: EarVAEConfig) -> dict[str, Tensor]:
-    state = _read(path, _PREFIXES)
-    names = {
-        **{ours: theirs for ours, theirs, kind in official_names(config) if kind == "plain"},
-        **{
-            f"{ours}.weight": f"{theirs}.weight"
-            for ours, theirs, kind in official_names(config)
-            if kind == "weight_norm"
-        },
-    }
-    return _renamed(path, folded(path, state), names, config)
+    return from_official(path, _read(path, _PREFIXES), config)
 
 
 def _renamed(
@@ -317,3 +335,7 @@ def _diffusers_names(config: EarVAEConfig) -> Iterator[tuple[str, str]]:
                 yield from conv(f"{ours_unit}.conv_pointwise", f"{theirs_unit}.conv2")
         yield from snake(f"{half}.snake_out", f"{half}.snake1")
         yield from conv(f"{half}.conv_out", f"{half}.conv2", bias=half == "encoder")
+
+
+_DIFFUSERS = _Layout(config_of_diffusers, _state_of_diffusers)
+_STABLE_AUDIO = _Layout(config_of_stable_audio, _state_of_stable_audio)

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ear_vae.errors import EarVAEError
+from ear_vae.pretrained.folder import unusable
 
 # Direction and norm, of torch.nn.utils.weight_norm and of torch.nn.utils.parametrizations.weight_norm.
 _DIRECTIONS = {
@@ -16,7 +17,7 @@ _DIRECTIONS = {
 }
 
 
-def folded(path: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def folded(path: Path | str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict with one plain weight for each pair of direction and norm; the rest as it is.
 
     Args:
@@ -24,7 +25,8 @@ def folded(path: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         state: Tensors of convolutions and other layers.
 
     Raises:
-        EarVAEError: A direction is without its norm, or the two do not fit each other.
+        EarVAEError: A direction is without its norm, the two do not fit each other, or one is no dense tensor
+            of finite numbers.
     """
     result = dict(state)
     for name in state:
@@ -38,6 +40,9 @@ def folded(path: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 raise EarVAEError(
                     f"{path}: the weights are damaged: {name} is {list(v.shape)}, {prefix}{norm} is {found}"
                 )
+            for part, tensor in ((name, v), (prefix + norm, g)):
+                if problem := unusable(tensor):
+                    raise EarVAEError(f"{path}: the weights are damaged: {part} {problem}")
             # In double precision: this runs once, and the folded weights then differ from the normalised ones
             # by the last rounding only.
             exact = v.double()

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ear_vae.integrations._files import new_files
-from ear_vae.integrations.graphs import (
+from ear_vae.integrations.export.graphs import (
     exportable,
     exported,
     parts_of,

@@ -15,7 +15,7 @@ from torch import Tensor
 from ear_vae.errors import EarVAEError
 from ear_vae.integrations._files import new_files
 from ear_vae.integrations._optional import optional
-from ear_vae.integrations.graphs import (
+from ear_vae.integrations.export.graphs import (
     GraphPart,
     exportable,
     exported,

@@ -14,7 +14,12 @@ from ear_vae.errors import EarVAEError
 from ear_vae.limits import read_json, sample_rate_of, shown
 from ear_vae.pretrained.conversion_cache import converted_once, file_sha256
 from ear_vae.pretrained.folder import CONFIG_FILE, expected_shapes, require_fit
-from ear_vae.pretrained.official_state_dict import from_official, official_config, read_official
+from ear_vae.pretrained.layouts.official_state_dict import (
+    from_official,
+    official_config,
+    read_official,
+    transformer_fields,
+)
 
 VARIANTS_KEY = "variants"
 _ENTRY_TYPES = {"config": str, "weights": str, "sample_rate": int, "downsampling_ratio": int}
@@ -129,7 +134,7 @@ def _read(
     values = read_json(config_path)
     state = read_official(weights_path)
     try:
-        config = official_config(values, sample_rate=entry.sample_rate, state=state)
+        config = official_config(values, sample_rate=entry.sample_rate, **transformer_fields(state))
         if values.get("sample_rate", entry.sample_rate) != entry.sample_rate:
             raise EarVAEError(
                 f"official config: sample_rate is {shown(values['sample_rate'])}, "

@@ -17,9 +17,14 @@ from ear_vae.errors import EarVAEError, first_line
 from ear_vae.limits import shortened, shown
 from ear_vae.network.transformer import ROTARY_BASE
 from ear_vae.pretrained.folder import expected_shapes, require_fit
+from ear_vae.pretrained.layouts.weight_norm import folded
 
+OFFICIAL_LAYERS = "transformers.layers."
+"""Prefix of the names of the transformer's layers."""
 _LONGEST_REASON = 200
 _ROTARY_KEY = "transformers.rotary_pos_emb.inv_freq"
+# Of constants in files that were stored in bfloat16.
+_ROUNDING = 5e-3
 
 
 def read_official(path: Path) -> dict[str, Tensor]:
@@ -62,8 +67,16 @@ def load_tensors(path: Path) -> Any:
         raise EarVAEError(f"{path}: not a readable PyTorch file: {reason}") from error
 
 
-def official_config(values: Any, *, sample_rate: int, state: Mapping[str, Tensor]) -> EarVAEConfig:
-    """Returns our config for an official one; the weights decide whether there is a transformer.
+def official_config(
+    values: Any, *, sample_rate: int, transformer_depth: int, transformer_head_dim: int | None = None
+) -> EarVAEConfig:
+    """Returns our config for an official one.
+
+    Args:
+        values: The parsed config.
+        sample_rate: Rate of the audio in Hz, which it does not tell.
+        transformer_depth: Layers of the transformer; the weights decide, whatever the config lists.
+        transformer_head_dim: Channels of one attention head, where the weights tell.
 
     Raises:
         EarVAEError: A field is missing or asks for something the published networks do not have.
@@ -86,7 +99,6 @@ def official_config(values: Any, *, sample_rate: int, state: Mapping[str, Tensor
             if not found
         ]
         transformer = values.get("transformer", {}).get("config", {})
-        depth = len({key.split(".")[2] for key in state if key.startswith("transformers.layers.")})
         config = EarVAEConfig(
             sample_rate=sample_rate,
             audio_channels=values["io_channels"],
@@ -94,8 +106,9 @@ def official_config(values: Any, *, sample_rate: int, state: Mapping[str, Tensor
             channel_multipliers=encoder["c_mults"],
             strides=encoder["strides"],
             latent_dim=values["latent_dim"],
-            transformer_depth=depth,
-            transformer_head_dim=transformer.get("dim_heads", EarVAEConfig.transformer_head_dim),
+            transformer_depth=transformer_depth,
+            transformer_head_dim=transformer_head_dim
+            or transformer.get("dim_heads", EarVAEConfig.transformer_head_dim),
         )
         if values["downsampling_ratio"] != config.downsampling_ratio:
             unsupported.append("downsampling_ratio")
@@ -136,39 +149,75 @@ def to_official_config(config: EarVAEConfig) -> dict[str, Any]:
     }
 
 
-def from_official(path: Path, state: Mapping[str, Tensor], config: EarVAEConfig) -> dict[str, Tensor]:
-    """Returns our state dict for an official one: names changed, weight norm folded.
+def from_official(path: Path | str, state: Mapping[str, Tensor], config: EarVAEConfig) -> dict[str, Tensor]:
+    """Returns our state dict for an official one, or for an Oobleck's of stable-audio-tools.
 
     Args:
         path: Path that `state` came from, for messages.
-        state: The official tensors.
+        state: The tensors, with weight norm or without.
         config: Config that the tensors must fit.
 
     Raises:
-        EarVAEError: Tensors are missing, unexpected or misshapen, or a norm has a bias.
+        EarVAEError: Tensors are missing, unexpected or misshapen; a norm has a bias, or the transformer other
+            frequencies, than the published network; or a residual unit has two Snakes and the config one.
     """
-    for suffix in ("weight_g", "weight_v"):
-        if not any(name.endswith(suffix) for name in state):
-            raise EarVAEError(f"{path}: no {suffix} tensors: these are not official εar-VAE weights")
+    plain = folded(path, state)
     shapes = expected_shapes(config, path=path)
-    expected = to_official({name: torch.empty(s, device="meta") for name, s in shapes.items()}, config)
-    require_fit(path, state, {name: tensor.shape for name, tensor in expected.items()})
-    ours: dict[str, Tensor] = {}
-    for name, official, kind in official_names(config):
+    names = list(plain_names(config))
+    constants = _constants(config)
+    expected = {theirs: shapes[ours] for ours, theirs in names}
+    require_fit(path, plain, {**expected, **{name: tensor.shape for name, tensor in constants.items()}})
+    ours_state: dict[str, Tensor] = {}
+    for ours, theirs in names:
+        tensor = plain[theirs].float()
+        if ours in ours_state and not torch.equal(ours_state[ours], tensor):
+            raise EarVAEError(
+                f"{path}: {theirs} is another Snake than the one before it: these are the weights of an "
+                "Oobleck of stable-audio-tools, with two in a residual unit; give its model_config.json"
+            )
+        ours_state[ours] = tensor
+    for name, constant in constants.items():
+        if not torch.allclose(plain[name].float(), constant, rtol=_ROUNDING, atol=0):
+            what = "frequencies" if name == _ROTARY_KEY else "a norm with a bias"
+            raise EarVAEError(
+                f"{path}: the transformer has {what} that the published network has not: {name}"
+            )
+    return ours_state
+
+
+def plain_names(config: EarVAEConfig) -> Iterator[tuple[str, str]]:
+    """Our name and the official one, which stable-audio-tools' Oobleck has too, of every plain tensor."""
+    for ours, official, kind in official_names(config):
         if kind == "weight_norm":
-            v = state[f"{official}.weight_v"].double()
-            g = state[f"{official}.weight_g"].double()
-            # In double precision: this runs once, and the folded weights then differ from the
-            # normalised ones by the last rounding only.
-            ours[f"{name}.weight"] = (v * (g / v.norm(dim=(1, 2), keepdim=True))).float()
+            yield f"{ours}.weight", f"{official}.weight"
         else:
-            ours[name] = state[official].float()
-    biases = (n for n in state if n.startswith("transformers.") and n.endswith("norm.beta"))
-    if any(state[name].any() for name in biases):
-        raise EarVAEError(
-            f"{path}: a norm of the transformer has a bias, which the published network has not"
-        )
-    return ours
+            yield ours, official
+
+
+def transformer_fields(state: Mapping[str, Tensor], layers: str = OFFICIAL_LAYERS) -> dict[str, Any]:
+    """The fields of our config that tell of the transformer, as far as the tensors tell them.
+
+    Args:
+        state: The tensors; official ones tell the channels of an attention head as well.
+        layers: Prefix of the names of the transformer's layers.
+    """
+    fields = {"transformer_depth": len({name.split(".")[2] for name in state if name.startswith(layers)})}
+    if (frequencies := state.get(_ROTARY_KEY)) is not None and frequencies.ndim == 1:
+        fields["transformer_head_dim"] = 2 * len(frequencies)
+    return fields
+
+
+def _constants(config: EarVAEConfig) -> dict[str, Tensor]:
+    """What the official network stores though it never changes: biases of norms, rotary frequencies."""
+    if not config.transformer_depth:
+        return {}
+    exponents = torch.arange(0, config.transformer_head_dim, 2) / config.transformer_head_dim
+    biases = {
+        official.replace("gamma", "beta"): torch.zeros(config.latent_dim)
+        for _, official, _ in official_names(config)
+        if official.endswith("norm.gamma")
+    }
+    return {**biases, _ROTARY_KEY: ROTARY_BASE**-exponents}
 
 
 def to_official(state: Mapping[str, Tensor], config: EarVAEConfig) -> dict[str, Tensor]:
@@ -192,14 +241,8 @@ def to_official(state: Mapping[str, Tensor], config: EarVAEConfig) -> dict[str, 
             official_state[f"{official}.weight_v"] = torch.where(norm == 0, torch.ones_like(weight), weight)
         else:
             official_state[official] = state[name]
-            if official.endswith("norm.gamma"):
-                official_state[official.replace("gamma", "beta")] = torch.zeros_like(state[name])
-    if config.transformer_depth:
-        like = official_state["transformers.layers.0.pre_norm.gamma"]
-        exponents = (
-            torch.arange(0, config.transformer_head_dim, 2, device=like.device) / config.transformer_head_dim
-        )
-        official_state[_ROTARY_KEY] = ROTARY_BASE**-exponents
+    device = next(iter(state.values())).device
+    official_state |= {name: constant.to(device) for name, constant in _constants(config).items()}
     return official_state
 
 
