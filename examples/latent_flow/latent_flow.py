@@ -51,7 +51,7 @@ class VelocityTransformer(nn.Module):
             width, width // 64, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
         self.layers = nn.TransformerEncoder(layer, depth, nn.LayerNorm(width), enable_nested_tensor=False)
-        self.out = nn.Linear(width, latent_dim)
+        self.out = nn.Linear(width, 2 * latent_dim)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
         self.register_buffer("frequencies", 2 * math.pi * torch.logspace(-1, 1, width // 2), persistent=False)
@@ -62,9 +62,11 @@ class VelocityTransformer(nn.Module):
         gain, shift = self.time(torch.cat([angles.cos(), angles.sin()], dim=1))[:, None].chunk(2, dim=-1)
         position = time[:, None, None]
         variance = (1 - position) ** 2 + position**2
-        x = self.into((latents * variance.rsqrt()).transpose(1, 2))
-        x = self.layers(x * (1 + gain) + shift + self.positions)
-        return (2 * position - 1) / variance * latents + self.out(x).transpose(1, 2) * variance.rsqrt()
+        scaled = latents * variance.rsqrt()
+        x = self.into(scaled.transpose(1, 2)) * (1 + gain) + shift + self.positions
+        # The layers give outputs of one size; a factor lets them follow loud and quiet frames.
+        factor, offset = self.out(self.layers(x)).transpose(1, 2).chunk(2, dim=1)
+        return (2 * position - 1) / variance * latents + (factor * scaled + offset) * variance.rsqrt()
 
 
 class LatentFlow(L.LightningModule):
@@ -89,8 +91,10 @@ class LatentFlow(L.LightningModule):
         """Mean square error of the velocity, where the batch has music."""
         music = self.normalize(batch["latents"])
         noise = torch.randn(music.shape, generator=generator, device=music.device)
-        # Most often near the middle: at both ends there is little to learn.
-        time = torch.randn(len(music), generator=generator, device=music.device).sigmoid()
+        # Most often near the middle, where most is to be learnt; spread evenly over a batch.
+        shares = torch.rand(len(music), generator=generator, device=music.device)
+        shares = (torch.arange(len(music), device=music.device) + shares) / len(music)
+        time = torch.special.ndtri(shares.clamp(1e-6, 1 - 1e-6)).sigmoid()
         position = time[:, None, None]
         velocity = self.network((1 - position) * noise + position * music, time)
         error = (velocity - (music - noise)).square().mean(dim=1)
@@ -173,8 +177,8 @@ def main() -> None:
     parser.add_argument("--model", default="model", help="the model that made them (%(default)s)")
     parser.add_argument("--validation", type=Path, help="a folder of other songs")
     parser.add_argument("--out", type=Path, default=Path("samples"), help="folder to write (%(default)s)")
-    parser.add_argument("--steps", type=int, default=600, help="steps to train (%(default)s)")
-    parser.add_argument("--samples", type=int, default=8, help="number of samples (%(default)s)")
+    parser.add_argument("--steps", type=int, default=500, help="steps to train (%(default)s)")
+    parser.add_argument("--samples", type=int, default=16, help="number of samples (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (%(default)s)")
     parser.add_argument("--precision", default="32-true", help="such as bf16-mixed (%(default)s)")
     options = parser.parse_args()

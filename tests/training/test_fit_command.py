@@ -216,6 +216,18 @@ def test_another_optimizer_from_a_config(
     assert "optimizers: ['SGD'] there, ['AdamW'] here" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_a_config_for_one_names_the_way_out(
+    music: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["fit", "--config", "warmup", "--config", "one_gpu", "--data.folder", str(music)]
+    assert main([*command, "--trainer.default_root_dir", str(tmp_path)]) == 1
+    assert (
+        "torch sees no GPU here (ear-vae env says why); for a CPU give --config one_cpu"
+        in capsys.readouterr().err
+    )
+
+
 @pytest.mark.slow
 def test_the_readmes_training_in_python_says_what_it_does_and_no_more(tmp_path: Path) -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
@@ -233,5 +245,5 @@ def test_the_readmes_training_in_python_says_what_it_does_and_no_more(tmp_path: 
     assert result.returncode == 0, result.stderr
     shown = result.stdout + result.stderr
     assert re.search(r"100%.* 2/2 .*total=", shown)
-    assert not any(word in shown for word in (*NOISE, "SIGTERM"))
+    assert not any(word in shown for word in (*NOISE, "SIGTERM", "LeafSpec"))
     assert EarVAE.from_pretrained(tmp_path / "my-model").latent_dim == 64

@@ -184,7 +184,13 @@ def train(arguments: Sequence[str], typed: Sequence[str], *, overwrite: bool = F
             },
         )
     except MisconfigurationException as error:
-        raise EarVAEError(" ".join(str(error).split())) from error
+        text = " ".join(str(error).split())
+        if "supported gpu backend" in text:
+            text = (
+                "torch sees no GPU here (ear-vae env says why); for a CPU give --config one_cpu in place of "
+                "the config of the machine, or --trainer.accelerator cpu"
+            )
+        raise EarVAEError(text) from error
     except SIGTERMException:
         _say_what_is_where(cli, typed, stopped=True)
         return 128 + (received[0] if received else signal.SIGTERM)
