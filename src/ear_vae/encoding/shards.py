@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,28 +99,30 @@ class ShardEncoder:
         hashes: dict[str, str | None] = {}
         items = frames = 0
         seconds = 0.0
-        for planned, result in self._results(entries):
-            hashes[planned.key] = result.sha256
-            if isinstance(result, AudioFailure):
-                failures.append({"key": planned.key, "path": planned.entry.path, "reason": result.reason})
-                report(FileDone(planned.entry.num_bytes or 0, 0.0))
-                continue
-            for item in _items(planned, result, settings, self._silence):
-                writer.add(item)
-                statistics.update(item.mean[:, : item.num_frames])
-                items, frames = items + 1, frames + item.num_frames
-            seconds += result.seconds
-            report(FileDone(planned.entry.num_bytes or 0, result.seconds))
-        receipt = {
-            "shard": number,
-            "items": items,
-            "num_frames": frames,
-            "seconds": seconds,
-            "files": writer.finish(self._output),
-            "sources": hashes,
-            "failures": failures,
-            "statistics": statistics.to_dict(),
-        }
+        # Closed whatever happens: on Windows a file that is open cannot be removed.
+        with closing(writer):
+            for planned, result in self._results(entries):
+                hashes[planned.key] = result.sha256
+                if isinstance(result, AudioFailure):
+                    failures.append({"key": planned.key, "path": planned.entry.path, "reason": result.reason})
+                    report(FileDone(planned.entry.num_bytes or 0, 0.0))
+                    continue
+                for item in _items(planned, result, settings, self._silence):
+                    writer.add(item)
+                    statistics.update(item.mean[:, : item.num_frames])
+                    items, frames = items + 1, frames + item.num_frames
+                seconds += result.seconds
+                report(FileDone(planned.entry.num_bytes or 0, result.seconds))
+            receipt = {
+                "shard": number,
+                "items": items,
+                "num_frames": frames,
+                "seconds": seconds,
+                "files": writer.finish(self._output),
+                "sources": hashes,
+                "failures": failures,
+                "statistics": statistics.to_dict(),
+            }
         path = folder / "receipt.json"
         path.write_text(json.dumps(receipt) + "\n", encoding="ascii")
         write_to_disk([path])
