@@ -192,6 +192,7 @@ def test_the_function_writes_the_page_of_the_command(
             write_listening_report(tmp_path / "new.html", **arguments)
 
 
+@pytest.mark.slow
 def test_a_page_is_small_unless_asked_otherwise_and_counts_one_excerpt(tmp_path: Path) -> None:
     """Noise compresses worst: three signals of 50 s are some 30 MB."""
     for name, seed in (("music", 0), ("one", 1), ("two", 2)):
@@ -253,6 +254,7 @@ def test_no_name_gets_out_of_the_page(tmp_path: Path) -> None:
     assert f'<h1 id="title">{html.escape(data["title"])}' in text
 
 
+@pytest.mark.slow
 def test_a_command_never_names_an_argument_of_python(folders: tuple[Path, Path], tmp_path: Path) -> None:
     files = [tmp_path / f"there.{extension}" for extension in ("html", "safetensors", "pyt")]
     for file in files:

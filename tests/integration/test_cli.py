@@ -330,7 +330,8 @@ def test_help_is_there_before_torch_would_be() -> None:
 
 
 INTERRUPTED = """
-import signal, sys
+import faulthandler, signal, sys
+faulthandler.dump_traceback_later(100, exit=True)
 from ear_vae.cli import main
 from ear_vae.evaluation.pairs import find_pairs, find_targets
 from ear_vae.vae import EarVAE
@@ -345,7 +346,8 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_command_leaves_nothing(
     tmp_path: Path, small_model: Path, sent: signal.Signals
 ) -> None:

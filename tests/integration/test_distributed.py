@@ -136,6 +136,7 @@ def music(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     ["sum", "NaN", *(pytest.param(n, marks=pytest.mark.slow) for n in ("balanced", "files", "accumulated"))],

@@ -140,6 +140,7 @@ def test_killed(folder: Path, tmp_path: Path, uninterrupted: dict[str, Any]) -> 
     assert_same_training(checkpoint_of(tmp_path), uninterrupted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["SIGINT", "SIGTERM"])
 def test_interrupted_at_the_command_line(how: str, folder: Path, tmp_path: Path) -> None:
     """Ctrl-C and a job scheduler's signal reach the workers of the data, too; none of them falls over it."""

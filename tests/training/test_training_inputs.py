@@ -383,6 +383,7 @@ def test_resuming_on_the_same_data_says_nothing(
     assert "resuming" not in caplog.text
 
 
+@pytest.mark.slow
 def test_a_folder_with_all_kinds_of_names(music: Path, tmp_path: Path) -> None:
     """Names that are no UTF-8, a pipe, a folder too deep to be opened: reported, and left out."""
     if not hasattr(os, "mkfifo"):
