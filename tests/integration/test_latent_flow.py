@@ -20,10 +20,11 @@ from ear_vae.dsp._torchaudio import functional
 from ear_vae.encoding import latent_statistics
 from ear_vae.pretrained.bundled import bundled_checkpoints
 
+# Of one loudness: else chance, which decides how many samples are of which song, decides their mean too.
 SONGS = (
     "cxong+cdogs-sdl/Epic_Fall.ogg",
     "cxong+cdogs-sdl/red_doors2.ogg",
-    "OpenDungeons+OpenDungeons/Searching_yd.ogg",
+    "flutter+games/Mr_Smith-Azul.mp3",
 )
 SECONDS = 15
 
