@@ -20,10 +20,11 @@ from ear_vae.dsp._torchaudio import functional
 from ear_vae.encoding import latent_statistics
 from ear_vae.pretrained.bundled import bundled_checkpoints
 
+# Of one loudness: else chance, which decides how many samples are of which song, decides their mean too.
 SONGS = (
     "cxong+cdogs-sdl/Epic_Fall.ogg",
     "cxong+cdogs-sdl/red_doors2.ogg",
-    "OpenDungeons+OpenDungeons/Searching_yd.ogg",
+    "flutter+games/Mr_Smith-Azul.mp3",
 )
 SECONDS = 15
 
@@ -112,11 +113,7 @@ def mel_db(audio: Tensor, sample_rate: int) -> Tensor:
 @pytest.mark.slow
 @pytest.mark.skipif("ear-vae-tiny" not in bundled_checkpoints(), reason="needs the bundled checkpoint")
 def test_samples_have_the_spectrum_of_the_songs(
-    tmp_path: Path,
-    training_music: Path,
-    example: Path,
-    write_latents: Callable[..., Path],
-    record_property: Callable[[str, object], None],
+    tmp_path: Path, training_music: Path, example: Path, write_latents: Callable[..., Path]
 ) -> None:
     """A quarter of a minute of each of three songs; within 3 dB of them, and nearer than decoded noise."""
     vae = EarVAE.from_pretrained("ear-vae-tiny")
@@ -154,7 +151,5 @@ def test_samples_have_the_spectrum_of_the_songs(
     prior = torch.randn(8, 64, 256, generator=torch.Generator().manual_seed(0))
     made, noise = distance(samples), distance(list(vae.decode(prior)))
     spread = distance(list(vae.decode(vae.denormalize(prior))))
-    # For the figures in the example's README; --junitxml has them.
-    record_property("distances in dB: samples, decoded noise, the same denormalized", (made, noise, spread))
     assert made < 3
     assert made < min(noise, spread) - 1
