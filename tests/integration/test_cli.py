@@ -501,7 +501,7 @@ def test_compiling_is_asked_for_and_not_required(
     def refuse(*_: object) -> None:
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr("ear_vae.network.snake._compiled", lambda: refuse)
+    monkeypatch.setattr("ear_vae.network.snake._compiled", lambda function: refuse)
     source, model = str(write(tmp_path / "a.wav")), ["--model", str(small_model)]
     assert main(["reconstruct", source, str(tmp_path / "one.wav"), *model]) == 0
     assert "compiled" not in capsys.readouterr().err

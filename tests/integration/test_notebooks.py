@@ -36,7 +36,7 @@ def printed_by(path: Path, song: Path | None = None) -> list[str]:
 def test_threads_do_not_spin_while_they_wait(repository: Path) -> None:
     """The way of waiting is read when torch is loaded, so it is chosen before any import that loads it."""
     notebooks = sorted((repository / "notebooks").glob("*.ipynb"))
-    assert len(notebooks) == 3
+    assert len(notebooks) == 4
     for path in notebooks:
         cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
         assert 'os.environ.setdefault("OMP_WAIT_POLICY", "passive")' in cells[0]

@@ -221,6 +221,7 @@ def test_weights_that_are_not_finite_are_not_released(
     options = ["--raw"] if raw else []
     assert main(["release", str(checkpoint), str(tmp_path / "there")]) == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "there").iterdir()}
+    capsys.readouterr()
     command = ["release", str(tmp_path / "broken.ckpt"), str(tmp_path / "there"), *options, "--force"]
     assert main(command) == 1
     error = capsys.readouterr().err

@@ -26,8 +26,8 @@ from ear_vae.encoding.engines import (
 )
 from ear_vae.encoding.formats import WRITERS, write_to_disk
 from ear_vae.encoding.plan import (
+    EncodingPlan,
     EncodingSettings,
-    Plan,
     PlannedEntry,
     counted_paths,
     differing_entries,
@@ -286,7 +286,7 @@ class _Run:
                 with suppress(OSError):
                     self.folder.rmdir()
             raise
-        self.plan = Plan(path)
+        self.plan = EncodingPlan(path)
 
     def find_finished(self) -> None:
         """Finds the shards that are left to do.
@@ -392,7 +392,7 @@ class _Run:
         """Refuses a plan that differs from the one that is there, except where a failure is put right."""
         if filecmp.cmp(path, new, shallow=False):
             return
-        before, after = Plan(path), Plan(new)
+        before, after = EncodingPlan(path), EncodingPlan(new)
         if differences := differing_settings(before.settings, after.settings):
             raise EarVAEError(
                 f"{self.folder}: was begun with other settings: {'; '.join(differences)}; choose another "
@@ -424,7 +424,7 @@ class _Run:
             argument="overwrite",
         )
 
-    def _failed_keys(self, plan: Plan) -> set[str]:
+    def _failed_keys(self, plan: EncodingPlan) -> set[str]:
         receipts = (finished_receipt(self.folder, number) for number in range(plan.num_shards))
         return {failure["key"] for receipt in receipts if receipt for failure in receipt["failures"]}
 
@@ -485,7 +485,7 @@ def _remove_empty_folders(folder: Path, top: Path) -> None:
         folder = folder.parent
 
 
-def _count_differing(before: Plan, after: Plan) -> int:
+def _count_differing(before: EncodingPlan, after: EncodingPlan) -> int:
     return sum(
         one != other
         for number in range(before.num_shards)
@@ -494,7 +494,7 @@ def _count_differing(before: Plan, after: Plan) -> int:
 
 
 def _first_reason(plan: Path) -> str:
-    left_out = Plan(plan).left_out[0]
+    left_out = EncodingPlan(plan).left_out[0]
     return f"{left_out.path}: {left_out.reason}"
 
 
