@@ -144,7 +144,7 @@ BAD_LINES = [
     ("info missing.wav", 1, "missing.wav: no such file"),
     ("info junk.safetensors", 1, "not a readable latent file"),
     ("info float8", 1, "float8_e4m3fn"),
-    ("info tensors.safetensors", 1, "has shape [4]; expected latents [D, N]"),
+    ("info tensors.safetensors", 1, "has shape [4]; expected latents [D, N] or [1, D, N]"),
     ("info loop", 1, "loop"),
     ("info empty", 1, "is empty"),
     ("reconstruct -", 1, "standard input has no name for the output to take"),

@@ -124,10 +124,7 @@ class Runs:
         (lambda path: np.save(path, np.array(["a"])), "which are no numbers for latents"),
         (lambda path: np.save(path, np.array([Runs()]), allow_pickle=True), "not a readable latent file"),
         (
-            lambda path: (
-                np.savez(path.with_suffix(".npz"), a=np.zeros(3), b=np.zeros(3))
-                or path.with_suffix(".npz").rename(path)
-            ),
+            two_arrays,
             r"holds \['a', 'b'\]; expected",
         ),
         (lambda path: torch.save({"z": Runs()}, path), "not a readable latent file"),

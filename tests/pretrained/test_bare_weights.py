@@ -234,6 +234,14 @@ def test_what_a_clone_may_lack(parity: Path, tmp_path: Path) -> None:
     assert EarVAE.from_pretrained(folder, variant="more", config="ear_vae_v2_48k").latent_rate == 50
 
 
+def test_a_folder_with_a_file_and_its_config(held: Held, tmp_path: Path) -> None:
+    """As bundles of other programs hold it; the config tells another rate than the strides do."""
+    torch.save(held.state, tmp_path / "mine.pyt")
+    (tmp_path / "mine.json").write_text(json.dumps({**held.config, "sample_rate": 32_000}))
+    vae = EarVAE.from_pretrained(tmp_path)
+    assert (vae.name, vae.sample_rate) == ("mine", 32_000)
+
+
 def test_unpickled_once(held: Held, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save(held.state, tmp_path / "weights.pyt")
     first = EarVAE.from_pretrained(tmp_path / "weights.pyt", config={"sample_rate": 32_000})
