@@ -99,7 +99,8 @@ def actors() -> list[int]:
         for task in Path(f"/proc/{parent}/task").iterdir():
             children = [int(pid) for pid in (task / "children").read_text().split()]
             waiting += children
-            found += [pid for pid in children if b"ray::" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+            names = [(pid, Path(f"/proc/{pid}/cmdline").read_bytes()) for pid in children]
+            found += [pid for pid, name in names if name.startswith(b"ray::MapWorker")]
     return found
 
 
