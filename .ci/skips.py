@@ -29,6 +29,8 @@ MISSING = {
     "triton": r"could not import 'triton'",
     "neighbours": r"could not import '(diffusers|transformers|onnx|onnxruntime|onnxscript)'",
     "stable-audio-tools": r"could not import 'stable_audio_tools",
+    "datasets": r"could not import '(pyarrow|webdataset|datasets)",
+    "ray": r"could not import 'ray'",
 }
 
 

@@ -4,8 +4,9 @@
     python benchmarks/encode_dataset.py --short 100 10000
 
 With a folder of audio: the same excerpts as mp3 and as flac, encoded as a data set and by the encoder alone,
-from audio that is decoded already, turn by turn; the best of the repeats. With --short: one-second files and a
-model that costs next to nothing. Each measurement has a process of its own, whose peak of memory it is.
+from audio that is decoded already, turn by turn; the best of the repeats. With --short: one-second files and
+a model that costs next to nothing. Each measurement has a process of its own, whose peak of memory it is,
+without those that decode.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def excerpts(music: Path, folder: Path, count: int, seconds: int) -> float:
 
 
 def measure(what: str, name: str, folder: Path, out: Path, optimize: bool) -> dict[str, float]:
-    """Seconds, and megabytes beyond what the process had before, with and without those that decode."""
+    """Seconds, peak of memory, and how much that is beyond what it was before."""
     vae = model(name)
     if optimize:
         vae.optimize_for_inference()
@@ -71,13 +72,7 @@ def measure(what: str, name: str, folder: Path, out: Path, optimize: bool) -> di
         seconds = time.perf_counter() - started
         assert not result.num_failures
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    return {
-        "seconds": seconds,
-        "peak_mb": peak / 1024,
-        "more_mb": (peak - before) / 1024,
-        "decoder_mb": children / 1024,
-    }
+    return {"seconds": seconds, "peak_mb": peak / 1024, "more_mb": (peak - before) / 1024}
 
 
 def in_a_process(*arguments: str) -> dict[str, float]:
@@ -105,8 +100,7 @@ def throughput(music: Path, names: list[str], count: int, seconds: int, repeats:
             print(
                 f"{name}: encoder alone {total / best['alone']:.2f}x real time, data set "
                 f"{total / best['data set']:.2f}x: {100 * best['alone'] / best['data set']:.1f} %; peaks "
-                f"{memory['alone']['peak_mb']:.0f} and {memory['data set']['peak_mb']:.0f} MB, a decoder "
-                f"{memory['data set']['decoder_mb']:.0f} MB"
+                f"{memory['alone']['peak_mb']:.0f} and {memory['data set']['peak_mb']:.0f} MB"
             )
 
 
@@ -130,7 +124,7 @@ def short(counts: list[int]) -> None:
                 f"{count} files of 1 s: encoder alone {1000 * alone['seconds'] / count:.2f} ms a file, "
                 f"data set {1000 * whole['seconds'] / count:.2f} ms, of its own "
                 f"{1000 * (whole['seconds'] - alone['seconds']) / count:.2f} ms; "
-                f"peak {whole['peak_mb']:.0f} MB, {whole['more_mb']:.0f} MB more than before; a decoder {whole['decoder_mb']:.0f} MB"
+                f"peak {whole['peak_mb']:.0f} MB, {whole['more_mb']:.0f} MB more than before"
             )
 
 

@@ -603,6 +603,11 @@ def test_arguments_that_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_output_that_stable_audio_tools_would_misread(songs: Path, vae: EarVAE, tmp_path: Path) -> None:
+    with pytest.raises(EarVAEError, match=r"takes \.npy anywhere in a path for the extension"):
+        encode_dataset(songs, tmp_path / "a.npy.b", vae, format="stable-audio")
+
+
 def test_nothing_to_encode(vae: EarVAE, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "list.csv").write_text("path\n")

@@ -26,8 +26,8 @@ from ear_vae.encoding.engines import (
 )
 from ear_vae.encoding.formats import WRITERS, npy_bytes, write_to_disk
 from ear_vae.encoding.plan import (
+    EncodingPlan,
     EncodingSettings,
-    Plan,
     PlannedEntry,
     counted_paths,
     differing_entries,
@@ -165,6 +165,11 @@ def encode_dataset(
             whole_number(value, name, lowest=lowest)
     if engine not in ("local", "ray"):
         raise EarVAEError(f"engine must be local or ray, got {shown(engine)}")
+    if format == "stable-audio" and ".npy" in str(folder.absolute()):
+        raise EarVAEError(
+            f"{folder}: stable-audio-tools takes .npy anywhere in a path for the extension; choose another "
+            "name"
+        )
     run = _Run(roots, folder, settings, retry_failed=retry_failed)
     run.prepare(overwrite=overwrite)
     run.find_finished()
@@ -291,7 +296,7 @@ class _Run:
                 with suppress(OSError):
                     self.folder.rmdir()
             raise
-        self.plan = Plan(path)
+        self.plan = EncodingPlan(path)
 
     def find_finished(self) -> None:
         """Finds the shards that are left to do.
@@ -397,7 +402,7 @@ class _Run:
         """Refuses a plan that differs from the one that is there, except where a failure is put right."""
         if filecmp.cmp(path, new, shallow=False):
             return
-        before, after = Plan(path), Plan(new)
+        before, after = EncodingPlan(path), EncodingPlan(new)
         if differences := differing_settings(before.settings, after.settings):
             raise EarVAEError(
                 f"{self.folder}: was begun with other settings: {'; '.join(differences)}; choose another "
@@ -429,7 +434,7 @@ class _Run:
             argument="overwrite",
         )
 
-    def _failed_keys(self, plan: Plan) -> set[str]:
+    def _failed_keys(self, plan: EncodingPlan) -> set[str]:
         receipts = (finished_receipt(self.folder, number) for number in range(plan.num_shards))
         return {failure["key"] for receipt in receipts if receipt for failure in receipt["failures"]}
 
@@ -464,7 +469,7 @@ class _Run:
         path = self.folder / PLAN_FILE
         names: set[str] = set()
         with suppress(EarVAEError):  # a damaged plan
-            names = Plan(path).names()
+            names = EncodingPlan(path).names()
         # Also of shards that were in place before their receipt.
         for file in [file for file in self.folder.rglob("*") if file.is_file()]:
             made = _MADE.fullmatch(file.relative_to(self.folder).as_posix())
@@ -485,7 +490,7 @@ def _remove_empty_folders(folder: Path, top: Path) -> None:
         folder = folder.parent
 
 
-def _count_differing(before: Plan, after: Plan) -> int:
+def _count_differing(before: EncodingPlan, after: EncodingPlan) -> int:
     return sum(
         one != other
         for number in range(before.num_shards)
@@ -494,7 +499,7 @@ def _count_differing(before: Plan, after: Plan) -> int:
 
 
 def _first_reason(plan: Path) -> str:
-    left_out = Plan(plan).left_out[0]
+    left_out = EncodingPlan(plan).left_out[0]
     return f"{left_out.path}: {left_out.reason}"
 
 

@@ -15,7 +15,7 @@ import torch
 
 from ear_vae._atomic import temporary_folder
 from ear_vae._processes import current_folder_off_the_path, prepare_process, processors
-from ear_vae.encoding.plan import Plan
+from ear_vae.encoding.plan import EncodingPlan
 from ear_vae.encoding.reading import PLAN_FILE
 from ear_vae.encoding.shards import FileDone, ShardEncoder
 from ear_vae.errors import EarVAEError, in_one_line
@@ -80,7 +80,7 @@ Report = Callable[[FileDone | ShardDone], None]
 
 def encode_here(
     output: Path,
-    plan: Plan,
+    plan: EncodingPlan,
     bases: Sequence[Path],
     numbers: Sequence[int],
     vae: EarVAE,
@@ -112,7 +112,7 @@ def encode_here(
 
 def encode_in_processes(
     output: Path,
-    plan: Plan,
+    plan: EncodingPlan,
     bases: Sequence[Path],
     numbers: Sequence[int],
     vae: EarVAE,
@@ -157,7 +157,7 @@ def encode_in_processes(
 
 def encode_with_ray(
     output: Path,
-    plan: Plan,
+    plan: EncodingPlan,
     bases: Sequence[Path],
     numbers: Sequence[int],
     vae: EarVAE,
@@ -314,7 +314,7 @@ def _serve(
 def _shard_encoder(
     output: Path, bases: Sequence[Path], vae: EarVAE, workers: Workers
 ) -> Iterator[ShardEncoder]:
-    encoder = ShardEncoder(output, Plan(output / PLAN_FILE), bases, vae, decoders=workers.decoders)
+    encoder = ShardEncoder(output, EncodingPlan(output / PLAN_FILE), bases, vae, decoders=workers.decoders)
     try:
         yield encoder
     finally:
@@ -343,7 +343,7 @@ class _RayActor:
             vae = _SavedModel(folder, name, dtype).load(device, optimize=workers.optimize)
         self._encoder = ShardEncoder(
             Path(output),
-            Plan(Path(output) / PLAN_FILE),
+            EncodingPlan(Path(output) / PLAN_FILE),
             [Path(base) for base in bases],
             vae,
             decoders=workers.decoders,

@@ -124,7 +124,7 @@ def write_plan(
     return len(entries), len(left_out)
 
 
-class Plan:
+class EncodingPlan:
     """A plan that was written, of which only the places of the shards are held in memory.
 
     Args:
@@ -204,7 +204,7 @@ def differing_settings(old: EncodingSettings, new: EncodingSettings) -> list[str
     ]
 
 
-def differing_entries(old: Plan, new: Plan) -> tuple[list[str], set[str]]:
+def differing_entries(old: EncodingPlan, new: EncodingPlan) -> tuple[list[str], set[str]]:
     """Says in which recordings two plans differ.
 
     Returns:
@@ -244,7 +244,7 @@ def counted_paths(kind: str, paths: Sequence[str]) -> str:
     return f"{kind}: {named}{more}"
 
 
-def _entries(plan: Plan) -> Iterator[PlannedEntry]:
+def _entries(plan: EncodingPlan) -> Iterator[PlannedEntry]:
     for number in range(plan.num_shards):
         yield from plan.shard(number)
 

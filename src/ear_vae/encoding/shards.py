@@ -22,7 +22,7 @@ from ear_vae.audio.processes import (
     AudioRestart,
 )
 from ear_vae.encoding.formats import WRITERS, EncodedItem, write_to_disk
-from ear_vae.encoding.plan import EncodingSettings, Plan, PlannedEntry
+from ear_vae.encoding.plan import EncodingPlan, EncodingSettings, PlannedEntry
 from ear_vae.encoding.reading import OWN_FACTS, RECEIPTS_FOLDER
 from ear_vae.encoding.statistics import LatentStatistics
 from ear_vae.errors import EarVAEError, in_one_line
@@ -58,7 +58,7 @@ class ShardEncoder:
     """
 
     def __init__(
-        self, output: Path, plan: Plan, bases: Sequence[Path], vae: EarVAE, *, decoders: int
+        self, output: Path, plan: EncodingPlan, bases: Sequence[Path], vae: EarVAE, *, decoders: int
     ) -> None:
         self._output, self._plan, self._bases, self._vae = output, plan, bases, vae
         self._audio = AudioProcesses(decoders, vae.sample_rate)
