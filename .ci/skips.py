@@ -20,8 +20,6 @@ LISTED = {
     r"needs root, to become another user": "as above",
     r"needs setpriv, or another user than root": "as above",
     r"elsewhere names are Unicode|this file system takes UTF-8 only": "of Linux and its file systems",
-    r"encode_dataset is not finished": "drafts of tests that do not hold yet",
-    r"could not import '(pyarrow|webdataset|datasets|ray)": "not tried here yet",
     r"clients before 1\.0 behave otherwise here": "with the lowest huggingface_hub",
 }
 MISSING = {
@@ -31,6 +29,8 @@ MISSING = {
     "triton": r"could not import 'triton'",
     "neighbours": r"could not import '(diffusers|transformers|onnx|onnxruntime|onnxscript)'",
     "stable-audio-tools": r"could not import 'stable_audio_tools",
+    "datasets": r"could not import '(pyarrow|webdataset|datasets)",
+    "ray": r"could not import 'ray'",
 }
 
 

@@ -122,3 +122,23 @@ def test_what_is_dropped_is_forgotten(vae: EarVAE) -> None:
     ((key, posterior),) = encoder.done()
     assert key == "kept"
     torch.testing.assert_close(posterior.mean, vae.encode(audio[HOP * 150]).mean, rtol=1e-4, atol=1e-5)
+
+
+def test_an_hour_is_never_held(vae: EarVAE) -> None:
+    """After each block what waits is less than a window; the rest has been encoded."""
+    frames = 0
+
+    def encode(batch: Tensor) -> Posterior:
+        nonlocal frames
+        frames += batch.shape[-1] // HOP
+        latents = torch.zeros(1, 8, batch.shape[-1] // HOP)
+        return Posterior(latents, latents)
+
+    encoder = BatchEncoder(vae, encode)
+    block = torch.zeros(2, 20 * 44_100)
+    for number in range(1, 181):
+        encoder.push("hour", block)
+        assert number * block.shape[1] / HOP - frames < 1024
+    encoder.finish("hour")
+    ((_, posterior),) = encoder.done()
+    assert posterior.mean.shape[1] == 3600 * 44_100 / HOP

@@ -296,6 +296,8 @@ def _opened(location: AudioLocation) -> Iterator[IO[bytes]]:
             yield file
             return
         first, size = location.span
+        if os.fstat(file.fileno()).st_size < first + size:
+            raise EarVAEError("truncated: the file that it is a part of ends before it does")
         part: Any = PartReader(file, Part(((first, first + size),)))
         part.name = location.path
         yield part

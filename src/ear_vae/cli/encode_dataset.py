@@ -91,7 +91,7 @@ def _bar(*, shown: bool) -> Iterator[tuple[Callable[[EncodingProgress], None], C
         total=1,
         disable=not shown,
         leave=False,
-        bar_format="{percentage:3.0f}%|{bar}| {postfix}",
+        bar_format="{percentage:3.0f}%|{bar}| {desc}",
     ) as bar:
 
         def show(progress: EncodingProgress) -> None:
@@ -101,7 +101,7 @@ def _bar(*, shown: bool) -> Iterator[tuple[Callable[[EncodingProgress], None], C
             left = (progress.total_bytes - progress.num_bytes) * elapsed / max(progress.new_bytes, 1)
             bar.total = max(progress.total_bytes, 1)
             bar.n = progress.num_bytes
-            bar.set_postfix_str(
+            bar.set_description_str(
                 f"{progress.num_files}/{progress.total_files} files, {_duration(seconds)} encoded, "
                 f"{seconds / elapsed:.1f}x real time, {_duration(left)} left",
                 refresh=False,

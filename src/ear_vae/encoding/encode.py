@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -12,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from ear_vae._atomic import temporary_folder
@@ -24,7 +24,7 @@ from ear_vae.encoding.engines import (
     encode_with_ray,
     usual_workers,
 )
-from ear_vae.encoding.formats import WRITERS, write_to_disk
+from ear_vae.encoding.formats import WRITERS, npy_bytes, write_to_disk
 from ear_vae.encoding.plan import (
     EncodingPlan,
     EncodingSettings,
@@ -45,6 +45,11 @@ FAILURES_FILE = "failures.jsonl"
 STORED_DTYPES = ("float16", "float32")
 # Enough to pad any crop that somebody trains on.
 _LEAST_SILENCE_FRAMES = 4096
+
+# What is written of a recording, or of a part of it, and what of a shard.
+_MADE = re.compile(
+    r"(?P<shard>\d{6,}\.tar)|(?P<name>[^.]+)(\.\d{4,})?\.(npy|std\.npy|json|safetensors)", re.DOTALL
+)
 
 AnyPath = str | os.PathLike[str]
 
@@ -160,6 +165,11 @@ def encode_dataset(
             whole_number(value, name, lowest=lowest)
     if engine not in ("local", "ray"):
         raise EarVAEError(f"engine must be local or ray, got {shown(engine)}")
+    if format == "stable-audio" and ".npy" in str(folder.absolute()):
+        raise EarVAEError(
+            f"{folder}: stable-audio-tools takes .npy anywhere in a path for the extension; choose another "
+            "name"
+        )
     run = _Run(roots, folder, settings, retry_failed=retry_failed)
     run.prepare(overwrite=overwrite)
     run.find_finished()
@@ -268,9 +278,9 @@ class _Run:
                         f"{named}: holds nothing to encode"
                         + (f"; {left_out} entries cannot be used: {_first_reason(new)}" if left_out else "")
                     )
-                if overwrite:
+                if path.exists() and overwrite:
                     self._remove_other_run()
-                if path.exists():
+                elif path.exists():
                     self._require_same(path, new)
                 elif other := self._other_files():
                     raise EarVAEError(
@@ -455,22 +465,17 @@ class _Run:
         return names[0] if names else ""
 
     def _remove_other_run(self) -> None:
-        """Removes what earlier runs have written, and nothing else."""
+        """Removes what the run of the plan that is there has written, and nothing else."""
         path = self.folder / PLAN_FILE
-        if not path.exists():
-            return
-        for receipt in sorted((self.folder / RECEIPTS_FOLDER).glob("*.json")):
-            number = int(receipt.stem) if receipt.stem.isdecimal() else -1
-            for name in (finished_receipt(self.folder, number) or {"files": {}})["files"]:
-                target = self.folder / name
-                # What a receipt says is no reason to remove anything outside.
-                if target.resolve().is_relative_to(self.folder.resolve()):
-                    target.unlink(missing_ok=True)
-                    _remove_empty_folders(target.parent, self.folder)
-        # Of shards that were in place before their receipt.
-        for tar in self.folder.glob("*.tar"):
-            if tar.stem.isdecimal() and len(tar.stem) == 6:
-                tar.unlink()
+        names: set[str] = set()
+        with suppress(EarVAEError):  # a damaged plan
+            names = EncodingPlan(path).names()
+        # Also of shards that were in place before their receipt.
+        for file in [file for file in self.folder.rglob("*") if file.is_file()]:
+            made = _MADE.fullmatch(file.relative_to(self.folder).as_posix())
+            if made and (made["shard"] or made["name"] in names):
+                file.unlink()
+                _remove_empty_folders(file.parent, self.folder)
         shutil.rmtree(self.folder / RECEIPTS_FOLDER, ignore_errors=True)
         for name in (PLAN_FILE, FAILURES_FILE, FILELIST_FILE, SILENCE_FILE):
             (self.folder / name).unlink(missing_ok=True)
@@ -505,7 +510,7 @@ def _write_silence(folder: Path, vae: EarVAE, settings: EncodingSettings) -> Non
     try:
         with temporary_folder(folder) as temporary:
             path = temporary / SILENCE_FILE
-            np.save(path, latents[None].numpy())
+            path.write_bytes(npy_bytes(latents[None]))
             write_to_disk([path])
             path.replace(folder / SILENCE_FILE)
     except OSError as error:

@@ -189,10 +189,9 @@ def encode_with_ray(
         files = {path.name: path.read_bytes() for path in _saved(vae, folder / "model").path.iterdir()}
     on_gpu = vae.device.type == "cuda"
     if not ray.is_initialized():
-        # Their warnings are about this process, and there is nothing in its working folder to send around.
         ray.init(log_to_driver=False)
     context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
+    shown, context.enable_progress_bars = context.enable_progress_bars, False
     arguments = {
         "output": str(output.absolute()),
         "bases": [str(base.absolute()) for base in bases],
@@ -218,6 +217,8 @@ def encode_with_ray(
             report(ShardDone(int(row["shard"])))
     except ray.exceptions.RayError as error:
         raise EarVAEError(f"an actor of Ray failed: {in_one_line(error)}") from error
+    finally:
+        context.enable_progress_bars = shown
 
 
 ENGINES = {"local": encode_in_processes, "ray": encode_with_ray}

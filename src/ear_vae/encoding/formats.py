@@ -115,8 +115,8 @@ class WebdatasetWriter(ShardWriter):
         """Adds the members of an item."""
         for ending, content in (
             ("json", _json(item.values)),
-            ("npy", _npy(item.mean)),
-            ("std.npy", _npy(item.std)),
+            ("npy", npy_bytes(item.mean)),
+            ("std.npy", npy_bytes(item.std)),
         ):
             # No time, no owner: the same items are the same bytes.
             member = tarfile.TarInfo(f"{item.key}.{ending}")
@@ -134,8 +134,8 @@ class StableAudioWriter(ShardWriter):
     def add(self, item: EncodedItem) -> None:
         """Writes the files of an item."""
         self.put(f"{item.name}.json", _json(item.values))
-        self.put(f"{item.name}.npy", _npy(item.mean))
-        self.put(f"{item.name}.std.npy", _npy(item.std))
+        self.put(f"{item.name}.npy", npy_bytes(item.mean))
+        self.put(f"{item.name}.std.npy", npy_bytes(item.std))
 
 
 class SafetensorsWriter(ShardWriter):
@@ -198,7 +198,8 @@ def _json(values: Mapping[str, Any]) -> bytes:
     return json.dumps(values).encode("ascii")
 
 
-def _npy(tensor: Tensor) -> bytes:
+def npy_bytes(tensor: Tensor) -> bytes:
+    """Returns the content of a `.npy` file."""
     content = io.BytesIO()
     np.save(content, tensor.contiguous().numpy())
     return content.getvalue()

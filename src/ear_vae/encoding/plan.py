@@ -174,6 +174,14 @@ class EncodingPlan:
             lines = _text(file.read(end - first)).split("\n")[:-1]
         return [_planned(_object(line, self.path), self.path) for line in lines]
 
+    def names(self) -> set[str]:
+        """Names of the files of all recordings, without extensions.
+
+        Raises:
+            EarVAEError: The file is damaged, or changed meanwhile.
+        """
+        return {planned.name for planned in _entries(self)}
+
     def _take(self, values: Mapping[str, Any], offset: int) -> None:
         if "reason" in values:
             self.left_out.append(LeftOut(values["path"], values["reason"]))
