@@ -107,6 +107,8 @@ def _bar(*, shown: bool) -> Iterator[tuple[Callable[[EncodingProgress], None], C
                 refresh=False,
             )
             bar.update(0)
+            if progress.num_files == progress.total_files:
+                bar.refresh()  # which so soon after the last time it would not do by itself
 
         yield show, lambda: seconds
 

@@ -296,8 +296,7 @@ def _values(
     columns = planned.entry.columns
     if shadowed := {name: value for name, value in columns.items() if name in taken}:
         own["columns"] = shadowed
-    free = {name: value for name, value in columns.items() if name not in taken}
-    return {**free, **values, OWN_FACTS: own}
+    return {**columns, **values, OWN_FACTS: own}
 
 
 def _padded(latents: Tensor, silence: Tensor, num_frames: int | None) -> Tensor:
