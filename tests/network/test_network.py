@@ -308,7 +308,7 @@ class TestKernels:
             return torch.autograd.grad(vae(audio).audio.square().sum(), parameters)
 
         expected = gradients()
-        monkeypatch.setattr("ear_vae.network.blocks.snake", lambda x, *given, compiled: operator(x, *given))
+        monkeypatch.setattr("ear_vae.network.blocks.snake", lambda x, *given, **_: operator(x, *given))
         for one, other in zip(gradients(), expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
@@ -348,7 +348,9 @@ def defer_sums(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Has networks on a CPU run as on a GPU with `fused_sums`; returns what will be kept of each sum."""
     kept: list[bool] = []
 
-    def by_operator(x: DeferredSum, *logs: torch.Tensor, keep_sum: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def by_operator(
+        x: DeferredSum, *logs: torch.Tensor, keep_sum: bool, **_: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         kept.append(keep_sum)
         result: tuple[torch.Tensor, torch.Tensor] = torch.ops.ear_vae.snake(*x.take(), *logs, keep_sum)
         return result
