@@ -154,13 +154,16 @@ def test_with_bfloat16_weights_music_stays_within_45_db(training_music: Path) ->
     audio = torch.from_numpy(samples.T.copy())
     vae, reduced = (EarVAE.from_pretrained("ear-vae-tiny", dtype=dtype) for dtype in ("float32", "bfloat16"))
     assert reduced.dtype == torch.bfloat16
-    assert sum(p.numel() for p in reduced.parameters() if p.dtype == torch.float32) < 0.2 * sum(
-        p.numel() for p in reduced.parameters()
-    )
+    kept = [p for convolution in reduced.wide_convolutions() for p in convolution.parameters()]
+    assert {p.dtype for p in kept} == {torch.float32}
+    assert sum(p.numel() for p in kept) < 0.2 * sum(p.numel() for p in reduced.parameters())
     latents = vae.encode(audio).mean
     expected = vae.decode(latents)
-    for found in (reduced.decode(latents), reduced.decode(reduced.encode(audio).mean)):
-        assert scale_invariant_sdr_db(found, expected).mean() > 45
+    found = reduced.encode(audio).mean
+    # Of the encoder's last convolution in bfloat16 too: 49.8.
+    assert scale_invariant_sdr_db(found, latents).mean() > 51
+    for rebuilt in (reduced.decode(latents), reduced.decode(found)):
+        assert scale_invariant_sdr_db(rebuilt, expected).mean() > 45
 
 
 def test_compiled_it_gives_the_same_and_only_where_no_gradient_is_recorded(
@@ -187,6 +190,28 @@ def test_compiled_it_gives_the_same_and_only_where_no_gradient_is_recorded(
     calls.clear()
     vae.decode(latents).sum().backward()
     assert not calls
+
+
+def test_compiled_bfloat16_is_the_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the rounding of its shorter sine: sums of residual units in the same pass, in float32."""
+    monkeypatch.setattr(snake_module, "_compiled", lambda function: function)
+    sums = []
+    in_one_pass = snake_module._sum_in_one_pass
+    monkeypatch.setattr(
+        snake_module, "_sum_in_one_pass", lambda *given: sums.append(in_one_pass(*given)) or sums[-1]
+    )
+    torch.manual_seed(0)
+    vae = EarVAE(EarVAEConfig(channels=16)).eval().requires_grad_(False)
+    vae.cast(torch.bfloat16)
+    audio, latents = 0.1 * torch.randn(2, 8192), torch.randn(64, 8)
+    expected = vae.encode(audio).mean, vae.decode(latents)
+    vae.optimize_for_inference()
+    sums.clear()
+    found = vae.encode(audio).mean, vae.decode(latents)
+    assert len(sums) >= 2 * 5 * 2
+    assert {(total.dtype, activated.dtype) for total, activated in sums} == {(torch.float32, torch.bfloat16)}
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() < 0.01 * other.norm()
 
 
 def test_where_nothing_can_be_compiled_it_runs_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ear_vae import EarVAE
 from ear_vae.config import EarVAEConfig
 from ear_vae.network import snake as snake_module
-from ear_vae.network.blocks import Conv1d, ConvTranspose1d, ResidualUnit, Snake, residual_units
+from ear_vae.network.blocks import (
+    Conv1d,
+    ConvTranspose1d,
+    ResidualUnit,
+    Snake,
+    keep_kernels,
+    residual_units,
+)
 from ear_vae.network.snake import (
     DeferredSum,
     compile_snake,
@@ -569,6 +576,48 @@ def test_residual_unit_uses_one_snake_twice_and_keeps_the_length() -> None:
     expected = x + unit.conv_pointwise(unit.snake(unit.conv_dilated(unit.snake(x))))
     torch.testing.assert_close(unit(x), expected)
     assert sum(isinstance(module, Snake) for module in unit.modules()) == 1
+
+
+@pytest.mark.parametrize("form", ["signal", "image", "autocast"])
+@pytest.mark.parametrize("make", [Conv1d, ConvTranspose1d])
+def test_narrow_rate_changes_compute_in_float32(make: type[torch.nn.Module], form: str) -> None:
+    """With AMX, oneDNN's bfloat16 kernels are wrong for this shape."""
+    torch.manual_seed(0)
+    conv = make(4, 4, 16, stride=8, padding=4)
+    x = torch.randn(1, 4, 200)
+    if form != "autocast":
+        conv, x = conv.to(torch.bfloat16), x.to(torch.bfloat16)
+    function = torch.nn.functional.conv1d if make is Conv1d else torch.nn.functional.conv_transpose1d
+    with torch.no_grad():
+        expected = function(x.float(), conv.weight.float(), conv.bias.float(), stride=8, padding=4).to(
+            x.dtype
+        )
+        with torch.autocast("cpu", torch.bfloat16, enabled=form == "autocast"):
+            found = conv(x.unsqueeze(-2)).squeeze(-2) if form == "image" else conv(x)
+    assert found.dtype == x.dtype
+    tolerance = 1e-5 if x.dtype == torch.float32 else 4e-3
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance / 4)
+
+
+def test_kept_kernels_are_those_of_the_dtype_of_the_input() -> None:
+    torch.manual_seed(0)
+    conv, x = Conv1d(64, 64, 3, padding=1), torch.randn(1, 64, 1, 100)
+    kept: dict = {}
+    with torch.no_grad(), keep_kernels(kept):
+        wide = conv(x)
+        reduced = conv(x.to(torch.bfloat16))
+        assert conv(x).equal(wide)
+    assert (wide.dtype, reduced.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(reduced.float(), wide, rtol=2e-2, atol=2e-2)
+
+
+def test_the_squared_sine_for_bfloat16() -> None:
+    """The polynomial against float64: exact for small angles, for large ones as float32 holds them."""
+    for most, tolerance in ((3.2, 1e-6), (1000, 2e-4)):
+        angle = torch.linspace(-most, most, 100_001)
+        found = snake_module._squared_sine(angle, torch.bfloat16)
+        assert (found - angle.double().sin().square()).abs().max() < tolerance
+    assert found.dtype == torch.float32
 
 
 def test_residual_unit_takes_another_activation() -> None:

@@ -32,7 +32,7 @@ from ear_vae.inference.tiling import (
     tile_length,
 )
 from ear_vae.network import Autoencoder, Decoder, Encoder
-from ear_vae.network.blocks import Snake, keep_kernels, total
+from ear_vae.network.blocks import KeptKernels, Snake, keep_kernels, total
 from ear_vae.network.snake import compile_snake
 
 _Network = TypeVar("_Network", Encoder, Decoder)
@@ -141,12 +141,7 @@ class Runner:
                 f"the model is on {self.model.device} and its input on {x.device}: nothing on the meta "
                 "device has values; load the model, or make the input, on a device that computes"
             )
-        dtypes = {parameter.dtype for parameter in self.model.parameters()}
-        if dtypes == {torch.float32, torch.bfloat16}:
-            # As `Autoencoder.cast` leaves them.
-            wide = {id(p) for convolution in self.model.wide_convolutions() for p in convolution.parameters()}
-            dtypes = {parameter.dtype for parameter in self.model.parameters() if id(parameter) not in wide}
-        require_runnable(dtypes, self.model.device)
+        require_runnable(self.model.weight_dtypes(), self.model.device)
 
     def _run(self, network: _Network, x: Tensor, stages_of: _StagesOf[_Network]) -> Tensor:
         self._require_runnable(x)
@@ -181,7 +176,7 @@ class Runner:
             prepare=self._prepare,
             retrieve=lambda tile: _retrieve(tile, first.device),
         )
-        kernels: dict[int, tuple[Tensor, Tensor]] = {}
+        kernels: KeptKernels = {}
         while True:
             # Not around the whole: between two tiles the caller's code runs.
             with torch.no_grad(), self._kept_kernels(kernels):
@@ -190,7 +185,7 @@ class Runner:
                 return
             yield tile
 
-    def _kept_kernels(self, kernels: dict[int, tuple[Tensor, Tensor]]) -> AbstractContextManager[None]:
+    def _kept_kernels(self, kernels: KeptKernels) -> AbstractContextManager[None]:
         """Has the tiles of a run on a GPU share reordered kernels; on a CPU the tiles of each stage do."""
         # A graph that found them there would read them when they are gone.
         shared = self.model.device.type == "cuda" and not self.cuda_graphs

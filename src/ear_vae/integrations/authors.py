@@ -147,7 +147,7 @@ class EAR_VAE(nn.Module):
 
     def _straight(self, x: Tensor) -> Posterior:
         """The posterior of audio in one pass, as the authors' class computes it."""
-        require_runnable({parameter.dtype for parameter in self.vae.parameters()}, self.vae.device)
+        require_runnable(self.vae.weight_dtypes(), self.vae.device)
         parameters = upcast(self.vae.encoder(x.to(self.vae.device, self.vae.dtype))).to(x.device)
         return Posterior.from_parameters(parameters, self.vae.config.min_std)
 

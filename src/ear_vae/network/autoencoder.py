@@ -75,6 +75,14 @@ class Autoencoder(nn.Module):
         """Dtype in which the convolutions run: that of the weights, see `cast` for the exceptions."""
         return min((parameter.dtype for parameter in self.parameters()), key=lambda dtype: dtype.itemsize)
 
+    def weight_dtypes(self) -> set[torch.dtype]:
+        """Dtypes of the weights, without float32 where `cast` leaves it beside bfloat16."""
+        dtypes = {parameter.dtype for parameter in self.parameters()}
+        if dtypes != {torch.float32, torch.bfloat16}:
+            return dtypes
+        wide = {id(p) for convolution in self.wide_convolutions() for p in convolution.parameters()}
+        return {parameter.dtype for parameter in self.parameters() if id(parameter) not in wide}
+
     def wide_convolutions(self) -> list[nn.Conv1d | nn.ConvTranspose1d]:
         """The convolutions that keep float32 weights where the others get bfloat16.
 

@@ -27,10 +27,12 @@ from torch.nn import functional
 
 from ear_vae._dtype import upcast
 from ear_vae.network.snake import DeferredSum, fuses_residuals, fuses_sums, snake, snake_of_sum
-from ear_vae.network.snake_common import keeps_float32, narrower
+from ear_vae.network.snake_common import compute_dtype, keeps_float32, narrower
 
-# By the parameter's identity, with the parameter so that no other takes that over.
-_kept_kernels: ContextVar[dict[int, tuple[Tensor, Tensor]] | None] = ContextVar("kept_kernels", default=None)
+KeptKernels = dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]]
+"""Reordered kernels by their parameter's identity and their dtype, with the parameter so that no other takes
+that over."""
+_kept_kernels: ContextVar[KeptKernels | None] = ContextVar("kept_kernels", default=None)
 
 # A convolution that changes the rate between fewer channels than these computes in float32 on a CPU: it is
 # little work, and bfloat16 makes it no faster. With AMX, oneDNN 3.12 (in torch 2.13) even gets it wrong where
@@ -53,7 +55,7 @@ class Conv1d(nn.Conv1d):
         if self.in_float32 and _reduced(x):
             with torch.autocast(x.device.type, enabled=False):
                 return self.forward(x.float(), add_bias=add_bias).to(x.dtype)
-        weight, bias = _like_input(x, self.weight, self.bias if add_bias else None)
+        bias = _like(x, self.bias) if add_bias and self.bias is not None else None
         (kernel,), (stride,), (dilation,), padding = (
             self.kernel_size,
             self.stride,
@@ -62,15 +64,19 @@ class Conv1d(nn.Conv1d):
         )
         assert not isinstance(padding, str)
         if x.ndim == 3:
-            return functional.conv1d(x, weight, bias, stride=stride, padding=padding[0], dilation=dilation)
+            return functional.conv1d(
+                x, _like(x, self.weight), bias, stride=stride, padding=padding[0], dilation=dilation
+            )
         num_outputs = (x.shape[-1] + 2 * padding[0] - dilation * (kernel - 1) - 1) // stride + 1
         if kernel > 1 and _few(x, num_outputs, self.out_channels):
             rows = functional.pad(x.squeeze(-2).mT, (0, 0, padding[0], padding[0]))
             windows = rows.unfold(1, dilation * (kernel - 1) + 1, stride)[..., ::dilation].flatten(2)
-            return functional.conv2d(windows.mT.unsqueeze(-2), weight.flatten(1)[..., None, None], bias)
+            return functional.conv2d(
+                windows.mT.unsqueeze(-2), _like(x, self.weight).flatten(1)[..., None, None], bias
+            )
         return functional.conv2d(
             x,
-            _image_kernel(self.weight, x.dtype),
+            _image_kernel(self.weight, x),
             bias,
             stride=(1, stride),
             padding=(0, padding[0]),
@@ -91,21 +97,24 @@ class ConvTranspose1d(nn.ConvTranspose1d):
         if self.in_float32 and _reduced(x):
             with torch.autocast(x.device.type, enabled=False):
                 return self.forward(x.float(), add_bias=add_bias).to(x.dtype)
-        weight, bias = _like_input(x, self.weight, self.bias if add_bias else None)
+        bias = _like(x, self.bias) if add_bias and self.bias is not None else None
         (kernel,), (stride,), padding = self.kernel_size, self.stride, self.padding
         assert not isinstance(padding, str)
         if x.ndim == 3:
-            return functional.conv_transpose1d(x, weight, bias, stride=stride, padding=padding[0])
+            return functional.conv_transpose1d(
+                x, _like(x, self.weight), bias, stride=stride, padding=padding[0]
+            )
         if _few(x, x.shape[-1], self.out_channels):
             # Item by item: a batched product would copy the weight for each.
-            windows = torch.stack([weight.flatten(1).T @ item for item in x.squeeze(-2).unbind()])
+            kernels = _like(x, self.weight).flatten(1).T
+            windows = torch.stack([kernels @ item for item in x.squeeze(-2).unbind()])
             length = (x.shape[-1] - 1) * stride - 2 * padding[0] + kernel
             y = functional.fold(
                 windows, (1, length), (1, kernel), padding=(0, padding[0]), stride=(1, stride)
             )
             return _channels_last(y if bias is None else y + bias[:, None, None])
         return functional.conv_transpose2d(
-            x, _image_kernel(self.weight, x.dtype), bias, stride=(1, stride), padding=(0, padding[0])
+            x, _image_kernel(self.weight, x), bias, stride=(1, stride), padding=(0, padding[0])
         )
 
 
@@ -123,7 +132,7 @@ def total(x: Tensor | DeferredSum) -> Tensor:
 
 
 @contextmanager
-def keep_kernels(kept: dict[int, tuple[Tensor, Tensor]] | None = None) -> Iterator[None]:
+def keep_kernels(kept: KeptKernels | None = None) -> Iterator[None]:
     """Has kernels reordered once for all convolutions of [B, C, 1, N] within the block, without gradients.
 
     The parameters stay as they are; a copy of each kernel that is used is held until the block is left, or
@@ -150,26 +159,25 @@ def _reduced(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16
 
 
-def _like_input(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Weights in the dtype of the input; autocast casts by itself."""
+def _like(x: Tensor, weight: Tensor) -> Tensor:
+    """A weight in the dtype of the input; autocast casts by itself."""
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return weight, bias
-    return weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        return weight
+    return weight.to(x.dtype)
 
 
-def _image_kernel(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A kernel [O, C, K] as [O, C, 1, K], with the channels last in memory where it is kept."""
-    image = weight.unsqueeze(-2).to(dtype)
-    # What a parametrization or a transform computes is new each time.
-    if torch.compiler.is_compiling() or not isinstance(weight, nn.Parameter):
-        return image
+def _image_kernel(weight: Tensor, x: Tensor) -> Tensor:
+    """A kernel [O, C, K] as [O, C, 1, K] for an input, with the channels last in memory where it is kept."""
     kept = _kept_kernels.get()
-    if kept is None:
-        return image
-    if id(weight) not in kept:
-        kept[id(weight)] = weight, image.contiguous(memory_format=torch.channels_last)
-    return kept[id(weight)][1]
+    # What a parametrization or a transform computes is new each time.
+    if kept is None or torch.compiler.is_compiling() or not isinstance(weight, nn.Parameter):
+        return _like(x, weight.unsqueeze(-2))
+    key = id(weight), x.dtype
+    if key not in kept:
+        image = _like(x, weight.unsqueeze(-2))
+        kept[key] = weight, image.contiguous(memory_format=torch.channels_last)
+    return kept[key][1]
 
 
 def _few(x: Tensor, positions: int, out_channels: int) -> bool:
@@ -186,12 +194,13 @@ class Snake(nn.Module):
     """x + sin²(αx) / (β + 1e-9), with α and β per channel, stored as logarithms.
 
     The sine is computed in at least float32 whatever the input's dtype: a bfloat16 argument of a
-    few hundred has lost its phase. The output has the input's dtype, or on a CPU that of the
-    parameters where that is the narrower one.
+    few hundred has lost its phase. The output has the input's dtype; in inference on a CPU that of
+    the parameters where that is the narrower one, as the convolution behind it takes it.
 
     Args:
         channels: Channels C.
-        keeps_dtype: Whether the output has the input's dtype in any case.
+        wide: Whether, in inference on a CPU, the output is float32 at least: the convolution behind it then
+            computes in that.
 
     Attributes:
         compiled: Whether `ear_vae.network.snake.compile_snake` has been called for it.
@@ -200,11 +209,11 @@ class Snake(nn.Module):
     (2020); two-parameter form of Lee et al., "BigVGAN" (2023).
     """
 
-    def __init__(self, channels: int, *, keeps_dtype: bool = False) -> None:
+    def __init__(self, channels: int, *, wide: bool = False) -> None:
         super().__init__()
         self.log_alpha = nn.Parameter(torch.zeros(channels))
         self.log_beta = nn.Parameter(torch.zeros(channels))
-        self.keeps_dtype = keeps_dtype
+        self.wide = wide
         self.compiled = False
 
     def forward(self, x: Tensor | DeferredSum) -> Tensor:
@@ -215,10 +224,12 @@ class Snake(nn.Module):
                 self.log_alpha,
                 self.log_beta,
                 keep_sum=False,
-                wide=self.keeps_dtype,
+                wide=self.wide,
                 compiled=self.compiled,
             )[1]
-        dtype = x.dtype if self.keeps_dtype or x.is_cuda else narrower(x.dtype, self.log_alpha.dtype)
+        dtype = x.dtype
+        if keeps_float32(x):
+            dtype = compute_dtype(x) if self.wide else narrower(dtype, self.log_alpha.dtype)
         return snake(x, self.log_alpha, self.log_beta, dtype=dtype, compiled=self.compiled)
 
     def with_input(self, x: DeferredSum) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ class DecoderBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, stride: int, num_snakes: int = 1) -> None:
         super().__init__()
         conv = ConvTranspose1d(in_channels, out_channels, 2 * stride, stride=stride, padding=stride // 2)
-        self.snake = Snake(in_channels, keeps_dtype=conv.in_float32)
+        self.snake = Snake(in_channels, wide=conv.in_float32)
         self.conv = conv
         self.residual_units = residual_units(out_channels, num_snakes)
 
@@ -42,7 +42,7 @@ class Decoder(nn.Module):
                 )
             )
         )
-        self.snake_out = Snake(config.channels, keeps_dtype=True)
+        self.snake_out = Snake(config.channels, wide=True)
         self.conv_out = Conv1d(
             config.channels, config.audio_channels, OUT_KERNEL_SIZE, padding=OUT_KERNEL_SIZE // 2, bias=False
         )

@@ -19,7 +19,7 @@ class EncoderBlock(nn.Module):
         super().__init__()
         self.residual_units = residual_units(in_channels, num_snakes)
         conv = Conv1d(in_channels, out_channels, 2 * stride, stride=stride, padding=stride // 2)
-        self.snake = Snake(in_channels, keeps_dtype=conv.in_float32)
+        self.snake = Snake(in_channels, wide=conv.in_float32)
         self.conv = conv
 
     def forward(self, x: Tensor | DeferredSum) -> Tensor | DeferredSum:
@@ -42,7 +42,7 @@ class Encoder(nn.Module):
             )
         )
         last = config.block_widths[-1][1]
-        self.snake_out = Snake(last, keeps_dtype=True)
+        self.snake_out = Snake(last, wide=True)
         self.conv_out = Conv1d(last, 2 * config.latent_dim, OUT_KERNEL_SIZE, padding=OUT_KERNEL_SIZE // 2)
 
     def forward(self, audio: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ def snake_of_sum(
         log_alpha: Logarithm of α, [C].
         log_beta: Logarithm of β, [C].
         keep_sum: Whether the sum is needed as well, as the input of a residual unit is.
-        wide: Whether, on a CPU, the Snake has the dtype of the sum also where its parameters are narrower.
+        wide: Whether, on a CPU, the Snake is float32 at least also where its parameters are narrower.
         compiled: As for `snake`.
 
     Returns:
@@ -145,7 +145,7 @@ def snake_of_sum(
         rates = _rates(log_alpha, log_beta, compute_dtype(y, residual))
         return _sum_in_one_pass(y, residual, *rates, narrower(rates[0].dtype, log_alpha.dtype))
     total = _added(*parts)
-    dtype = total.dtype if wide else narrower(total.dtype, log_alpha.dtype)
+    dtype = compute_dtype(total) if wide else narrower(total.dtype, log_alpha.dtype)
     activated = snake(total, log_alpha, log_beta, dtype=dtype, compiled=compiled)
     return total if keep_sum else total.new_empty(0), activated
 
