@@ -338,22 +338,17 @@ def write_manifest(path: Path, rows: list[dict[str, Any]]) -> Path:
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_manifests_with_columns(kind: str, songs: Path, vae: EarVAE, tmp_path: Path) -> None:
     """Columns come through as they were, those that are called like ours too."""
+    first = {
+        "path": str(songs / "b.flac"),
+        "key": "0003",
+        "prompt": 'a "b", c\u2028',
+        "sample_rate": "48k",
+        "n": 1,
+    }
     rows = [
-        {
-            "path": str(songs / "b.flac"),
-            "key": "0003",
-            "prompt": 'a "b", c\u2028',
-            "sample_rate": "48k",
-            "n": 1,
-        },
+        first,
         {"path": str(songs / "no.wav"), "key": "0004", "prompt": "gone", "sample_rate": "", "n": 2},
-        {
-            "path": str(songs / "b.flac"),
-            "key": "0003",
-            "prompt": 'a "b", c\u2028',
-            "sample_rate": "48k",
-            "n": 1,
-        },
+        first,
         {"path": str(songs / "b.wav"), "key": "007", "prompt": "é", "sample_rate": "x", "n": 3},
     ]
     manifest = write_manifest(tmp_path / f"list.{kind}", rows)

@@ -71,11 +71,11 @@ def _latents(
 
 
 def _raw_latents(vae: EarVAE, source: Any, job: Job, options: argparse.Namespace) -> Latents:
-    mean = load_raw_latents(source, time_first=options.time_first)
     if not options.model_is_named:
         raise EarVAEError(
             f"{job.source_name}: raw latents do not tell which model made them; name it with --model"
         )
+    mean = load_raw_latents(source, time_first=options.time_first)
     if mean.shape[0] != vae.latent_dim == mean.shape[1]:
         turned = "leave out --time-first" if options.time_first else "add --time-first"
         raise EarVAEError(f"{job.source_name}: its latents have time first and channels last; {turned}")

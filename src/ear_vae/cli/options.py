@@ -331,10 +331,14 @@ def _add_dataset(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--force", action="store_true", help="remove what another run has left in OUT, and start again"
     )
+    _add_verbosity(command)
+
+
+def _add_verbosity(command: argparse.ArgumentParser) -> None:
     group = command.add_mutually_exclusive_group()
     group.add_argument("--quiet", action="store_true", help="report failures only")
     group.add_argument(
-        "--progress", action="store_true", help="show a progress bar even if this is not a terminal"
+        "--progress", action="store_true", help="show progress bars even if this is not a terminal"
     )
 
 
@@ -374,11 +378,7 @@ def _add_evaluation(command: argparse.ArgumentParser) -> None:
         help="number of pairs to compare at a time; by default as many as suit the processors",
     )
     command.add_argument("--force", action="store_true", help="replace outputs, redo finished files")
-    group = command.add_mutually_exclusive_group()
-    group.add_argument("--quiet", action="store_true", help="report failures only")
-    group.add_argument(
-        "--progress", action="store_true", help="show a progress bar even if this is not a terminal"
-    )
+    _add_verbosity(command)
 
 
 def _add_comparison(command: argparse.ArgumentParser) -> None:
@@ -463,13 +463,7 @@ def _shared_options() -> tuple[_Parser, ...]:
     files, weights, download, model, computing, audio, debug = (_Parser(add_help=False) for _ in range(7))
     files.add_argument("input", metavar="INPUT", help="a file, a folder, or - for standard input")
     files.add_argument("--force", action="store_true", help="replace outputs that exist")
-    group = files.add_mutually_exclusive_group()
-    group.add_argument("--quiet", action="store_true", help="report failures only")
-    group.add_argument(
-        "--progress",
-        action="store_true",
-        help="show progress bars even if this is not a terminal",
-    )
+    _add_verbosity(files)
 
     weights.add_argument(
         "--variant", metavar="NAME", help="name of the model in a repository that holds several"

@@ -18,6 +18,7 @@ import torch
 from ear_vae._atomic import temporary_folder
 from ear_vae.audio.processes import content_sha256
 from ear_vae.encoding.engines import (
+    EncodingJob,
     ShardDone,
     encode_here,
     encode_in_processes,
@@ -42,7 +43,6 @@ from ear_vae.limits import finite_number, shown, whole_number
 from ear_vae.vae import EarVAE
 
 FAILURES_FILE = "failures.jsonl"
-STORED_DTYPES = ("float16", "float32")
 # Enough to pad any crop that somebody trains on.
 _LEAST_SILENCE_FRAMES = 4096
 
@@ -180,12 +180,15 @@ def encode_dataset(
         try:
             _write_silence(folder, vae, settings)
             encode(
-                folder, run.plan, run.bases, run.pending, vae, shared, lambda done: run.report(done, progress)
+                EncodingJob(
+                    folder, run.bases, run.pending, vae, shared, lambda done: run.report(done, progress)
+                )
             )
-        finally:
+        except BaseException:
             # Also of a run that was interrupted: whoever looks for reasons looks there.
             with suppress(OSError):
                 run.write_lists()
+            raise
     return run.finish()
 
 
@@ -200,7 +203,7 @@ def _settings(
 ) -> EncodingSettings:
     if format not in WRITERS:
         raise EarVAEError(f"format must be one of {', '.join(WRITERS)}, got {shown(format)}")
-    if dtype not in STORED_DTYPES:
+    if dtype not in ("float16", "float32"):
         raise EarVAEError(f"dtype must be float16 or float32, got {shown(dtype)}")
     if hop_seconds is not None and crop_seconds is None:
         raise EarVAEError("hop_seconds is for crops; give crop_seconds as well")
@@ -339,13 +342,17 @@ class _Run:
                 )
             )
 
-    def write_lists(self) -> int:
+    def write_lists(self) -> EncodedDataset:
         """Writes what failed, and for stable-audio the list of all items, of the shards that are finished.
 
         Returns:
-            Number of failures.
+            What these shards hold.
+
+        Raises:
+            OSError: The lists cannot be written.
         """
-        failures = 0
+        failures = items = frames = finished = 0
+        seconds = 0.0
         with temporary_folder(self.folder) as folder:
             new = folder / FAILURES_FILE
             listed = folder / FILELIST_FILE
@@ -354,7 +361,13 @@ class _Run:
                     file.write(_line({"path": left_out.path, "reason": left_out.reason}))
                     failures += 1
                 for number in range(self.plan.num_shards):
-                    receipt = finished_receipt(self.folder, number) or {"failures": [], "files": {}}
+                    receipt = finished_receipt(self.folder, number)
+                    if receipt is None:
+                        continue
+                    finished += 1
+                    items += receipt["items"]
+                    frames += receipt["num_frames"]
+                    seconds += receipt["seconds"]
                     for failure in receipt["failures"]:
                         file.write(_line({"path": failure["path"], "reason": failure["reason"]}))
                         failures += 1
@@ -366,7 +379,16 @@ class _Run:
             new.replace(self.folder / FAILURES_FILE)
             if self.settings.format == "stable-audio":
                 listed.replace(self.folder / FILELIST_FILE)
-        return failures
+        return EncodedDataset(
+            folder=self.folder,
+            num_files=self.plan.num_entries,
+            num_items=items,
+            num_frames=frames,
+            seconds=seconds,
+            num_failures=failures,
+            num_shards=finished,
+            num_reused=self.plan.num_shards - len(self.pending),
+        )
 
     def finish(self) -> EncodedDataset:
         """Writes the lists, and sums up.
@@ -375,28 +397,12 @@ class _Run:
             EarVAEError: They cannot be written.
         """
         try:
-            failures = self.write_lists()
+            written = self.write_lists()
         except OSError as error:
             raise EarVAEError(f"{self.folder}: could not be written: {in_one_line(error)}") from error
-        items = frames = 0
-        seconds = 0.0
-        for number in range(self.plan.num_shards):
-            receipt = finished_receipt(self.folder, number)
-            if receipt is None:
-                raise EarVAEError(f"{self.folder}: shard {number} was removed meanwhile; run the same again")
-            items += receipt["items"]
-            frames += receipt["num_frames"]
-            seconds += receipt["seconds"]
-        return EncodedDataset(
-            folder=self.folder,
-            num_files=self.plan.num_entries,
-            num_items=items,
-            num_frames=frames,
-            seconds=seconds,
-            num_failures=failures,
-            num_shards=self.plan.num_shards,
-            num_reused=self.plan.num_shards - len(self.pending),
-        )
+        if missing := self.plan.num_shards - written.num_shards:
+            raise EarVAEError(f"{self.folder}: {missing} shards were removed meanwhile; run the same again")
+        return written
 
     def _require_same(self, path: Path, new: Path) -> None:
         """Refuses a plan that differs from the one that is there, except where a failure is put right."""

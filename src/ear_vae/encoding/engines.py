@@ -78,67 +78,51 @@ class ShardDone:
 Report = Callable[[FileDone | ShardDone], None]
 
 
-def encode_here(
-    output: Path,
-    plan: EncodingPlan,
-    bases: Sequence[Path],
-    numbers: Sequence[int],
-    vae: EarVAE,
-    workers: Workers,
-    report: Report,
-) -> None:
-    """Encodes shards one after the other in this process, with the threads that torch has.
+@dataclass(frozen=True)
+class EncodingJob:
+    """What an engine has to do.
 
-    Args:
-        output: Folder of the output.
-        plan: Its plan.
-        bases: Folders that the paths of its sources are relative to.
-        numbers: Numbers of the shards.
+    Attributes:
+        output: Folder of the output, which holds the plan.
+        bases: Folders that the paths of the plan's sources are relative to.
+        numbers: Numbers of the shards to encode.
         vae: Model to encode with.
-        workers: Number of decoders; the rest is for several workers.
+        workers: Who does it.
         report: Function that is called with what has been done.
+    """
+
+    output: Path
+    bases: Sequence[Path]
+    numbers: Sequence[int]
+    vae: EarVAE
+    workers: Workers
+    report: Report
+
+
+def encode_here(job: EncodingJob) -> None:
+    """Encodes shards one after the other in this process, with the threads that torch has.
 
     Raises:
         EarVAEError: The output cannot be written.
     """
-    encoder = ShardEncoder(output, plan, bases, vae, decoders=workers.decoders)
-    try:
-        for number in numbers:
-            encoder.encode(number, report)
-            report(ShardDone(number))
-    finally:
-        encoder.close()
+    with _shard_encoder(job.output, job.bases, job.vae, job.workers) as encoder:
+        for number in job.numbers:
+            encoder.encode(number, job.report)
+            job.report(ShardDone(number))
 
 
-def encode_in_processes(
-    output: Path,
-    plan: EncodingPlan,
-    bases: Sequence[Path],
-    numbers: Sequence[int],
-    vae: EarVAE,
-    workers: Workers,
-    report: Report,
-) -> None:
+def encode_in_processes(job: EncodingJob) -> None:
     """Encodes shards in several processes of this machine, each with a copy of the model.
-
-    Args:
-        output: Folder of the output.
-        plan: Its plan.
-        bases: Folders that the paths of its sources are relative to.
-        numbers: Numbers of the shards.
-        vae: Model to encode with.
-        workers: Their devices, threads and decoders.
-        report: Function that is called with what has been done.
 
     Raises:
         EarVAEError: The output cannot be written, or a process died; the others finish their shards.
     """
-    waiting = list(reversed(numbers))
+    waiting = list(reversed(job.numbers))
     with temporary_folder() as folder, ExitStack() as stack:
-        model = _saved(vae, folder / "model")
+        model = _saved(job.vae, folder / "model")
         processes: dict[Connection, _Worker] = {}
-        for device in workers.devices[: len(numbers)]:
-            worker = _Worker((output, bases, model, device, workers))
+        for device in job.workers.devices[: len(waiting)]:
+            worker = _Worker((job.output, job.bases, model, device, job.workers))
             stack.callback(worker.end)
             processes[worker.connection] = worker
             worker.connection.send(waiting.pop())
@@ -146,7 +130,7 @@ def encode_in_processes(
             for connection in wait(list(processes)):
                 worker = processes[connection]  # type: ignore[index]
                 message = worker.receive()
-                report(message)
+                job.report(message)
                 if isinstance(message, FileDone):
                     continue
                 if waiting:
@@ -155,28 +139,11 @@ def encode_in_processes(
                     del processes[worker.connection]
 
 
-def encode_with_ray(
-    output: Path,
-    plan: EncodingPlan,
-    bases: Sequence[Path],
-    numbers: Sequence[int],
-    vae: EarVAE,
-    workers: Workers,
-    report: Report,
-) -> None:
+def encode_with_ray(job: EncodingJob) -> None:
     """Encodes shards in an actor pool of Ray Data, over whatever cluster it is connected to.
 
     What Ray passes around is the numbers of the shards. Sources and output must lie where every machine finds
     them under the same path.
-
-    Args:
-        output: Folder of the output.
-        plan: Its plan.
-        bases: Folders that the paths of its sources are relative to.
-        numbers: Numbers of the shards.
-        vae: Model to encode with.
-        workers: Number of actors, and their threads and decoders; on CUDA each has a GPU that Ray gives it.
-        report: Function that is called with each shard that is done.
 
     Raises:
         EarVAEError: Ray is not installed, or an actor failed on what another would fail on as well.
@@ -186,42 +153,41 @@ def encode_with_ray(
     except ImportError:
         raise EarVAEError("the engine ray takes Ray; install it with: pip install 'ear-vae[ray]'") from None
     with temporary_folder() as folder:
-        files = {path.name: path.read_bytes() for path in _saved(vae, folder / "model").path.iterdir()}
-    on_gpu = vae.device.type == "cuda"
+        files = {path.name: path.read_bytes() for path in _saved(job.vae, folder / "model").path.iterdir()}
+    on_gpu = job.vae.device.type == "cuda"
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
     context = ray.data.DataContext.get_current()
     shown, context.enable_progress_bars = context.enable_progress_bars, False
     arguments = {
-        "output": str(output.absolute()),
-        "bases": [str(base.absolute()) for base in bases],
+        "output": str(job.output.absolute()),
+        "bases": [str(base.absolute()) for base in job.bases],
         "files": ray.put(files),
-        "name": vae.name,
-        "dtype": str(vae.dtype).removeprefix("torch."),
-        "device": "cuda" if on_gpu else str(vae.device),
-        "workers": workers,
+        "name": job.vae.name,
+        "dtype": str(job.vae.dtype).removeprefix("torch."),
+        "device": "cuda" if on_gpu else str(job.vae.device),
+        "workers": job.workers,
     }
-    rows = ray.data.from_items([{"shard": number} for number in numbers], override_num_blocks=len(numbers))
+    rows = ray.data.from_items(
+        [{"shard": number} for number in job.numbers], override_num_blocks=len(job.numbers)
+    )
     done = rows.map_batches(
         _RayActor,
         fn_constructor_kwargs=arguments,
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=len(workers.devices)),
-        num_cpus=workers.threads,
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=len(job.workers.devices)),
+        num_cpus=job.workers.threads,
         num_gpus=1 if on_gpu else 0,
     )
     try:
         for row in done.iter_rows():
             for num_bytes, seconds in zip(row["num_bytes"], row["seconds"], strict=True):
-                report(FileDone(int(num_bytes), float(seconds)))
-            report(ShardDone(int(row["shard"])))
+                job.report(FileDone(int(num_bytes), float(seconds)))
+            job.report(ShardDone(int(row["shard"])))
     except ray.exceptions.RayError as error:
         raise EarVAEError(f"an actor of Ray failed: {in_one_line(error)}") from error
     finally:
         context.enable_progress_bars = shown
-
-
-ENGINES = {"local": encode_in_processes, "ray": encode_with_ray}
 
 
 @dataclass(frozen=True)

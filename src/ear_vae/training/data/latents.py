@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -15,16 +13,14 @@ from torch.utils.data import DataLoader, Dataset
 from ear_vae.encoding import LatentDataset
 from ear_vae.errors import EarVAEError
 from ear_vae.limits import name_in_a_line, whole_number
-from ear_vae.training.checkpoint_reading import changes
 from ear_vae.training.data.dataset import MiddleExcerpts
 from ear_vae.training.data.loader import SegmentLoader
+from ear_vae.training.data.module import ResumableDataModule
 from ear_vae.training.data.sources import AudioFile, Policy, find_usable_files, listed_sources
 from ear_vae.vae import EarVAE
 
-_LOG = logging.getLogger(__name__)
 
-
-class LatentDataModule(L.LightningDataModule):
+class LatentDataModule(ResumableDataModule):
     """Random crops of stored latents to train on, and latents of audio files to validate on.
 
     Batches are those of `ear_vae.encoding.LatentDataset.collate`: `latents` [B, D, crop_frames], not
@@ -119,9 +115,8 @@ class LatentDataModule(L.LightningDataModule):
             self.validation_files = find_usable_files(
                 self.validation_sources, Policy(self._validation_seconds())
             )
-        if not self.validation_sources and self.trainer is not None:
-            # An empty loader would do the same, but each rank and epoch would warn of it.
-            self.trainer.limit_val_batches = 0
+        if not self.validation_sources:
+            self.leave_validation_out()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what is trained on as plain values, for checkpoints; nothing where there is no training."""
@@ -137,14 +132,6 @@ class LatentDataModule(L.LightningDataModule):
             "sample": self.sample,
             "seed": self.seed,
         }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Warns where the data differ from those of the checkpoint that is resumed from."""
-        changed = changes(state_dict, self.state_dict())
-        if changed and (self.trainer is None or self.trainer.is_global_zero):
-            _LOG.warning(
-                "resuming on other data than the checkpoint's, so not as if it had never stopped: %s", changed
-            )
 
     def train_dataloader(self) -> SegmentLoader:
         """Returns a loader of batches of random crops."""

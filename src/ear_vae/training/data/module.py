@@ -21,7 +21,25 @@ from ear_vae.training.data.sources import AudioFile, Policy, find_usable_files, 
 _LOG = logging.getLogger(__name__)
 
 
-class AudioDataModule(L.LightningDataModule):
+class ResumableDataModule(L.LightningDataModule):
+    """A data module that warns where a run resumes on other data, by what `state_dict` says of them."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Warns where the data differ from those of the checkpoint that is resumed from."""
+        changed = changes(state_dict, self.state_dict())
+        if changed and (self.trainer is None or self.trainer.is_global_zero):
+            _LOG.warning(
+                "resuming on other data than the checkpoint's, so not as if it had never stopped: %s", changed
+            )
+
+    def leave_validation_out(self) -> None:
+        """Has the Trainer validate on nothing."""
+        if self.trainer is not None:
+            # An empty loader would do the same, but each rank and epoch would warn of it.
+            self.trainer.limit_val_batches = 0
+
+
+class AudioDataModule(ResumableDataModule):
     """Random training segments and fixed validation excerpts of audio files in any format.
 
     Which segments a step trains on depends on `seed` and the number of the step alone: not on the number of
@@ -115,9 +133,8 @@ class AudioDataModule(L.LightningDataModule):
             self.validation_files = find_usable_files(
                 self.validation_sources, policy, cache_dir=self.cache_dir
             )
-        if not self.validation_sources and self.trainer is not None:
-            # An empty loader would do the same, but each rank and epoch would warn of it.
-            self.trainer.limit_val_batches = 0
+        if not self.validation_sources:
+            self.leave_validation_out()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what is trained on as plain values, for checkpoints."""
@@ -131,14 +148,6 @@ class AudioDataModule(L.LightningDataModule):
             "segments per epoch": self.segments_per_epoch,
             "seed": self.seed,
         }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Warns where the data differ from those of the checkpoint that is resumed from."""
-        changed = changes(state_dict, self.state_dict())
-        if changed and (self.trainer is None or self.trainer.is_global_zero):
-            _LOG.warning(
-                "resuming on other data than the checkpoint's, so not as if it had never stopped: %s", changed
-            )
 
     def segments(self, *, samples: int | None = None) -> SegmentDataset:
         """Returns training segments as they are in the files, without augmentation.
