@@ -5,8 +5,8 @@
 
 Random weights of the published size. In one run, turn by turn: `straight`, the network as published (weight
 norm on, the plain Snake formula, the whole clip at once, eager; on a GPU with and without TF32), `ear_vae`,
-and `diffusers`, its AutoencoderOobleck of the same width, where that library is installed; `--optimize` adds
-`ear_vae_optimized`, after `EarVAE.optimize_for_inference`, and on a GPU `ear_vae_switched`, the same with the
+in float32 and in bfloat16, and `diffusers`, its AutoencoderOobleck of the same width, where that library is
+installed; `--optimize` adds `ear_vae_optimized`, after `EarVAE.optimize_for_inference`, and on a GPU `ear_vae_switched`, the same with the
 fused sums and the reduced sine of `ear_vae.network.snake_common.switches`. Each has a process of its own, so
 that its peak memory can be told. A time is the median of the repeats after two that are not counted: a CUDA
 graph is recorded in the second.
@@ -123,7 +123,9 @@ def build(
     if implementation == DIFFUSERS:
         peer, directions = of_diffusers(config)
         return peer.to(device=device, dtype=dtype), directions
-    vae = EarVAE(config).eval().requires_grad_(False).to(device=device, dtype=dtype)
+    vae = EarVAE(config).eval().requires_grad_(False)
+    vae.cast(dtype)
+    vae.to(device=device)
     if implementation == SWITCHED:
         switches.fused_sums, switches.sine = True, "reduced"
     if implementation in (OPTIMIZED, SWITCHED):
@@ -173,6 +175,14 @@ def serve(
             elapsed = now(device) - start
         pipe.send((elapsed, peak_bytes(device, before), y.float().cpu().numpy() if wants_result else None))
         del x, y
+
+
+def processor() -> str:
+    """The processor, and what it has for bfloat16, as far as this torch tells."""
+    tell = getattr(torch.cpu, "get_capabilities", dict)
+    facts = tell()
+    names = [name for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16") if facts.get(name)]
+    return " ".join([facts.get("cpu_name") or platform.processor() or "CPU", *names])
 
 
 def now(device: str) -> float:
@@ -348,13 +358,14 @@ def cell(value: Any) -> str:
 def contenders_of(arguments: argparse.Namespace) -> list[Contender]:
     """The implementations that this machine can run, the straight path in single precision first."""
     wanted = [(STRAIGHT, "float32"), (OURS, "float32")]
+    wanted.append((OURS, "bfloat16"))
     if arguments.device == "cuda":
-        wanted += [(STRAIGHT, "tf32"), (OURS, "tf32"), (OURS, "bfloat16")]
+        wanted += [(STRAIGHT, "tf32"), (OURS, "tf32")]
         wanted += [(FROM_HOST, "float32"), (FROM_HOST, "bfloat16")]
     if arguments.optimize:
-        wanted.append((OPTIMIZED, "float32"))
+        wanted += [(OPTIMIZED, "float32"), (OPTIMIZED, "bfloat16")]
         if arguments.device == "cuda":
-            wanted += [(OPTIMIZED, "tf32"), (OPTIMIZED, "bfloat16")]
+            wanted.append((OPTIMIZED, "tf32"))
             wanted += [(SWITCHED, "float32"), (SWITCHED, "bfloat16")]
     try:
         import diffusers  # noqa: F401
@@ -382,7 +393,7 @@ def main() -> None:
     if arguments.quick:
         arguments.seconds, arguments.batch = [10], [1]
     torch.set_num_threads(arguments.threads)
-    name = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor() or "CPU"
+    name = torch.cuda.get_device_name() if arguments.device == "cuda" else processor()
     print(f"{name}, {arguments.threads} threads, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
     contenders = contenders_of(arguments)
     dtypes = {contender.dtype for contender in contenders}
