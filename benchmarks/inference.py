@@ -6,10 +6,10 @@
 Random weights of the published size. In one run, turn by turn: `straight`, the network as published (weight
 norm on, the plain Snake formula, the whole clip at once, eager; on a GPU with and without TF32), `ear_vae`,
 in float32 and in bfloat16, and `diffusers`, its AutoencoderOobleck of the same width, where that library is
-installed; `--optimize` adds `ear_vae_optimized`, after `EarVAE.optimize_for_inference`, and on a GPU `ear_vae_switched`, the same with the
-fused sums and the reduced sine of `ear_vae.network.snake_common.switches`. Each has a process of its own, so
-that its peak memory can be told. A time is the median of the repeats after two that are not counted: a CUDA
-graph is recorded in the second.
+installed; `--optimize` adds `ear_vae_optimized`, after `EarVAE.optimize_for_inference`, and on a GPU
+`ear_vae_switched`, the same with the fused sums and the reduced sine of
+`ear_vae.network.snake_common.switches`. Each has a process of its own, so that its peak memory can be told. A
+time is the median of the repeats after two that are not counted: a CUDA graph is recorded in the second.
 
 On a GPU all begin and end with tensors there; `ear_vae_from_host` goes from the host's memory and back. One
 has all its runs before the next begins, and then gives back the memory it keeps.
