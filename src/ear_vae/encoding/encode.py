@@ -30,7 +30,6 @@ from ear_vae.encoding.plan import (
     EncodingPlan,
     EncodingSettings,
     PlannedEntry,
-    counted_paths,
     differing_entries,
     differing_settings,
     write_plan,
@@ -39,7 +38,7 @@ from ear_vae.encoding.reading import FILELIST_FILE, PLAN_FILE, RECEIPTS_FOLDER, 
 from ear_vae.encoding.shards import FileDone, finished_receipt, receipt_path
 from ear_vae.encoding.sources import base_of, list_sources
 from ear_vae.errors import EarVAEError, in_one_line
-from ear_vae.limits import finite_number, shown, whole_number
+from ear_vae.limits import finite_number, first_names, shown, whole_number
 from ear_vae.vae import EarVAE
 
 FAILURES_FILE = "failures.jsonl"
@@ -320,7 +319,7 @@ class _Run:
             else:
                 self.pending.append(number)
         if changed:
-            raise self._has_changed([counted_paths("changed", changed)])
+            raise self._has_changed([f"changed: {first_names(changed)}"])
 
     def report(self, done: FileDone | ShardDone, progress: Callable[[EncodingProgress], None] | None) -> None:
         """Counts what has been done, and passes it on."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ear_vae._atomic import temporary_folder
-from ear_vae._processes import current_folder_off_the_path, prepare_process, processors
+from ear_vae.audio.processes import current_folder_off_the_path, prepare_process, processors
 from ear_vae.encoding.plan import EncodingPlan
 from ear_vae.encoding.reading import PLAN_FILE
 from ear_vae.encoding.shards import FileDone, ShardEncoder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from itertools import zip_longest
 from pathlib import Path
@@ -13,10 +13,9 @@ from typing import Any
 from ear_vae.encoding.reading import RECEIPTS_FOLDER, SILENCE_FILE
 from ear_vae.encoding.sources import AudioEntry, LeftOut
 from ear_vae.errors import EarVAEError
-from ear_vae.limits import name_in_a_line, parse_json, shown
+from ear_vae.limits import first_names, parse_json, shown
 
 PLAN_FORMAT_VERSION = 1
-_MOST_NAMED = 3
 _LONGEST_NAME = 200
 
 
@@ -234,14 +233,7 @@ def differing_entries(old: EncodingPlan, new: EncodingPlan) -> tuple[list[str], 
     }
     if added and not any(kinds.values()):
         kinds["in another order, or with other columns"] = [entry.path for entry in added]
-    return [counted_paths(kind, paths) for kind, paths in kinds.items() if paths], resized
-
-
-def counted_paths(kind: str, paths: Sequence[str]) -> str:
-    """Returns a phrase that names some of many paths, and says how many more there are."""
-    named = ", ".join(name_in_a_line(path) for path in paths[:_MOST_NAMED])
-    more = f" and {len(paths) - _MOST_NAMED} more" if len(paths) > _MOST_NAMED else ""
-    return f"{kind}: {named}{more}"
+    return [f"{kind}: {first_names(paths)}" for kind, paths in kinds.items() if paths], resized
 
 
 def _entries(plan: EncodingPlan) -> Iterator[PlannedEntry]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ear_vae import __version__
 from ear_vae._atomic import write_all
-from ear_vae._processes import current_folder_off_the_path, prepare_process, processors
+from ear_vae.audio.processes import current_folder_off_the_path, prepare_process, processors
 from ear_vae.errors import EarVAEError, in_one_line
 from ear_vae.evaluation.files import Row, compare_files, file_identity, is_row
 from ear_vae.evaluation.pairs import Pair
