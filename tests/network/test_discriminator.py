@@ -26,9 +26,9 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 def test_every_resolution_judges_every_frame_and_bin() -> None:
     outputs = Discriminator(SMALL)(noise(3, 2, 4096))
-    for (logits, features), size in zip(outputs, SMALL.window_sizes, strict=True):
+    for (scores, features), size in zip(outputs, SMALL.window_sizes, strict=True):
         frames, bins = 1 + 4096 // (size // 4), size // 2 + 1
-        assert logits.shape == (3, 1, frames, bins)
+        assert scores.shape == (3, 1, frames, bins)
         assert [tuple(f.shape) for f in features] == [(3, 4, frames, bins)] * 5
 
 
@@ -60,7 +60,7 @@ def test_dilation_reaches_in_time_and_the_kernel_in_frequency() -> None:
     """By gradient: (1 + 1 + 2 + 4 + 1 + 1) frames to each side, and 4 · 4 + 1 + 1 bins."""
     resolution = Discriminator(DiscriminatorConfig(window_sizes=(512,), channels=3)).resolutions[0]
     spectrum = torch.randn(1, 2, 257, 60, dtype=torch.complex64).requires_grad_()
-    resolution(spectrum).logits[0, 0, 30, 128].abs().backward()
+    resolution(spectrum).scores[0, 0, 30, 128].abs().backward()
     heard = spectrum.grad.abs().sum((0, 1)) > 0
     bins, frames = heard.any(dim=1).nonzero(), heard.any(dim=0).nonzero()
     assert (int(frames.min()), int(frames.max())) == (20, 40)

@@ -332,7 +332,7 @@ def test_autocast_leaves_the_spectra_in_single_precision() -> None:
     for name, value in found[0].items():
         assert torch.equal(value, found[1][name]), name
     assert torch.equal(heard[0], heard[1])
-    assert judged[0].logits.dtype == torch.bfloat16
+    assert judged[0].scores.dtype == torch.bfloat16
 
 
 def test_mixed_precision_trains() -> None:

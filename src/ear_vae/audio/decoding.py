@@ -21,7 +21,7 @@ import soundfile
 
 from ear_vae._atomic import name_of, system_path, temporary_folder, write_all
 from ear_vae.audio.matroska_asf import stated_size
-from ear_vae.audio.mp3_ogg_flac import Bytes, Layout, Part, PartReader, kind_of, layout_of
+from ear_vae.audio.stream_layout import Bytes, Layout, Part, PartReader, kind_of, layout_of
 from ear_vae.errors import EarVAEError, first_line
 
 AudioSource = str | os.PathLike[str] | IO[bytes]

@@ -5,7 +5,7 @@ Of cut ones it decodes what is left without a word; in other containers, such as
 
 from __future__ import annotations
 
-from ear_vae.audio.mp3_ogg_flac import Bytes
+from ear_vae.audio.stream_layout import Bytes
 
 _EBML, _SEGMENT, _VOID = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67", b"\xec"
 _ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")

@@ -1,4 +1,4 @@
-"""Processes that work for this one: how they are started, and those that decode audio files ahead of it."""
+"""A pool of processes that decode audio files ahead of their consumer; starting worker processes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from ear_vae.audio.decoding import AudioFileWarning
-from ear_vae.audio.mp3_ogg_flac import Part, PartReader
 from ear_vae.audio.reading import AudioInfo, stream_audio
+from ear_vae.audio.stream_layout import Part, PartReader
 from ear_vae.dsp.resampling import resample_stream
 from ear_vae.errors import EarVAEError, in_one_line
 

@@ -212,7 +212,7 @@ def k_weight(audio: Tensor, sample_rate: int) -> Tensor:
 
 @lru_cache(maxsize=8)
 def a_weighting_taps(sample_rate: int) -> Tensor:
-    """The 101-tap filter that spectral distances of the field weight audio with.
+    """Returns the 101-tap A-weighting filter that is customary ahead of spectral distances.
 
     It approximates A-weighting by least squares on bands between 512 frequencies up to the Nyquist
     frequency, of the analogue curve warped by the bilinear transform. Short as it is, it does not follow

@@ -25,7 +25,6 @@ from ear_vae.encoding.engines import (
     encode_with_ray,
     usual_workers,
 )
-from ear_vae.encoding.formats import WRITERS, npy_bytes, write_to_disk
 from ear_vae.encoding.plan import (
     EncodingPlan,
     EncodingSettings,
@@ -37,6 +36,7 @@ from ear_vae.encoding.plan import (
 from ear_vae.encoding.reading import FILELIST_FILE, PLAN_FILE, RECEIPTS_FOLDER, SILENCE_FILE
 from ear_vae.encoding.shards import FileDone, finished_receipt, receipt_path
 from ear_vae.encoding.sources import base_of, list_sources
+from ear_vae.encoding.writers import WRITERS, npy_bytes, write_to_disk
 from ear_vae.errors import EarVAEError, in_one_line
 from ear_vae.limits import finite_number, first_names, shown, whole_number
 from ear_vae.vae import EarVAE

@@ -21,10 +21,10 @@ from ear_vae.audio.processes import (
     AudioProcesses,
     AudioRestart,
 )
-from ear_vae.encoding.formats import WRITERS, EncodedItem, write_to_disk
 from ear_vae.encoding.plan import EncodingPlan, EncodingSettings, PlannedEntry
 from ear_vae.encoding.reading import OWN_FACTS, RECEIPTS_FOLDER
 from ear_vae.encoding.statistics import LatentStatistics
+from ear_vae.encoding.writers import WRITERS, EncodedItem, write_to_disk
 from ear_vae.errors import EarVAEError, in_one_line
 from ear_vae.inference.tiling import encoder_reach
 from ear_vae.inference.windows import BatchEncoder

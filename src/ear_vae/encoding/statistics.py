@@ -154,7 +154,7 @@ class LatentStatistics:
 
     def _require_frames(self) -> None:
         if not self.count:
-            raise EarVAEError("there are no statistics of no latent frames")
+            raise EarVAEError("no latent frames: there is nothing to compute statistics of")
 
 
 def latent_statistics(folder: str | os.PathLike[str] | LatentFolder) -> LatentStatistics:

@@ -102,7 +102,7 @@ def stft_distance(estimate: Tensor, target: Tensor, *, sample_rate: int = SPECTR
 
 
 def icpc(estimate: Tensor, target: Tensor, *, sample_rate: int = SPECTRAL_RATE) -> Tensor:
-    """Computes the phase coherence of each channel with its original, from 0 to 1 (equal).
+    """Computes ICPC, the intra-channel phase coherence with the original, from 0 to 1 (equal).
 
     |Σ_f w exp(jΔφ)| / Σ_f w per frame, with w = |X||Y|, averaged over frames by Σ_f w, then over window
     sizes 4096 to 512 and over the channels that are not silent. A gain, a polarity flip and a rotation of
@@ -120,7 +120,7 @@ def icpc(estimate: Tensor, target: Tensor, *, sample_rate: int = SPECTRAL_RATE) 
 
 
 def ccpc(estimate: Tensor, target: Tensor, *, sample_rate: int = SPECTRAL_RATE) -> Tensor:
-    """Computes the coherence of the phase differences between left and right, from 0 to 1 (equal).
+    """Computes CCPC, the cross-channel phase coherence between left and right, from 0 to 1 (equal).
 
     As `icpc`, with the difference of estimate and target in angle(L R*) as Δφ, and w = |L||R| of the
     estimate. A bin that is silent in the target counts as having been in phase there.

@@ -25,7 +25,7 @@ _MOST_SHAPES = 8
 
 
 class _Recordings:
-    """Of one network: what is known of each shape. None: seen once; `_PLAIN`: cannot be recorded."""
+    """What is known of each input shape of one network. None: seen once; `_PLAIN`: cannot be recorded."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()

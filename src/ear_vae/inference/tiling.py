@@ -34,16 +34,16 @@ from ear_vae.dsp.stream_buffer import StreamBuffer
 from ear_vae.network import Decoder, Encoder
 from ear_vae.network.blocks import convolutions, keep_kernels, total
 
-# Of a tile along the file, by device: what its widest activation would take in one piece. A CPU has all
-# stages but the last whole, about half as much at a time.
+# Size of a tile's widest activation, had it to be held whole, by device. A CPU holds about half as much at a
+# time: it has all stages but the last whole.
 _TILE_BYTES = {"cpu": 2**27, "cuda": 2**30}
 _OTHER_TILE_BYTES = 2**28
 # How many activations as large as the widest are alive at once in a pass through a whole network, at most:
 # 5.0 in the encoder, 5.8 in the decoder, and some room for what convolutions work in.
 ACTIVATIONS_ALIVE = 7
-# Of the memory that is free on a GPU, for a tile; the rest is for others and for what is not counted.
+# Share of a GPU's free memory that a tile may take; the rest is for others and for what is not counted.
 _SHARE_OF_FREE = 0.7
-# Of the float32 that a CPU computes in.
+# Bytes of a float32 value, the default on a CPU.
 _BYTES_PER_VALUE = 4
 
 _observer: ContextVar[Callable[[int], None] | None] = ContextVar("observer", default=None)

@@ -1,8 +1,8 @@
-"""The model as diffusers' pipelines call theirs: in place of `AutoencoderOobleck`, with exact tiles.
+"""The model behind the interface of diffusers' `AutoencoderOobleck`, with exact tiles.
 
 Differences that a user of `AutoencoderOobleck` may notice:
 
-- Audio is padded with zeros to whole frames; Oobleck drops what is over.
+- Audio is padded with zeros to whole frames; Oobleck drops the incomplete one.
 - Tiles are exact and always on: `enable_tiling` is accepted and changes nothing.
 - float16 audio and latents are computed in float32 and come back as float16. Only weights in float16 are
   refused, because the decoder overflows in it.

@@ -44,7 +44,7 @@ _INTEGERS = (
 
 
 class LatentModel(Protocol):
-    """What latents have to know of the model that they are of."""
+    """What latents need to know about the model that they belong to."""
 
     name: str
 
@@ -111,7 +111,7 @@ class Latents:
     def from_mean(
         cls, mean: Tensor | np.ndarray, vae: LatentModel, *, num_samples: int | None = None
     ) -> Latents:
-        """Latents that come from elsewhere, as of a model that made them: to be saved, and decoded with it.
+        """Wraps latents that another program computed with this model, to be saved, or decoded with it.
 
         Args:
             mean: [D, N] or [1, D, N], floating point.
@@ -121,7 +121,7 @@ class Latents:
 
         Raises:
             EarVAEError: They are no array of that shape, have another number of channels than the model, or
-                as many frames as `num_samples` has not.
+                a number of frames that does not fit `num_samples`.
         """
         tensor = matrix(mean if isinstance(mean, Tensor) else torch.as_tensor(np.asarray(mean)), "latents")
         channels, frames = tensor.shape

@@ -29,7 +29,7 @@ def discriminator_loss(
     Reference: Mao et al., "Least Squares Generative Adversarial Networks" (2017), equation 2 without ½.
     """
     terms = [
-        upcast(x.logits).square().mean() + (1 - upcast(y.logits)).square().mean()
+        upcast(x.scores).square().mean() + (1 - upcast(y.scores)).square().mean()
         for x, y in zip(estimate, target, strict=True)
     ]
     return torch.stack(terms).mean()
@@ -46,7 +46,7 @@ def adversarial(estimate: Sequence[DiscriminatorOutput]) -> Tensor:
 
     Reference: as `discriminator_loss`.
     """
-    return torch.stack([(1 - upcast(x.logits)).square().mean() for x in estimate]).mean()
+    return torch.stack([(1 - upcast(x.scores)).square().mean() for x in estimate]).mean()
 
 
 def feature_matching(

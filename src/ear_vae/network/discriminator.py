@@ -58,11 +58,12 @@ class DiscriminatorOutput(NamedTuple):
     """Output of the discriminator at one resolution.
 
     Attributes:
-        logits: Near 1 where the audio is taken for real, near 0 where for rebuilt, [B, 1, frames, F'].
+        scores: [B, 1, frames, F'], near 1 where the audio is taken for an original, near 0 where it is taken
+            for a reconstruction.
         features: Activations of the hidden layers, each [B, channels, frames, F'].
     """
 
-    logits: Tensor
+    scores: Tensor
     features: tuple[Tensor, ...]
 
 

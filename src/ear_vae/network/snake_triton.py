@@ -127,7 +127,7 @@ def _beta_of(log_beta, index, mask, WIDE: tl.constexpr):  # type: ignore[no-unty
 def _sum_of(  # type: ignore[no-untyped-def]
     x, bias, residual, offsets, inside, index, there, WIDE: tl.constexpr, STORED: tl.constexpr
 ):
-    """What is there of x + bias + residual, as it is when it has been stored."""
+    """The sum of x and of the bias and residual that are given, rounded as if it had been stored."""
     total = tl.load(x + offsets, mask=inside, other=0.0).to(WIDE)
     if bias is not None:
         total = total + tl.load(bias + index, mask=there, other=0.0).to(WIDE)

@@ -88,7 +88,7 @@ def resolve(
     cache_dir: str | os.PathLike[str] | None = None,
     force_download: bool = False,
 ) -> Checkpoint:
-    """Finds the local folder, in our layout, of a model: local files, else a bundled one, else the Hub's.
+    """Finds a model on disk, among the bundled ones or on the Hub; returns a local folder in our layout.
 
     Args:
         name_or_path: Model to find: a folder in our layout, in the official one, a clone of the authors'

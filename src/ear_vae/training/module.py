@@ -371,7 +371,7 @@ class EarVAEModule(L.LightningModule):
         of_vae, *others = optimizations
         norms = {other.what: self._clip(other) for other in others}
         for other in others:
-            self._descend_unless_broken(other, norms[other.what])
+            self._step_if_finite(other, norms[other.what])
         if drawn is not None:
             place = 0
             for batch in accumulation.batches:
@@ -744,7 +744,7 @@ class EarVAEModule(L.LightningModule):
         """Scales the gradient down to its largest norm; returns the norm before, a scalar."""
         return nn.utils.clip_grad_norm_(optimization.parameters, optimization.clip)
 
-    def _descend_unless_broken(self, optimization: _Optimization, norm: Tensor) -> None:
+    def _step_if_finite(self, optimization: _Optimization, norm: Tensor) -> None:
         """Takes a step with an optimizer whose steps Lightning does not count, if the norm is finite."""
         optimizer: Optimizer = optimization.optimizer.optimizer
         if skips_by_itself(optimizer):

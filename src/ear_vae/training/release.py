@@ -161,7 +161,6 @@ def _card(vae: EarVAE, content: Mapping[str, Any], which: str) -> str:
         **facts["settings"],
     }
     # A checkpoint may come from anywhere.
-    # A checkpoint may come from anywhere.
     lines = [(markdown_text(str(name)), markdown_text(str(value))) for name, value in rows.items()]
     lines += [
         (f"`{re.sub('[`|]', '', escaped(name))}`", f"{value:.4g}")

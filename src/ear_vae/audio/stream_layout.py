@@ -1,7 +1,8 @@
-"""Files that hold several streams one after the other, and headers that state less than there is.
+"""Where the streams of an mp3, Ogg, flac, wav or aiff file begin and end, whatever its headers say.
 
-Decoders trust the first header and stop where it says. Here the frames and pages themselves are followed, so
-that each stream can be passed to libsndfile as a file of its own, with a correct header.
+A file may hold several streams one after the other, or a header that understates its length. Decoders trust
+the first header and stop where it says. Here the frames and pages themselves are followed, so that each
+stream can be passed to libsndfile as a file of its own, with a correct header.
 """
 
 from __future__ import annotations
