@@ -289,5 +289,5 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
             other, data(folder), ckpt_path=tmp_path / "tiny.ckpt", weights_only=True
         )
     (tmp_path / "empty").mkdir()
-    with pytest.raises(EarVAEError, match="nothing to train on: 0 audio files"):
+    with pytest.raises(EarVAEError, match="no usable audio: 0 audio files"):
         trainer(tmp_path, max_steps=1).fit(EarVAEModule(TINY), data(tmp_path / "empty"))

@@ -140,7 +140,7 @@ MANIFESTS: list[tuple[str, str, bytes, str]] = [
     ("latin-1", "m.csv", "path\ncafé.wav\n".encode("latin-1"), "is not UTF-8 at byte 8"),
     ("UTF-16", "m.jsonl", '{"path": "a.wav"}'.encode("utf-16"), "is not UTF-8 at byte 0"),
     ("an endless field", "m.csv", b"path\n" + b"a" * 200_000, "field larger than field limit"),
-    ("empty", "m.csv", b"", "nothing to train on: 0 audio files"),
+    ("empty", "m.csv", b"", "no usable audio: 0 audio files"),
 ]
 
 

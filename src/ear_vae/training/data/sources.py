@@ -25,6 +25,7 @@ from ear_vae.audio.manifests import BadRowError, manifest_rows
 from ear_vae.audio.reading import HIGHEST_RATE, LOWEST_RATE
 from ear_vae.dsp.bandwidth import bandwidth_hz
 from ear_vae.errors import EarVAEError
+from ear_vae.limits import counted
 
 _LOG = logging.getLogger(__name__)
 _BANDWIDTH_EXCERPTS, _BANDWIDTH_SECONDS = 6, 1.0
@@ -116,16 +117,19 @@ def find_usable_files(
     cache.save()
     _report("unreadable", [str(entry) for entry in found if isinstance(entry, EarVAEError)])
     readable = [replace(file, weight=weights[file.path]) for file in found if isinstance(file, AudioFile)]
-    usable = readable
+    usable, left_out = readable, []
     for reason, keep in _conditions(policy):
-        _report(reason, [str(file.path) for file in usable if not keep(file)])
+        failed = [str(file.path) for file in usable if not keep(file)]
+        _report(reason, failed)
+        left_out += [f"{len(failed)} {reason}"] if failed else []
         usable = [file for file in usable if keep(file)]
     if not usable:
+        short = any(file.duration_seconds < policy.min_seconds for file in readable)
         raise EarVAEError(
-            f"{', '.join(map(str, sources))}: nothing to train on: {len(weights)} audio files, "
-            f"{len(readable)} of them readable, none that meets all conditions ("
-            + "; ".join(f"not {reason}" for reason, _ in _conditions(policy))
-            + ")"
+            f"{', '.join(map(str, sources))}: no usable audio: {counted(len(weights), 'audio file')}, "
+            f"{len(readable)} of them readable"
+            + "".join(f", {part}" for part in left_out)
+            + ("; give longer files, or a smaller segment_seconds or validation_seconds" if short else "")
         )
     return usable
 
