@@ -75,7 +75,7 @@ def test_what_is_left_out_is_reported(folder: Path, caplog: pytest.LogCaptureFix
     assert "left out, mono" in caplog.text
     with pytest.raises(
         EarVAEError,
-        match=r"no usable audio: 4 audio files, 3 of them readable, 3 shorter than 60.00 s; give longer files",
+        match=r"no usable audio: 4 audio files, 3 of them readable, 3 shorter than 60.00 s; give longer",
     ):
         found(folder, min_seconds=60)
 
