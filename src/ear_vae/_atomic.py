@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import select
 import shutil
+import signal
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -124,6 +127,99 @@ def require_free(destination: str | os.PathLike[str], *, overwrite: bool) -> Non
 
 class _OnlyLookingError(Exception):
     """Leaves `atomic_path` without writing."""
+
+
+@contextmanager
+def atomic_folder(destination: Path, *, overwrite: bool, keep: Collection[str] = ()) -> Iterator[Path]:
+    """Gives a temporary folder, whose files become those of `destination` when the block succeeds.
+
+    When the block fails or is interrupted, an existing destination is left as it was.
+
+    Args:
+        destination: Folder to write; its parents are made.
+        overwrite: Replace files of the same names in a folder that exists; its other files stay.
+        keep: Files of the destination, relative to it, that stay even so.
+
+    Raises:
+        EarVAEError: As `require_free_folder`, also where the destination came to exist meanwhile; or it
+            cannot be written to.
+    """
+    require_free_folder(destination, overwrite=overwrite)
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_folder(destination if destination.is_dir() else destination.parent) as temporary:
+            folder = temporary / "new"  # of ordinary permissions, unlike the temporary one
+            folder.mkdir()
+            try:
+                yield folder
+            except EarVAEError as error:
+                # What is wrong with the temporary folder is wrong with the one that it was to become.
+                raise EarVAEError(str(error).replace(str(folder), str(destination))) from error
+            with _signals_held():
+                _move_files(folder, destination, overwrite=overwrite, keep=keep)
+    except FileExistsError:
+        raise _exists_already(destination) from None
+    except OSError as error:
+        raise EarVAEError(f"{destination}: cannot be written: {error.strerror or error}") from error
+
+
+def require_free_folder(destination: Path, *, overwrite: bool) -> None:
+    """Refuses a destination that is neither new, nor an empty folder, nor a folder to overwrite.
+
+    Raises:
+        EarVAEError: It is.
+    """
+    if destination.exists() and not destination.is_dir():
+        raise EarVAEError(f"{destination}: is a file, expected the path of a folder to write")
+    if destination.is_dir() and not overwrite and any(destination.iterdir()):
+        raise _exists_already(destination)
+
+
+def _move_files(folder: Path, destination: Path, *, overwrite: bool, keep: Collection[str]) -> None:
+    try:
+        if not destination.exists():
+            folder.rename(destination)
+            return
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        # Another process was first.
+        if not overwrite:
+            raise FileExistsError from None
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        relative = file.relative_to(folder)
+        target = destination / relative
+        if relative.as_posix() in keep and target.exists():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            file.replace(target)
+        else:
+            _put(file, target)
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Lets signals that would end the process wait for the end of the block.
+
+    By handlers, because a blocked signal goes to another thread. Python sets them in the main thread alone,
+    and no other thread is interrupted by one.
+    """
+    received: list[int] = []
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            # None: one that was not set by Python, and could not be set again.
+            if number is not None and signal.getsignal(number) is not None:
+                before[number] = signal.signal(number, lambda number, _: received.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in received:
+            signal.raise_signal(number)
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import torch
 from torch.nn.utils import prune
 
 from ear_vae import EarVAE, EarVAEConfig, EarVAEError
+from ear_vae._atomic import atomic_folder
 from ear_vae.pretrained import convert
 from ear_vae.training import EarVAEModule
 
@@ -91,3 +94,63 @@ def test_there_are_two_layouts_to_convert_to(least_config: EarVAEConfig, tmp_pat
     with pytest.raises(EarVAEError, match="to must be 'folder' or 'official', got 'Folder'"):
         convert(tmp_path / "model", tmp_path / "converted", to="Folder")  # type: ignore[arg-type]
     assert not (tmp_path / "converted").exists()
+
+
+_INTERRUPTED = """
+import signal, sys
+from ear_vae.cli import main
+
+moves = []
+
+def interrupt(event, arguments):
+    # Audit events come before the move: when the second one does, one file has been replaced.
+    if event == "os.rename" and sys.argv[2] in str(arguments[1]) and ".ear-vae-" not in str(arguments[1]):
+        moves.append(arguments)
+        if len(moves) == 2:
+            signal.raise_signal(signal.SIGINT)
+
+sys.addaudithook(interrupt)
+code = main(["convert", *sys.argv[1:], "--force"])
+assert len(moves) > 1
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("to", ["folder", "official"])
+def test_a_conversion_interrupted_while_it_replaces_a_model_leaves_a_model(
+    least_config: EarVAEConfig, tmp_path: Path, to: str
+) -> None:
+    """All of one of the two."""
+    wider = EarVAEConfig(
+        channels=2 * least_config.channels,
+        channel_multipliers=least_config.channel_multipliers,
+        strides=least_config.strides,
+        latent_dim=least_config.latent_dim,
+        transformer_depth=0,
+    )
+    new, old, target = EarVAE(wider), EarVAE(least_config), tmp_path / "target"
+    new.save_pretrained(tmp_path / "new")
+    old.save_pretrained(tmp_path / "old")
+    convert(tmp_path / "old", target, to=to)  # type: ignore[arg-type]
+    command = [sys.executable, "-c", _INTERRUPTED, str(tmp_path / "new"), str(target), "--to", to]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 130, ended.stderr
+    assert EarVAE.from_pretrained(target).weights_sha256 in (new.weights_sha256, old.weights_sha256)
+    assert [path for path in target.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("was_there", [False, True], ids=["no folder", "empty folder"])
+def test_a_folder_that_came_to_exist_meanwhile_is_left_alone(tmp_path: Path, was_there: bool) -> None:
+    target = tmp_path / "target"
+    if was_there:
+        target.mkdir()
+
+    def write() -> None:
+        with atomic_folder(target, overwrite=False) as folder:
+            (folder / "weights").write_text("ours")
+            target.mkdir(exist_ok=True)
+            (target / "weights").write_text("theirs")
+
+    with pytest.raises(EarVAEError, match="target: exists already"):
+        write()
+    assert [(path.name, path.read_text()) for path in target.iterdir()] == [("weights", "theirs")]

@@ -22,9 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ear_vae._atomic import atomic_path
+from ear_vae._atomic import atomic_folder, atomic_path
 from ear_vae.errors import EarVAEError
-from ear_vae.integrations._files import new_files
 from ear_vae.integrations._moments import moments
 from ear_vae.integrations._optional import optional
 from ear_vae.posterior import Posterior
@@ -340,5 +339,5 @@ def export_diffusers(vae: EarVAE, destination: str | os.PathLike[str], *, overwr
     Raises:
         EarVAEError: The destination exists or cannot be written to.
     """
-    with new_files(Path(destination), overwrite=overwrite) as folder:
+    with atomic_folder(Path(destination), overwrite=overwrite) as folder:
         AutoencoderEarVAE.from_ear_vae(vae).save_pretrained(folder)

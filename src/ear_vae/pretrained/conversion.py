@@ -6,19 +6,18 @@ import json
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ear_vae._atomic import atomic_path, same_file, temporary_folder
+from ear_vae._atomic import atomic_folder, atomic_path, require_free_folder, same_file
 from ear_vae.config import ConfigSource, EarVAEConfig
 from ear_vae.errors import EarVAEError
 from ear_vae.limits import shown
-from ear_vae.pretrained.folder import CONFIG_FILE, read_folder, write_folder
+from ear_vae.pretrained.folder import CARD_FILE, CONFIG_FILE, read_folder, write_folder
 from ear_vae.pretrained.layouts.official_repository import VARIANTS_KEY
 from ear_vae.pretrained.layouts.official_state_dict import to_official, to_official_config
 from ear_vae.pretrained.resolve import resolve
@@ -74,21 +73,21 @@ def convert(
     if official and dtype not in (None, torch.float32):
         raise EarVAEError(f"official weights are float32: {dtype} is for our own folders only; leave it out")
     if not (official and is_official_file):
-        require_free_folder(destination, overwrite)
+        require_free_folder(destination, overwrite=overwrite)
     checkpoint = resolve(source, config=config, variant=variant, revision=revision, cache_dir=cache_dir)
     architecture, state = read_folder(checkpoint.folder)
     if not official:
-        with new_folder(destination) as folder:
+        with atomic_folder(destination, overwrite=overwrite, keep=(CARD_FILE,)) as folder:
             write_folder(folder, architecture, state, name=destination.resolve().name, dtype=dtype)
     elif is_official_file:
         _write_official_weights(state, architecture, destination, overwrite)
     else:
-        _write_official_folder(state, architecture, destination, checkpoint.name)
+        _write_official_folder(state, architecture, destination, checkpoint.name, overwrite)
     return destination
 
 
 def _write_official_folder(
-    state: Mapping[str, Tensor], config: EarVAEConfig, destination: Path, model_name: str
+    state: Mapping[str, Tensor], config: EarVAEConfig, destination: Path, model_name: str, overwrite: bool
 ) -> None:
     name = re.sub(r"[^\w.-]", "_", re.split("[:/]", model_name)[-1]).strip(".") or "model"
     config_name, weights_name = f"config/{name}.json", f"pretrained_weight/{name}{OFFICIAL_WEIGHTS_SUFFIX}"
@@ -98,7 +97,7 @@ def _write_official_folder(
         "sample_rate": config.sample_rate,
         "downsampling_ratio": config.downsampling_ratio,
     }
-    with new_folder(destination) as folder:
+    with atomic_folder(destination, overwrite=overwrite) as folder:
         for relative in (config_name, weights_name):
             (folder / relative).parent.mkdir(exist_ok=True)
         _write_official_weights(state, config, folder / weights_name, overwrite=True)
@@ -135,32 +134,3 @@ def _require_elsewhere(source: Path, destination: Path) -> None:
     inside = source.is_dir() and destination.resolve().is_relative_to(source.resolve())
     if same_file(source, destination) or (inside and destination.exists()):
         raise EarVAEError(f"{destination}: would replace the model that is to be converted; choose another")
-
-
-def require_free_folder(destination: Path, overwrite: bool) -> None:
-    """Refuses a destination that is neither new, nor an empty folder, nor a folder to overwrite."""
-    if destination.exists() and not destination.is_dir():
-        raise EarVAEError(f"{destination}: is a file, expected the path of a folder to write")
-    if destination.is_dir() and not overwrite and any(destination.iterdir()):
-        raise EarVAEError(f"{destination}: exists already; remove it, or overwrite it", argument="overwrite")
-
-
-@contextmanager
-def new_folder(destination: Path) -> Iterator[Path]:
-    """Gives a folder to fill: `destination` if it exists, else one that takes its place in the end."""
-    try:
-        if destination.is_dir():
-            yield destination
-            return
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        with temporary_folder(destination.parent) as temporary:
-            folder = temporary / "new"  # of ordinary permissions, unlike the temporary one
-            folder.mkdir()
-            try:
-                yield folder
-            except EarVAEError as error:
-                # What is wrong with the temporary folder is wrong with the one that it was to become.
-                raise EarVAEError(str(error).replace(str(folder), str(destination))) from error
-            folder.rename(destination)
-    except OSError as error:
-        raise EarVAEError(f"{destination}: cannot be written: {error.strerror or error}") from error

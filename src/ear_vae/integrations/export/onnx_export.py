@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ear_vae._atomic import atomic_folder
 from ear_vae.errors import EarVAEError
-from ear_vae.integrations._files import new_files
 from ear_vae.integrations._optional import optional
 from ear_vae.integrations.export.graphs import (
     GraphPart,
@@ -86,7 +86,7 @@ def export_onnx(
         "weights_sha256": plain.weights_sha256,
     }
     parts = parts_of(plain)
-    with new_files(Path(destination), overwrite=overwrite) as folder:
+    with atomic_folder(Path(destination), overwrite=overwrite) as folder:
         with open(folder / WEIGHTS_FILE, "wb") as file:
             weights = _Weights(file, half=dtype == torch.float16)
             for part in parts:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ear_vae.integrations._files import new_files
+from ear_vae._atomic import atomic_folder
 from ear_vae.integrations.export.graphs import (
     exportable,
     exported,
@@ -38,7 +38,7 @@ def export_programs(vae: EarVAE, destination: str | os.PathLike[str], *, overwri
             does.
     """
     differences = []
-    with new_files(Path(destination), overwrite=overwrite) as written:
+    with atomic_folder(Path(destination), overwrite=overwrite) as written:
         for part in parts_of(exportable(vae)):
             if part.name not in ("encoder", "decoder"):
                 continue
