@@ -463,6 +463,23 @@ def test_torch_func_takes_it(trained: bool) -> None:
     torch.testing.assert_close(found, halved(audio).audio)
 
 
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_jacobians_in_reverse_mode_are_those_in_forward_mode(
+    least_config: EarVAEConfig, direction: str
+) -> None:
+    """Reverse mode asks for many gradients at once, which torch batches."""
+    vae = EarVAE(least_config).double().eval()
+    x = torch.randn(2 if direction == "encode" else 4, 16, dtype=torch.float64)
+
+    def network(x: torch.Tensor) -> torch.Tensor:
+        return vae.encode(x).mean if direction == "encode" else vae.decode(x)
+
+    expected = torch.func.jacfwd(network)(x)
+    torch.testing.assert_close(torch.func.jacrev(network)(x), expected)
+    found = torch.autograd.functional.jacobian(network, x, vectorize=True)
+    torch.testing.assert_close(found, expected)
+
+
 def test_inference_mode_loads_a_model_that_can_be_trained_later(small_model: Path) -> None:
     with torch.inference_mode():
         vae = EarVAE.from_pretrained(small_model, dtype=torch.float64)

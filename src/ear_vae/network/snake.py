@@ -248,16 +248,17 @@ class _SnakeFunction(torch.autograd.Function):
 
 def _gradients(grad: Tensor, x: Tensor, alpha: Tensor, inverse_beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # With s = sin(αx): dy/dx = 1 + α/β sin(2αx), dy/dα = x/β sin(2αx), dy/d(1/β) = s².
+    # Under vmap (jacrev) the gradient may be batched where the rest is not: nothing is multiplied by it in place.
     angle = x * alpha
-    grad_inverse_beta = _sum_per_channel(angle.sin().square_().mul_(grad))
-    weighted = angle.mul_(2).sin_().mul_(grad).mul_(inverse_beta)
+    grad_inverse_beta = _sum_per_channel(angle.sin().square_() * grad)
+    weighted = (angle.mul_(2).sin_() * grad).mul_(inverse_beta)
     grad_alpha = _sum_per_channel(weighted * x)
     return weighted.mul_(alpha).add_(grad), grad_alpha, grad_inverse_beta
 
 
 def _sum_per_channel(x: Tensor) -> Tensor:
     """[B, C, ...] to [C, 1, ...]."""
-    return x.flatten(2).sum(dim=-1).sum(dim=0).view(-1, *(1 for _ in x.shape[2:]))
+    return x.sum(dim=tuple(range(2, x.ndim))).sum(dim=0).view(-1, *(1 for _ in x.shape[2:]))
 
 
 def _rates(log_alpha: Tensor, log_beta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
