@@ -232,3 +232,39 @@ def test_audio_behind_damage_is_read_and_said(tmp_path: Path) -> None:
     with pytest.warns(AudioFileWarning, match=r"a\.mp3: 3000 bytes between its frames are not audio"):
         found, _ = read_audio(tmp_path / "a.mp3")
     assert torch.equal(found, decoded(data))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (first, second)
+        for first in ("FLAC", "MP3", "OGG")
+        for second in ("WAV", "AIFF", "FLAC", "OGG")
+        if first != second
+    ],
+)
+def test_a_file_of_another_format_behind_the_audio_is_said(tmp_path: Path, first: str, second: str) -> None:
+    path = tmp_path / "both"
+    parts = [encoded(RATE, seed, container) for seed, container in enumerate((first, second))]
+    path.write_bytes(b"".join(parts))
+    with pytest.warns(AudioFileWarning, match=f"both: {len(parts[1])} bytes of another format follow"):
+        audio, _ = read_audio(path)
+    torch.testing.assert_close(audio, decoded(parts[0]), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("subtype", ["PCM_16", "FLOAT", "ALAC_16"])
+def test_caf_of_unknown_length_is_read_and_a_cut_one_refused(tmp_path: Path, subtype: str) -> None:
+    whole = encoded(RATE, 0, "CAF", subtype)
+    (tmp_path / "whole.caf").write_bytes(whole)
+    expected, _ = read_audio(tmp_path / "whole.caf")
+    torch.testing.assert_close(expected, decoded(whole))
+    at = whole.index(b"data") + 4
+    size = int.from_bytes(whole[at : at + 8], "big")
+    if at + 8 + size == len(whole):
+        (tmp_path / "piped.caf").write_bytes(whole[:at] + b"\xff" * 8 + whole[at + 8 :])
+        audio, _ = read_audio(tmp_path / "piped.caf")
+        assert torch.equal(audio, expected)
+    for missing in (4, 1000, size // 2):
+        (tmp_path / "cut.caf").write_bytes(whole[: at + 8 + size - missing])
+        with pytest.raises(EarVAEError, match=r"cut\.caf: truncated"):
+            read_audio(tmp_path / "cut.caf")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,12 @@ def two_arrays(path: Path) -> None:
     path.write_bytes(content.getvalue())
 
 
+def script(path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is on its way out
+        torch.jit.script(torch.nn.Identity()).save(str(path))
+
+
 class Runs:
     def __reduce__(self) -> tuple[Any, ...]:
         return Path.write_text, (Path("ran"), "it ran")
@@ -127,7 +134,12 @@ class Runs:
             two_arrays,
             r"holds \['a', 'b'\]; expected",
         ),
-        (lambda path: torch.save({"z": Runs()}, path), "not a readable latent file"),
+        (lambda path: torch.save({"z": Runs()}, path), "refused, the pickle is damaged or holds more"),
+        (script, "refused, a TorchScript archive holds code; save tensors alone$"),
+        (
+            lambda path: torch.save(torch.zeros(1).expand(64, 10**10), path),
+            r"damaged: 4 bytes for a tensor of shape \[64, 10000000000\]$",
+        ),
         (lambda path: torch.save({"seconds": 3.0}, path), "holds a float; expected an array of numbers"),
         (lambda path: torch.save([1.0], path), "holds a list; expected an array of numbers"),
         (lambda path: path.write_bytes(b""), r"is empty \(0 bytes\)"),

@@ -386,6 +386,22 @@ def test_half_a_file_and_one_with_code(state: State, tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+def test_tensors_that_claim_more_than_the_file_holds(state: State, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pyt"
+    name = next(name for name in state if name.endswith("weight_v"))
+    torch.save({**state, name: torch.zeros(1).expand(10**5, 10**5, 100)}, path)
+    with pytest.raises(EarVAEError, match=r"weights\.pyt: damaged: 4 bytes for a tensor of shape \[100000, "):
+        EarVAE.from_pretrained(path)
+
+
+def test_a_weight_beside_its_direction_and_norm(state: State, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pyt"
+    name = next(name for name in state if name.endswith("weight_v"))
+    torch.save({**state, name.removesuffix("_v"): state[name]}, path)
+    with pytest.raises(EarVAEError, match=r"damaged: \S+ has a weight beside its direction and norm"):
+        EarVAE.from_pretrained(path)
+
+
 def test_options_that_are_of_other_models(state: State, small_model: Path, tmp_path: Path) -> None:
     torch.save(state, tmp_path / "weights.pyt")
     with pytest.raises(EarVAEError, match=r"variants are of repositories; leave it out \(variant='x'\)"):

@@ -137,6 +137,7 @@ MANIFESTS: list[tuple[str, str, bytes, str]] = [
         "weight must be a number",
     ),
     ("no column of paths", "m.csv", b"file,weight\na.wav,1\n", "line 2: has no 'path'"),
+    ("a column twice", "m.csv", b"path,path\na.wav,b.wav\n", "it has two columns 'path'"),
     ("latin-1", "m.csv", "path\ncafé.wav\n".encode("latin-1"), "is not UTF-8 at byte 8"),
     ("UTF-16", "m.jsonl", '{"path": "a.wav"}'.encode("utf-16"), "is not UTF-8 at byte 0"),
     ("an endless field", "m.csv", b"path\n" + b"a" * 200_000, "field larger than field limit"),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ear_vae.errors import EarVAEError, first_line
-from ear_vae.limits import parse_json
+from ear_vae.limits import parse_json, shown
 
 MANIFEST_EXTENSIONS = (".csv", ".jsonl", ".parquet")
 # Enough rows at a time to be fast, and few enough to hold.
@@ -57,6 +57,9 @@ def _readable(manifest: Path) -> Iterator[None]:
 def _csv_rows(manifest: Path) -> Iterator[tuple[int, Any]]:
     with manifest.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
+        names = reader.fieldnames or ()
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"it has two columns {shown(twice)}; leave one of them out, or rename it")
         for row in reader:
             yield reader.line_num, row
 

@@ -12,7 +12,7 @@ import os
 import re
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, Any, Literal
 
 _CHUNK = 2**16
@@ -32,6 +32,10 @@ _MP3_SYNC = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb]")
 _OGG_PAGE, _FLAC_MARK = re.compile(b"OggS"), re.compile(b"fLaC")
 _LONGEST_PATTERN = 4
 _CHUNK_NAME = re.compile(rb"[ -~]{4}")
+# What begins a file of another kind that somebody put behind the audio.
+_BEGINNINGS = re.compile(b"RIFF|RF64|FORM|fLaC|OggS")
+_FIRST_OGG_PAGE = b"OggS\0\x02" + bytes(8)
+_CAF_HEADER_SIZE, _CAF_CHUNK_HEADER_SIZE = 8, 12
 # Of its header and its footer alike.
 _APE_HEADER_SIZE = 32
 _SHORTEST_AU_HEADER = 24
@@ -170,6 +174,8 @@ def kind_of(data: Bytes) -> str:
         return "flac"
     if head == b"OggS":
         return "ogg"
+    if data.at(0, 4) == b"caff":
+        return "caf"
     if _chunks_end(data, 0):
         return "chunks"
     return "mp3" if _is_mp3_frame(data, after_tags(data, 0)) else ""
@@ -177,7 +183,33 @@ def kind_of(data: Bytes) -> str:
 
 def layout_of(kind: str, data: Bytes) -> Layout | None:
     """Finds the streams in a file of that kind; None where they cannot be told apart."""
-    return {"flac": flac_layout, "ogg": ogg_layout, "chunks": chunks_layout, "mp3": mp3_layout}[kind](data)
+    find = {
+        "flac": flac_layout,
+        "ogg": ogg_layout,
+        "caf": caf_layout,
+        "chunks": chunks_layout,
+        "mp3": mp3_layout,
+    }[kind]
+    layout = find(data)
+    if layout is not None and not layout.remark and (start := _other_kind(kind, data)) > 0:
+        others = f"{data.size - start} bytes of another format follow the audio, and were left out"
+        return replace(layout, remark=others)
+    return layout
+
+
+def _other_kind(kind: str, data: Bytes) -> int:
+    """Returns where a file of another kind begins behind flac, Ogg or mp3; -1 if nowhere."""
+    position = 0 if kind in ("flac", "ogg", "mp3") else data.size
+    while (position := data.find(_BEGINNINGS, position)) >= 0:
+        head = data.at(position, 16)
+        if (
+            (kind != "flac" and head[:8] in _FLAC_MARKERS)
+            or (kind != "ogg" and head[: len(_FIRST_OGG_PAGE)] == _FIRST_OGG_PAGE)
+            or _chunks_end(data, position)
+        ):
+            return position
+        position += 1
+    return -1
 
 
 def after_tags(data: Bytes, position: int) -> int:
@@ -244,6 +276,24 @@ def _chunk_audio(data: Bytes) -> tuple[int, int]:
             return position + 8, position + 8 + _even(size)
         position += 8 + _even(size)
     return 0, 0
+
+
+def caf_layout(data: Bytes) -> Layout:
+    """Finds the audio of a CAF file, whose header need not say how much there is (Apple's specification)."""
+    position = _CAF_HEADER_SIZE
+    while len(head := data.at(position, _CAF_CHUNK_HEADER_SIZE)) == _CAF_CHUNK_HEADER_SIZE:
+        size = int.from_bytes(head[4:], "big", signed=True)
+        start = position + _CAF_CHUNK_HEADER_SIZE
+        if head[:4] == b"data" and size == -1:
+            # As a program leaves it that writes to a pipe: the rest of the file.
+            known = data.at(0, position) + b"data" + (data.size - start).to_bytes(8, "big")
+            return Layout((Part(((start, data.size),), known),))
+        if head[:4] == b"data" and start + size > data.size:
+            return Layout(cut=f"its header states {size} bytes of audio, {data.size - start} are there")
+        if size < 0:
+            break
+        position = start + size
+    return Layout()
 
 
 def _even(size: int) -> int:

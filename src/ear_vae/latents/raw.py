@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ear_vae._atomic import name_of
 from ear_vae._dtype import STORED_DTYPES
+from ear_vae._torch_files import load_tensors
 from ear_vae.errors import EarVAEError, first_line
 from ear_vae.limits import parse_json, shortened, shown, unpack_facts
 
@@ -120,7 +121,9 @@ def _parsed(content: bytes, name: str) -> Any:
                 return {key: arrays[key] for key in _called_latents(arrays.files)}
         if content[8:9] == b"{":
             return load(content)
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        return load_tensors(io.BytesIO(content), name)
+    except EarVAEError:
+        raise
     # The libraries raise many kinds for what is damaged, and none executes anything.
     except Exception as error:
         reason = shortened(first_line(error), _LONGEST_REASON)

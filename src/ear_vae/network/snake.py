@@ -248,7 +248,7 @@ class _SnakeFunction(torch.autograd.Function):
 
 def _gradients(grad: Tensor, x: Tensor, alpha: Tensor, inverse_beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # With s = sin(αx): dy/dx = 1 + α/β sin(2αx), dy/dα = x/β sin(2αx), dy/d(1/β) = s².
-    # Under vmap (jacrev) the gradient may be batched where the rest is not: nothing is multiplied by it in place.
+    # Under vmap the gradient may be batched where the rest is not: nothing is multiplied by it in place.
     angle = x * alpha
     grad_inverse_beta = _sum_per_channel(angle.sin().square_() * grad)
     weighted = (angle.mul_(2).sin_() * grad).mul_(inverse_beta)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ear_vae._torch_files import load_tensors
 from ear_vae.config import ConfigSource, EarVAEConfig, without_version
 from ear_vae.errors import EarVAEError
 from ear_vae.limits import read_json, sample_rate_of, shown
@@ -26,7 +27,6 @@ from ear_vae.pretrained.folder import (
 from ear_vae.pretrained.layouts.official_state_dict import (
     OFFICIAL_LAYERS,
     from_official,
-    load_tensors,
     official_config,
     transformer_fields,
 )
@@ -228,7 +228,7 @@ def _content(path: Path) -> tuple[Any, dict[str, Any]]:
             raise EarVAEError(
                 f"{path}: is not the weights, but git's note of where they lie: run git lfs pull"
             )
-    return load_tensors(path), {}
+    return load_tensors(path, str(path)), {}
 
 
 def _config(

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import re
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ear_vae._torch_files import load_tensors
 from ear_vae.config import EarVAEConfig
-from ear_vae.errors import EarVAEError, first_line
-from ear_vae.limits import shortened, shown
+from ear_vae.errors import EarVAEError
+from ear_vae.limits import shown
 from ear_vae.network.transformer import ROTARY_BASE
 from ear_vae.pretrained.folder import expected_shapes, require_fit
 from ear_vae.pretrained.layouts.weight_norm import folded
@@ -33,38 +31,12 @@ def read_official(path: Path) -> dict[str, Tensor]:
     Raises:
         EarVAEError: The file is missing, damaged, or holds anything but a flat dict of tensors.
     """
-    state = load_tensors(path)
+    state = load_tensors(path, str(path))
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):
         raise EarVAEError(f"{path}: expected a flat dict of tensors, as the official weights are")
     return dict(state)
-
-
-def load_tensors(path: Path) -> Any:
-    """Reads a file of `torch.save` that holds tensors and plain values only, so that nothing in it can run.
-
-    Raises:
-        EarVAEError: The file is missing, damaged, or holds anything else.
-    """
-    try:
-        with warnings.catch_warnings():
-            # Of an odd pickle torch asks to be told; what is wrong with it is said below.
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise EarVAEError(f"{path}: no such file, the weights are missing") from None
-    except pickle.UnpicklingError as error:
-        # Only this part of torch's text: the rest advises loading it all the same.
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        held = f" ({shown(found[1])})" if found else ""
-        raise EarVAEError(
-            f"{path}: refused, the pickle is damaged or holds more than tensors{held}; get a plain state "
-            "dict from where you trust it"
-        ) from error
-    except Exception as error:  # torch raises many kinds for files that are not its own
-        reason = shortened(first_line(error), _LONGEST_REASON)
-        raise EarVAEError(f"{path}: not a readable PyTorch file: {reason}") from error
 
 
 def official_config(

@@ -15,12 +15,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ear_vae._torch_files import load_tensors
 from ear_vae.config import EarVAEConfig
 from ear_vae.errors import EarVAEError
 from ear_vae.limits import read_json, shown
 from ear_vae.pretrained.conversion_cache import converted_once, file_sha256
 from ear_vae.pretrained.folder import WEIGHTS_FILE, expected_shapes, require_fit
-from ear_vae.pretrained.layouts.official_state_dict import from_official, load_tensors
+from ear_vae.pretrained.layouts.official_state_dict import from_official
 from ear_vae.pretrained.layouts.weight_norm import folded
 
 CLASS_KEY = "_class_name"
@@ -294,7 +295,7 @@ def _read(path: Path, prefixes: Sequence[str]) -> dict[str, Tensor]:
                 return {name: file.get_tensor(full) for full, name in selected.items()}
         except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
             raise EarVAEError(f"{path}: not a readable safetensors file: {error}") from error
-    state = load_tensors(path)
+    state = load_tensors(path, str(path))
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise EarVAEError(f"{path}: expected a state dict, or one under 'state_dict'")

@@ -25,8 +25,8 @@ def folded(path: Path | str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         state: Tensors of convolutions and other layers.
 
     Raises:
-        EarVAEError: A direction is without its norm, the two do not fit each other, or one is no dense tensor
-            of finite numbers.
+        EarVAEError: A direction is without its norm or beside a plain weight, the two do not fit each other,
+            or one is no dense tensor of finite numbers.
     """
     result = dict(state)
     for name in state:
@@ -34,6 +34,10 @@ def folded(path: Path | str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             if not name.endswith(direction):
                 continue
             prefix = name.removesuffix(direction)
+            if f"{prefix}.weight" in state:
+                raise EarVAEError(
+                    f"{path}: the weights are damaged: {prefix} has a weight beside its direction and norm"
+                )
             v, g = result.pop(name), result.pop(prefix + norm, None)
             if g is None or v.ndim != 3 or g.shape != (v.shape[0], 1, 1):
                 found = "missing" if g is None else f"{list(g.shape)}"
