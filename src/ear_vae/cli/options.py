@@ -242,6 +242,20 @@ def _command_parser() -> tuple[argparse.ArgumentParser, list[str]]:
         help="write the discriminator and the optimizers too, for further training",
     )
     command.add_argument("--force", action="store_true", help="replace a model that is already there")
+    card = command.add_argument_group("what the model card says beside what the checkpoint tells")
+    card.add_argument("--license", metavar="ID", help="licence of the weights, such as apache-2.0")
+    card.add_argument("--data", metavar="TEXT", help="what it was trained on, and under which licences")
+    card.add_argument(
+        "--dataset",
+        action="append",
+        default=[],
+        metavar="OWNER/NAME",
+        help="a data set on the Hub that it was trained on; repeatable",
+    )
+    card.add_argument(
+        "--base-model", metavar="OWNER/NAME", help="model on the Hub that it was fine-tuned from"
+    )
+    card.add_argument("--evaluation", metavar="JSON", help="figures, from ear-vae evaluate --json")
 
     command = add("env", "show what is installed, what does not work together, and how to fix it")
     command.add_argument("--json", action="store_true", help="print JSON")
