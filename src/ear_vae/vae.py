@@ -27,6 +27,7 @@ from ear_vae.inference.tiling import encoder_reach
 from ear_vae.limits import sample_rate_of, whole_number
 from ear_vae.network import Autoencoder
 from ear_vae.posterior import Posterior
+from ear_vae.pretrained.card import ModelCardFacts
 from ear_vae.pretrained.folder import fingerprint, read_folder, write_folder
 from ear_vae.pretrained.push import push
 from ear_vae.pretrained.resolve import resolve
@@ -333,15 +334,23 @@ class EarVAE(Autoencoder):
                 vae.cast(dtype)
             return vae.to(device=device)
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+    def save_pretrained(
+        self, directory: str | os.PathLike[str], *, card: ModelCardFacts | None = None
+    ) -> None:
         """Writes `config.json`, `model.safetensors` and, unless there is one, a model card `README.md`.
+
+        The card says what the model itself tells. The same model gives the same files to the bit.
+
+        Args:
+            directory: Folder to write, made if needed.
+            card: What to add to the card: licence, data, base model, figures.
 
         Raises:
             EarVAEError: The weights are not those that `from_pretrained` would take: parts of them have other
-                names, as with weight norm or under torch.compile, or they are not finite; or the folder
-                cannot be written to.
+                names, as with weight norm or under torch.compile, or they are not finite; `card` is given and
+                there is a card; or the folder cannot be written to.
         """
-        write_folder(directory, self.config, self.state_dict(), name=self.name)
+        write_folder(directory, self.config, self.state_dict(), name=self.name, card=card)
 
     def push_to_hub(
         self,
@@ -350,8 +359,18 @@ class EarVAE(Autoencoder):
         token: str | None = None,
         private: bool | None = None,
         commit_message: str = "Upload εar-VAE",
+        card: ModelCardFacts | None = None,
     ) -> str:
         """Creates the Hub repository if needed and uploads what `save_pretrained` writes.
+
+        A card that is in the repository stays.
+
+        Args:
+            repo_id: Repository, `owner/name`.
+            token: Access token with the right to write; by default that of the login.
+            private: Make a new repository private; by default what the account's settings say.
+            commit_message: First line of the commit.
+            card: What to add to the card, as for `save_pretrained`.
 
         Returns:
             The address of the commit.
@@ -367,6 +386,7 @@ class EarVAE(Autoencoder):
             token=token,
             private=private,
             commit_message=commit_message,
+            card=card,
         )
 
     def normalize(self, latents: Tensor | np.ndarray) -> Tensor:

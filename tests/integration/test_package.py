@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 import ear_vae
 
@@ -66,6 +67,8 @@ def test_one_version(repository: Path) -> None:
     head = re.search(r"^## (\S+)", (repository / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert head is not None
     assert head[1] == ear_vae.__version__
+    citation = yaml.safe_load((repository / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == ear_vae.__version__
 
 
 # What a checkout holds that is nobody's work, and what is about the repository alone.
@@ -114,6 +117,8 @@ def test_distributions_are_complete(repository: Path, tmp_path: Path) -> None:
     metadata = wheel.read(f"{name}.dist-info/METADATA").decode()
     assert "Requires-Dist: torch>=2.7\n" in metadata
     assert "Classifier: Typing :: Typed\n" in metadata
+    # Who has the wheel alone has the names that CC-BY asks for.
+    assert wheel.read(f"{name}.dist-info/licenses/MODEL_CARD.md") == (source / "MODEL_CARD.md").read_bytes()
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")

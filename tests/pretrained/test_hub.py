@@ -21,6 +21,7 @@ from huggingface_hub import constants, file_download
 from safetensors.torch import save_file
 
 from ear_vae import EarVAE, EarVAEConfig, EarVAEError
+from ear_vae.pretrained import ModelCardFacts
 from ear_vae.pretrained.conversion import convert
 from ear_vae.pretrained.resolve import PUBLISHED_SHA256, resolve
 
@@ -750,17 +751,23 @@ def test_full_size_weights_that_are_not_the_published_ones_warn(
 @since_1_0
 def test_push_and_load_again(hub: LoopbackHub) -> None:
     vae = random_model(30, name="mine")
-    address = vae.push_to_hub("someone/new", token="hf_secret", private=True, commit_message="First")
+    card = ModelCardFacts(license="mit")
+    address = vae.push_to_hub(
+        "someone/new", token="hf_secret", private=True, commit_message="First", card=card
+    )
     assert address == f"{hub.address}/someone/new/commit/{SECOND}"
     assert {authorization for _, _, authorization, _ in hub.requests} == {"Bearer hf_secret"}
     files = hub.commits["someone/new"][SECOND]
     assert set(files) == {"config.json", "model.safetensors", "README.md"}
     assert_same(EarVAE.from_pretrained("someone/new"), vae)
+    assert b"\nlicense: mit\n" in files["README.md"]
     files["README.md"] = b"a card written with care"
     changed = random_model(31)
     changed.push_to_hub("someone/new", token="hf_secret")
     latest = hub.commits["someone/new"][hub.refs["someone/new"]["main"]]
     assert latest["README.md"] == b"a card written with care"
+    with pytest.raises(EarVAEError, match=r"^someone/new: a card is there already, and stays"):
+        vae.push_to_hub("someone/new", token="hf_secret", card=card)
     assert_same(EarVAE.from_pretrained("someone/new"), changed)
 
 

@@ -142,13 +142,17 @@ def test_the_card_shows_what_is_in_a_checkpoint_as_text(checkpoint: Path, tmp_pa
 
     release_model(forged(checkpoint, tmp_path / "forged.ckpt", forge), tmp_path / "model")
     card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
-    table = card[card.index("## Training") :].splitlines()
+    section = card[card.index("## Training") : card.index("## Limits")]
+    table = [line for line in section.splitlines() if line.startswith("|")]
     assert "\x1b" not in card
     assert "<img" not in card
     assert "<b>" not in card
-    assert not any(line.startswith("# ") for line in table)
-    assert all(line.replace("\\|", "").count("|") == 3 for line in table[2:] if line)
-    assert "](" not in card[card.index("## Training") :].replace("\\](", "")
+    assert [line for line in section.splitlines() if line.startswith("#")] == ["## Training", "## Figures"]
+    assert all(line.replace("\\|", "").count("|") == 3 for line in table)
+    assert "](" not in section.replace("\\](", "")
+    # Every line of the section is a row, a heading or the sentence that says where the figures are from.
+    others = [line for line in section.splitlines() if line and not line.startswith(("|", "## "))]
+    assert len(others) == 1
 
 
 @pytest.mark.parametrize("where", ["settings", "AudioDataModule"])

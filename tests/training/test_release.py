@@ -10,12 +10,15 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ear_vae import EarVAE, EarVAEConfig, EarVAEError
 from ear_vae.cli import main
+from ear_vae.evaluation import METRICS
+from ear_vae.evaluation.results import Evaluation, Inputs
 from ear_vae.network.discriminator import DiscriminatorConfig
 from ear_vae.training import EarVAEModule
 from ear_vae.training.module import ObjectiveConfig
@@ -87,11 +90,43 @@ def test_a_folder_for_users(trained: EarVAEModule, checkpoint: Path, tmp_path: P
         "| loss weights | spectral_convergence 1,",
         "| weighting | a |",
         "| magnitude channels | lr |",
-        "`validation/si_sdr_db`",
+        "| validation/si_sdr_db |",
     ):
         assert fact in card
     assert ("last weights" if raw else "average of the weights") in card
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+
+
+def test_what_the_card_says_of_start_licence_data_and_figures(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("estimate", "target")
+    row = {
+        **dict.fromkeys(METRICS, 0.25),
+        **{f"{q}_{n}": 1.0 for q in ("lufs", "loudness_range_lu", "true_peak_dbtp") for n in names},
+        **{"name": "a", "system": "rebuilt", "notes": []},
+    }
+    Evaluation([row], [], Inputs(target="/secret", estimate="/secret")).write_json(tmp_path / "figures.json")
+    content = torch.load(checkpoint, weights_only=True)
+    for start, base_model in (("earlab/EAR_VAE", "earlab/EAR_VAE"), ("/secret/model", None), (["x"], None)):
+        content["hyper_parameters"]["pretrained"] = start
+        torch.save(content, tmp_path / "from.ckpt")
+        options = ["--license", "mit", "--dataset", "a/b", "--data", "My own.", "--force"]
+        options += ["--evaluation", str(tmp_path / "figures.json")]
+        assert main(["release", str(tmp_path / "from.ckpt"), str(tmp_path / "model"), *options]) == 0
+        card = ModelCard.load(tmp_path / "model" / "README.md")
+        assert (card.data.license, card.data.datasets) == ("mit", ["a/b"])
+        assert card.data.base_model == base_model
+        assert ("| start | the weights of earlab/EAR_VAE |" in card.text) == (base_model is not None)
+        assert "secret" not in card.text
+        assert "My own." in card.text
+        assert "| si_sdr_db | 0.25 |" in card.text
+        assert "| validation/si_sdr_db |" in card.text
+        assert card.data.metrics == list(METRICS)
+    (tmp_path / "figures.json").write_text("{}")
+    assert main(["release", str(checkpoint), str(tmp_path / "new"), *options]) == 1
+    assert "figures.json: is no evaluation" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_existing_model_is_replaced_only_when_asked(

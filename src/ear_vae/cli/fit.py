@@ -14,7 +14,7 @@ import yaml  # type: ignore[import-untyped]
 from ear_vae.errors import EarVAEError
 
 _BASE = "base"
-_HELP = """\
+HELP = """\
 usage: ear-vae fit [--config NAME_OR_FILE ...] --data.folder MUSIC [options]
 
 Trains an εar-VAE, from scratch or from a model. Options override configs, later configs earlier ones.
@@ -79,7 +79,7 @@ def run_fit(arguments: Sequence[str]) -> int:
         SystemExit: With 2 on wrong usage, with 0 after `--help` and `--print_config`.
     """
     if any(argument in ("-h", "--help") for argument in arguments):
-        sys.stdout.write(_HELP.format(configs=_in_lines(shipped_configs())))
+        sys.stdout.write(HELP.format(configs=_in_lines(shipped_configs())))
         sys.stdout.flush()  # help that did not get through is no success
         raise SystemExit(0)
     everything = ["--help" if argument == "--help-all" else argument for argument in arguments]

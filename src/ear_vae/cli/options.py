@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import os
 import re
 import shlex
 import sys
@@ -14,8 +15,11 @@ from typing import Any, NoReturn
 
 from ear_vae import __version__
 from ear_vae.audio.formats import AUDIO_EXTENSIONS, WRITTEN_FORMATS
+from ear_vae.cli.fit import HELP, shipped_configs
 from ear_vae.limits import escaped
 
+# Set by the functions that argcomplete gives a shell.
+_COMPLETING = "_ARGCOMPLETE"
 _LARGEST_SEED = 2**63 - 1
 _COMPUTE_DTYPES = ("float32", "bfloat16")
 _FOLDER_INSTEAD = "for several files give their folder"
@@ -70,17 +74,36 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         SystemExit: With 2 on wrong usage, with 0 after `--help` or `--version`.
     """
     parser, commands = _command_parser()
+    if _COMPLETING in os.environ:
+        _complete(parser, commands["fit"])
     first = arguments[0] if arguments else ""
     if not first:
         parser.error("give a command; ear-vae --help lists them")
     if first.startswith("-") and first not in ("-h", "--help", "--version"):
         parser.error(f"give a command first, and {first} after it; ear-vae --help lists the commands")
     if not first.startswith("-") and first not in commands:
-        parser.error(_no_command(first, commands))
+        parser.error(_no_command(first, list(commands)))
     options, left = parser.parse_known_args(arguments)
     if left:
         options.refuse(_left_over(options.name, left, options.help_text()))
     return options
+
+
+def _complete(parser: argparse.ArgumentParser, fit: argparse.ArgumentParser) -> NoReturn:
+    """Answers a shell that asks what may stand where the cursor is."""
+    try:
+        import argcomplete
+    except ImportError:
+        raise SystemExit(1) from None
+    # What `fit` takes is Lightning's business, and takes seconds to find out: what its help shows is enough.
+    for short, option, value in re.findall(r"^  (?:(-\w), )?(--[\w.-]+)( [A-Z_]+)?", HELP, re.MULTILINE):
+        names = [name for name in (short, option) if name]
+        if not value:
+            fit.add_argument(*names, action="store_true")
+        else:
+            fit.add_argument(*names, choices=list(shipped_configs()) if option == "--config" else None)
+    argcomplete.autocomplete(parser)
+    raise SystemExit(1)
 
 
 def _left_over(command: str, left: Sequence[str], help_text: str) -> str:
@@ -112,8 +135,8 @@ def _no_command(word: str, commands: Sequence[str]) -> str:
     return f"there is no command {word!r}; choose one of {', '.join(commands)}"
 
 
-def _command_parser() -> tuple[argparse.ArgumentParser, list[str]]:
-    """Returns the parser and the names of the commands."""
+def _command_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """Returns the parser and those of the commands by name."""
     parser = _Parser(
         prog="ear-vae",
         description="Encode, decode and rebuild music with εar-VAE.",
@@ -242,12 +265,26 @@ def _command_parser() -> tuple[argparse.ArgumentParser, list[str]]:
         help="write the discriminator and the optimizers too, for further training",
     )
     command.add_argument("--force", action="store_true", help="replace a model that is already there")
+    card = command.add_argument_group("what the model card says beside what the checkpoint tells")
+    card.add_argument("--license", metavar="ID", help="licence of the weights, such as apache-2.0")
+    card.add_argument("--data", metavar="TEXT", help="what it was trained on, and under which licences")
+    card.add_argument(
+        "--dataset",
+        action="append",
+        default=[],
+        metavar="OWNER/NAME",
+        help="a data set on the Hub that it was trained on; repeatable",
+    )
+    card.add_argument(
+        "--base-model", metavar="OWNER/NAME", help="model on the Hub that it was fine-tuned from"
+    )
+    card.add_argument("--evaluation", metavar="JSON", help="figures, from ear-vae evaluate --json")
 
     command = add("env", "show what is installed, what does not work together, and how to fix it")
     command.add_argument("--json", action="store_true", help="print JSON")
 
     subparsers.add_parser("fit", add_help=False, help="train a model; see ear-vae fit --help")
-    return parser, list(subparsers.choices)
+    return parser, dict(subparsers.choices)
 
 
 def _add_dataset(command: argparse.ArgumentParser) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shlex
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,7 +17,8 @@ from ear_vae.errors import EarVAEError
 from ear_vae.evaluation.files import QUANTITIES, Row, is_row
 from ear_vae.evaluation.metrics import METRICS
 from ear_vae.evaluation.pairs import DEFAULT_PATTERN
-from ear_vae.limits import escaped, first_names, parse_json
+from ear_vae.limits import counted, escaped, first_names, parse_json
+from ear_vae.pretrained import Figures
 
 HIGHER_IS_BETTER = frozenset({"si_sdr_db", "icpc", "ccpc"})
 _DECIMALS = {"si_sdr_db": 2, "true_peak_distance_db": 2, "loudness_distance_lu": 2, "icpc": 2, "ccpc": 2}
@@ -94,6 +96,37 @@ class Evaluation:
         are in per cent.
         """
         return "\n\n".join(_system_table(name, rows) for name, rows in _by_system(self.rows).items())
+
+    def figures(self) -> Figures:
+        """Returns the means of every metric for a model card, a column for each system.
+
+        Names of files and folders, which are the user's own, are left out.
+
+        Raises:
+            EarVAEError: There are no results.
+        """
+        systems = self.summaries
+        if not systems:
+            raise EarVAEError("the evaluation has no results for a card")
+        models = [f"--model {shlex.quote(name)}" for name in systems if name in self.inputs.models]
+        command = " ".join(["ear-vae evaluate ORIGINALS", *(models or ["REBUILT"])])
+        numbers = {summary[metric]["count"] for summary in systems.values() for metric in METRICS}
+        # Within a code span nothing but its end means anything.
+        code = escaped(command).replace("`", "'")
+        return Figures(
+            description=f"`{code}`, means over {counted(max(numbers), 'file')}:",
+            rows=(
+                ("", *systems),
+                *(
+                    (
+                        f"{metric} %" if metric in _PERCENT else metric,
+                        *(_shown(summary[metric]["mean"], metric) for summary in systems.values()),
+                    )
+                    for metric in METRICS
+                ),
+            ),
+            metrics=METRICS,
+        )
 
     def write_json(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Writes everything as JSON, complete or not at all.

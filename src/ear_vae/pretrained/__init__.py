@@ -4,6 +4,7 @@ This package handles configs, state dicts and folders; `EarVAE.from_pretrained` 
 """
 
 from ear_vae.pretrained.bundled import bundled_checkpoints
+from ear_vae.pretrained.card import Figures, ModelCardFacts
 from ear_vae.pretrained.conversion import convert
 
-__all__ = ["bundled_checkpoints", "convert"]
+__all__ = ["Figures", "ModelCardFacts", "bundled_checkpoints", "convert"]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import html
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,12 +18,14 @@ from ear_vae._atomic import atomic_path
 from ear_vae._dtype import STORED_DTYPES
 from ear_vae.config import EarVAEConfig
 from ear_vae.errors import EarVAEError
-from ear_vae.limits import escaped, name_in_a_line, pack_facts, shown, unpack_facts
+from ear_vae.limits import pack_facts, shown, unpack_facts
 from ear_vae.network import Autoencoder
+from ear_vae.pretrained.card import ModelCardFacts, model_card
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
+CARD_IS_THERE = "a card is there already, and stays; remove it, or leave out card and edit it"
 _FORMAT, _FORMAT_VERSION = "ear-vae", 1
 
 
@@ -101,8 +101,11 @@ def write_folder(
     *,
     name: str,
     dtype: torch.dtype | None = None,
+    card: ModelCardFacts | None = None,
 ) -> None:
     """Writes a folder in our layout; existing files of the same names are replaced one by one.
+
+    A card that is there stays.
 
     Args:
         directory: Folder to write, made if needed.
@@ -111,11 +114,13 @@ def write_folder(
         name: Name of the model in its card.
         dtype: Dtype to store the weights in; by default that of each tensor. The file states the fingerprint
             of the stored values.
+        card: What the author adds to the card, for a folder without one.
 
     Raises:
         EarVAEError: The tensors are not those of the config, as of a network with weight norm or one that
             torch.compile has wrapped; they are not finite, or not in this dtype; the dtype is none that
-            weights are stored in; or the folder cannot be written to.
+            weights are stored in; there is a card, which these facts would not get into; or the folder cannot
+            be written to.
     """
     directory = Path(directory)
     if dtype not in (None, *STORED_DTYPES):
@@ -129,7 +134,9 @@ def write_folder(
     }
     if dtype is not None:
         _require_writable(directory, stored, shapes)
-    card = model_card(config, name)
+    if card is not None and (directory / CARD_FILE).exists():
+        raise EarVAEError(f"{directory / CARD_FILE}: {CARD_IS_THERE}")
+    text = model_card(config, name, num_parameters=num_parameters(state), facts=card)
     facts = {
         "format": _FORMAT,
         "format_version": _FORMAT_VERSION,
@@ -141,9 +148,14 @@ def write_folder(
             save_file(stored, temporary, metadata=pack_facts(facts))
         with atomic_path(directory / CONFIG_FILE, overwrite=True) as temporary:
             temporary.write_text(config.to_json(), encoding="utf-8")
-        _write_card(directory / CARD_FILE, card)
+        _write_card(directory / CARD_FILE, text)
     except (OSError, SafetensorError) as error:
         raise EarVAEError(f"{directory}: cannot write the model: {error}") from error
+
+
+def num_parameters(state: Mapping[str, Tensor]) -> int:
+    """Returns the number of values in a state dict: networks of this family have no buffers."""
+    return sum(tensor.numel() for tensor in state.values())
 
 
 def statistics_of(folder: str | os.PathLike[str]) -> tuple[Sequence[float], Sequence[float]] | None:
@@ -201,23 +213,6 @@ def _write_card(path: Path, card: str) -> None:
     except EarVAEError:
         if not path.is_file():
             raise
-
-
-def model_card(config: EarVAEConfig, name: str) -> str:
-    """Returns a minimal card for the Hub: what the folder holds and how to load it."""
-    heading = re.sub(r"([*_{}()#~])", r"\\\1", markdown_text(name_in_a_line(name)))
-    return (
-        "---\nlibrary_name: ear-vae\ntags:\n- audio\n- music\n- vae\n---\n\n"
-        f"# {heading}\n\nεar-VAE weights for the `ear-vae` package: {config.sample_rate} Hz, "
-        f"{config.audio_channels} channels, {config.latent_dim} latent channels at "
-        f"{config.latent_rate:.2f} Hz.\n\n```python\nfrom ear_vae import EarVAE\n\n"
-        'vae = EarVAE.from_pretrained("path/to/this/folder")\n```\n'
-    )
-
-
-def markdown_text(text: str) -> str:
-    """Returns text from anywhere for a line of a card, without the tags, links or cells it might make."""
-    return re.sub(r"([\\`\[\]|])", r"\\\1", html.escape(escaped(text), quote=False))
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

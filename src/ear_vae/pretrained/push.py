@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ear_vae.config import EarVAEConfig
 from ear_vae.errors import EarVAEError
-from ear_vae.pretrained.folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, write_folder
+from ear_vae.pretrained.card import ModelCardFacts
+from ear_vae.pretrained.folder import CARD_FILE, CARD_IS_THERE, CONFIG_FILE, WEIGHTS_FILE, write_folder
 from ear_vae.pretrained.resolve import what_the_hub_says
 
 
@@ -23,6 +24,7 @@ def push(
     token: str | None = None,
     private: bool | None = None,
     commit_message: str = "Upload εar-VAE",
+    card: ModelCardFacts | None = None,
 ) -> str:
     """Creates a Hub repository if needed, and uploads what `write_folder` writes.
 
@@ -36,6 +38,7 @@ def push(
         token: Access token with the right to write.
         private: Make a new repository private; by default what the account's settings say.
         commit_message: First line of the commit.
+        card: What the author adds to the card, for a repository without one.
 
     Returns:
         The address of the commit.
@@ -47,18 +50,22 @@ def push(
     from huggingface_hub import CommitOperationAdd, HfApi
 
     with tempfile.TemporaryDirectory(prefix="ear-vae-") as temporary:
-        write_folder(temporary, config, state, name=name)
+        write_folder(temporary, config, state, name=name, card=card)
         api = HfApi(token=token)
         try:
             api.create_repo(repo_id, private=private, exist_ok=True)
             files = [CONFIG_FILE, WEIGHTS_FILE]
             if not api.file_exists(repo_id, CARD_FILE):
                 files.append(CARD_FILE)
+            elif card is not None:
+                raise EarVAEError(f"{repo_id}: {CARD_IS_THERE}")
             commit = api.create_commit(
                 repo_id,
                 [CommitOperationAdd(file, Path(temporary, file)) for file in files],
                 commit_message=commit_message,
             )
+        except EarVAEError:
+            raise
         except Exception as error:  # the client lets through whatever its HTTP library of the day raises
             raise EarVAEError(
                 f"{repo_id}: the upload failed: {what_the_hub_says(error)}; a token with the right to write "

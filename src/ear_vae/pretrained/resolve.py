@@ -45,7 +45,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _VAE_FOLDER = "vae/"
 
 # The two published models; width tells them from others.
-_PUBLISHED_REPOSITORY = "earlab/EAR_VAE"
+PUBLISHED_REPOSITORY = "earlab/EAR_VAE"
 _PUBLISHED_CHANNELS = 128
 # How alike a name is to one that may have been meant: ear_vae_tiny, ear-vae-44k, not ear.
 _NEAR = 0.75
@@ -54,6 +54,8 @@ PUBLISHED_SHA256 = {
     "ear_vae_v2_48k": "cc53f3f043aaae01307ffe1439b3a1c9d9e019652e6c13e089cd18d6037c2d3f",
 }
 """Checksums of the authors' weights by variant, as recorded by a public downstream project."""
+PUBLISHED_NAMES = frozenset({PUBLISHED_REPOSITORY, *PUBLISHED_SHA256})
+"""Names under which the authors' weights are loaded."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def resolve(
             raise EarVAEError(
                 f"{text}: names a variant already; choose no other", argument="variant", value=variant
             )
-        variant, name_or_path = text, _PUBLISHED_REPOSITORY
+        variant, name_or_path = text, PUBLISHED_REPOSITORY
         text = name_or_path
     if os.path.isfile(text) and Path(text).suffix.lower() in WEIGHTS_SUFFIXES:
         _require_no_revision(text, revision)

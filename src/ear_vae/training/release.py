@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,18 @@ import torch
 
 from ear_vae.config import EarVAEConfig
 from ear_vae.errors import EarVAEError
-from ear_vae.limits import escaped
+from ear_vae.evaluation import METRICS
+from ear_vae.pretrained import Figures, ModelCardFacts, bundled_checkpoints
+from ear_vae.pretrained.card import model_card
 from ear_vae.pretrained.folder import (
     CARD_FILE,
     CONFIG_FILE,
     WEIGHTS_FILE,
     expected_shapes,
-    markdown_text,
-    model_card,
+    num_parameters,
     require_fit,
 )
+from ear_vae.pretrained.resolve import PUBLISHED_NAMES, PUBLISHED_REPOSITORY
 from ear_vae.training.checkpoint_reading import FACTS, read_checkpoint, require_moments, require_state
 from ear_vae.training.training_state import TRAINING_STATE_FILE, save_training_state
 from ear_vae.training.weight_norm import apply_weight_norm, plain_weights
@@ -38,6 +40,7 @@ def release_model(
     averaged: bool = True,
     training_state: bool = False,
     overwrite: bool = False,
+    card: ModelCardFacts | None = None,
 ) -> Path:
     """Turns a training checkpoint into a folder for `EarVAE.from_pretrained` and the Hub.
 
@@ -50,7 +53,9 @@ def release_model(
         averaged: Take the average of the weights, where there is one, instead of the last ones.
         training_state: Also write `training_state.safetensors`: the last weights, the discriminator and both
             optimizers, for `EarVAEModule(training_state=...)`.
-        overwrite: Replace a model that is there.
+        overwrite: Replace a model that is there, its card included.
+        card: What to add to the card: licence, data, base model, figures. The training, its last validation
+            and a start from the published weights are in it anyway.
 
     Returns:
         The directory.
@@ -73,8 +78,14 @@ def release_model(
     vae = _model(checkpoint, content, averaged=averaged, name=name or directory.resolve().name)
     require_moments(checkpoint, content)
     with _complete_folder(directory, last=CONFIG_FILE) as folder:
-        card = _card(vae, content, "average of the" if averaged else "last")
-        (folder / CARD_FILE).write_text(card, encoding="utf-8")
+        text = model_card(
+            vae.config,
+            vae.name,
+            num_parameters=num_parameters(vae.state_dict()),
+            facts=_with_run(card or ModelCardFacts(), content),
+            training=_training(content, "average of the" if averaged else "last"),
+        )
+        (folder / CARD_FILE).write_text(text, encoding="utf-8")
         vae.save_pretrained(folder)
         if training_state:
             save_training_state(content, folder / TRAINING_STATE_FILE)
@@ -146,13 +157,15 @@ def _complete_folder(directory: Path, *, last: str) -> Iterator[Path]:
         raise EarVAEError(f"{directory}: cannot be written to: {error.strerror or error}") from error
 
 
-def _card(vae: EarVAE, content: Mapping[str, Any], which: str) -> str:
+def _training(content: Mapping[str, Any], which: str) -> dict[str, str]:
+    """How the weights came to be, by name; a checkpoint may come from anywhere, and holds any text."""
     facts = content[FACTS]
     discriminator = facts["discriminator"]
+    start = _public_start(content)
     rows = {
         "steps": content["global_step"],
         "weights": f"{which} weights",
-        "parameters": f"{sum(p.numel() for p in vae.parameters()):,}",
+        **({} if start is None else {"start": f"the weights of {start}"}),
         "discriminator": "none"
         if discriminator is None
         else ", ".join(f"{k} {v}" for k, v in discriminator.items()),
@@ -160,11 +173,31 @@ def _card(vae: EarVAE, content: Mapping[str, Any], which: str) -> str:
         "steps left out": sum(facts["skipped"]),
         **facts["settings"],
     }
-    # A checkpoint may come from anywhere.
-    lines = [(markdown_text(str(name)), markdown_text(str(value))) for name, value in rows.items()]
-    lines += [
-        (f"`{re.sub('[`|]', '', escaped(name))}`", f"{value:.4g}")
-        for name, value in facts["validation"].items()
-    ]
-    table = "\n".join(f"| {name} | {value} |" for name, value in lines)
-    return f"{model_card(vae.config, vae.name)}\n## Training\n\n| | |\n|---|---|\n{table}\n"
+    return {str(name): str(value) for name, value in rows.items()}
+
+
+def _public_start(content: Mapping[str, Any]) -> str | None:
+    """The model that the run started from, if others know its name: folders are the user's own."""
+    start = content["hyper_parameters"].get("pretrained")
+    public = (*PUBLISHED_NAMES, *bundled_checkpoints())
+    return start if isinstance(start, str) and start in public else None
+
+
+def _with_run(facts: ModelCardFacts, content: Mapping[str, Any]) -> ModelCardFacts:
+    """Adds the last validation of the run and the published weights it started from to what is given."""
+    validation = content[FACTS]["validation"]
+    figures = list(facts.figures)
+    if validation:
+        metrics = [name for name in METRICS if f"validation/{name}" in validation]
+        figures.append(
+            Figures(
+                description="The last validation of the run, as `ear-vae fit … --data.validation_folder "
+                "MUSIC` logs it:",
+                rows=(("", "mean"), *((name, f"{value:.4g}") for name, value in validation.items())),
+                metrics=tuple(metrics),
+            )
+        )
+    base_model = facts.base_model
+    if base_model is None and _public_start(content) in PUBLISHED_NAMES:
+        base_model = PUBLISHED_REPOSITORY
+    return replace(facts, figures=figures, base_model=base_model)
