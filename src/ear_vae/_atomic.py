@@ -156,9 +156,10 @@ def atomic_folder(destination: Path, *, overwrite: bool, keep: Collection[str] =
                 # What is wrong with the temporary folder is wrong with the one that it was to become.
                 raise EarVAEError(str(error).replace(str(folder), str(destination))) from error
             with _signals_held():
-                _move_files(folder, destination, overwrite=overwrite, keep=keep)
-    except FileExistsError:
-        raise _exists_already(destination) from None
+                try:
+                    _move_files(folder, destination, overwrite=overwrite, keep=keep)
+                except FileExistsError:
+                    raise _exists_already(destination) from None
     except OSError as error:
         raise EarVAEError(f"{destination}: cannot be written: {error.strerror or error}") from error
 

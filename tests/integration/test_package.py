@@ -88,7 +88,6 @@ def files_in(folder: Path) -> set[str]:
 
 def test_distributions_are_complete(repository: Path, tmp_path: Path) -> None:
     """Built without network: the sdist holds all that its tests need, the wheel made of it the package."""
-    pytest.importorskip("setuptools", minversion="77")
     # A build leaves its own folders behind, which have no place in the checkout.
     source = tmp_path / "source"
     shutil.copytree(repository, source, ignore=not_source)
