@@ -1,8 +1,9 @@
 """Runs the blocks of code in README.md, MODEL_CARD.md, docs and examples, and the examples in docstrings.
 
-Each page has a folder of its own with short audio and small models, in which its blocks run in their order. A block
-after `<!-- only parsed: REASON -->` is not run: a command line is taken by the real parser of its program, Python
-is compiled. Of a diff both sides are compiled; tests/integrations runs them beside the programs they are about.
+Each page has a folder of its own with short audio and small models, in which its blocks run in their order.
+A block after `<!-- only parsed: REASON -->` is not run: a command line is taken by the real parser of its
+program, Python is compiled. Of a diff both sides are compiled; tests/integrations runs them beside the
+programs they are about.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import runpy
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonargparse
 import numpy as np
 import pytest
 import soundfile
@@ -27,6 +29,7 @@ import yaml
 from sybil import Document, Example, Region, Sybil
 from sybil.parsers.markdown.lexers import FencedCodeBlockLexer
 from sybil.parsers.rest import DocTestParser
+from tests.integrations.documentation import sides_of_diff
 
 try:
     import tomllib
@@ -37,11 +40,12 @@ ROOT = Path(__file__).parent
 RATE = 44_100
 LANGUAGES = ("python", "sh", "diff", "yaml")
 ONLY_PARSED = re.compile(r"<!-- only parsed: (\S[^\n]*) -->\n\Z")
-# What stands in a page for something larger, and what the tests take instead.
+# Patterns of what takes too long or a download, and what the tests take instead.
 SMALLER = {
-    "ear_vae_44k ": "small ",  # the published weights
-    "range(0, 160_000)": "range(0, 32)",
-    "num_workers=4": "num_workers=0",
+    r"\bear_vae_44k\b(?!\.pyt)": "small",  # the published weights
+    r"--model (dac|sao)\b": "",  # other codecs, which are downloaded
+    r"range\(0, 160_000\)": "range(0, 32)",
+    r"num_workers=4": "num_workers=0",
 }
 # Programs of the system, which change it.
 NOT_OURS = ("apt", "source")
@@ -79,7 +83,7 @@ def evaluate_block(example: Example) -> None:
         assert isinstance(yaml.safe_load(source), dict)
         return
     for name, smaller in SMALLER.items():
-        source = source.replace(name, smaller)
+        source = re.sub(name, smaller, source)
     with contextlib.ExitStack() as stack:
         before = Path.cwd()
         os.chdir(example.namespace["workplace"])
@@ -92,14 +96,6 @@ def evaluate_block(example: Example) -> None:
             code = compile("\n" * example.line + source, example.path, "exec")
             if not only_parsed:
                 exec(code, example.namespace)
-
-
-def sides_of_diff(source: str) -> tuple[str, str]:
-    """What a reader has today, and what the page makes of it."""
-    lines = source.splitlines()
-    assert {line[:1] for line in lines} <= {" ", "+", "-", ""}
-    before, after = ("\n".join(line[1:] for line in lines if line[:1] != left_out) for left_out in ("+", "-"))
-    return before, after
 
 
 def command_lines(source: str) -> list[list[str]]:
@@ -138,18 +134,22 @@ def run_command(words: list[str], *, only_parsed: bool) -> None:
         assert program in NOT_OURS, f"nothing here knows the program {program}"
 
 
-def parse_as_script(script: Path, arguments: list[str]) -> None:
-    """Runs a script up to where it has parsed its arguments."""
-    parse_args = argparse.ArgumentParser.parse_args
-
-    def stop(parser: argparse.ArgumentParser, *given: Any) -> None:
-        parse_args(parser, *given)
+def _and_stop(parse_args: Callable[..., Any]) -> Callable[..., Any]:
+    def stop(*given: Any, **options: Any) -> None:
+        parse_args(*given, **options)
         raise _Parsed
 
+    return stop
+
+
+def parse_as_script(script: Path, arguments: list[str]) -> None:
+    """Runs a script up to where it has parsed its arguments."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [str(script), *arguments])
         patch.syspath_prepend(str(script.parent))
-        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        # Lightning's command line has the other one.
+        for parser in (argparse.ArgumentParser, jsonargparse.ArgumentParser):
+            patch.setattr(parser, "parse_args", _and_stop(parser.parse_args))
         with contextlib.suppress(_Parsed):
             runpy.run_path(str(script), run_name="__main__")
             pytest.fail(f"{script} parsed no arguments")
@@ -170,7 +170,8 @@ def write_audio(path: Path, seconds: float = 0.5) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(len(path.name))
     time = np.arange(int(seconds * RATE))[:, None] / RATE
-    soundfile.write(path, 0.2 * np.sin(2 * np.pi * 220 * time) + 0.02 * generator.standard_normal((len(time), 2)), RATE)
+    noise = 0.02 * generator.standard_normal((len(time), 2))
+    soundfile.write(path, 0.2 * np.sin(2 * np.pi * 220 * time) + noise, RATE)
 
 
 @pytest.fixture(scope="session")
@@ -184,6 +185,9 @@ def small_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     EarVAE(EarVAEConfig(channels=4)).save_pretrained(folder / "small")
     (folder / "pretrained_weight").mkdir()
     convert(folder / "small", folder / "pretrained_weight" / "ear_vae_44k.pyt")
+    (folder / "config").mkdir()
+    shutil.copy(folder / "small" / "config.json", folder / "config" / "model_config.json")
+    shutil.copytree(folder / "small", folder / "runs" / "tiny_quiet" / "model")
     return folder
 
 
@@ -192,11 +196,11 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, small_models: Path) -> P
     """The folder in which the blocks of a page run, with all that pages name."""
     folder = tmp_path_factory.mktemp("page")
     shutil.copytree(small_models, folder, dirs_exist_ok=True)
-    for name in ("song.mp3", "original.wav", "examples/piece.ogg", "music/a.wav"):
+    for name in ("song.mp3", "examples/piece.ogg", "music/a.wav"):
         write_audio(folder / name)
     for name in ("MUSIC", "OTHER_MUSIC", "CHOSEN", "ORIGINALS", "REBUILT"):
         write_audio(folder / name / "a.wav")
-        write_audio(folder / name / "song.flac")
+        write_audio(folder / name / "train" / "song.flac", seconds=0.8)
     (folder / "list.csv").write_text("path,prompt\nmusic/a.wav,a tone\n")
     np.save(folder / "latents.npy", np.zeros((1, 64, 20), np.float32))
     return folder
@@ -210,10 +214,10 @@ def audio() -> torch.Tensor:
 
 pages = Sybil(
     parsers=[blocks],
-    patterns=["README.md", "MODEL_CARD.md", "docs/*.md", "examples/**/*.md"],
+    patterns=["README.md", "MODEL_CARD.md", "docs/*.md", "examples/*.md", "examples/*/*.md"],
     fixtures=["workplace", "audio"],
 )
-docstrings = Sybil(parsers=[DocTestParser()], patterns=["src/**/*.py"])
+docstrings = Sybil(parsers=[DocTestParser()], path="src", pattern="*.py")
 pytest_collect_file = (pages + docstrings).pytest()
 
 

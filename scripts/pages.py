@@ -2,9 +2,9 @@
 
     python scripts/pages.py PAGES [--execute]
 
-Into the new folder PAGES go the pages of docs, what they link to outside of it, and the notebooks as pages. With
-`--execute` notebooks are run, and their pages have sound; else they show the outputs they were committed with.
-A link to something that is not in the repository is an error.
+Into the new folder PAGES go the pages of docs, what they link to outside of it, and the notebooks as pages.
+With `--execute` notebooks are run, and their pages have sound; else they show the outputs they were committed
+with. A link to something that is not in the repository is an error.
 """
 
 from __future__ import annotations
