@@ -34,7 +34,7 @@ INCLUDED = {
 STANDS_FOR = {"README.md": "index.md", "docs": "index.md", "notebooks": "gallery/index.md"}
 CODE = re.compile(r"(^```.*?^```$|`[^`\n]*`)", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"(?<=\]\()(?!#|[a-z]+:)([^)\s#]+)")
-SOUND = re.compile(r'src="data:audio/(?:x-)?wav;base64,([^"]+)"')
+SOUND = re.compile(r'src="data:audio/(?:x-)?wav;base64,([^"]+)"(?: type="[^"]*")?')
 
 
 def main() -> int:
@@ -135,7 +135,7 @@ class Site:
         name = f"{place.stem}/{hashlib.sha256(content).hexdigest()[:12]}.flac"
         self._write(place.parent / name, stream.getvalue())
         # Pages have folders of their own.
-        return f'src="../{name}" preload="none"'
+        return f'src="../{name}" type="audio/flac"'
 
     def _write(self, place: Path, content: str | bytes) -> None:
         path = self.folder / place

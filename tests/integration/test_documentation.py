@@ -65,7 +65,7 @@ def little_repository(folder: Path, sound: np.ndarray) -> Path:
     stream = io.BytesIO()
     soundfile.write(stream, sound, 8000, format="WAV", subtype="PCM_16")
     encoded = base64.b64encode(stream.getvalue()).decode()
-    player = f'<audio controls><source src="data:audio/wav;base64,{encoded}"/>'
+    player = f'<audio controls><source src="data:audio/wav;base64,{encoded}" type="audio/wav" />'
     output = nbformat.v4.new_output("display_data", {"text/html": player})
     cells = [
         nbformat.v4.new_markdown_cell("# Listen\n\nTo [this](../docs/index.md)."),
@@ -93,7 +93,7 @@ def test_links_and_sounds_of_pages(
     notebook = (made / "gallery" / "01_n.md").read_text()
     assert "[this](../index.md)" in notebook
     assert "base64" not in notebook
-    (file,) = re.findall(r'src="\.\./(01_n/\w+\.flac)"', notebook)
+    (file,) = re.findall(r'src="\.\./(01_n/\w+\.flac)" type="audio/flac"', notebook)
     np.testing.assert_array_equal(soundfile.read(made / "gallery" / file, dtype="int16")[0], sound)
     assert "[Listen](01_n.md)" in (made / "gallery" / "index.md").read_text()
 
