@@ -65,6 +65,14 @@ class EarVAEConfig:
 
     Raises:
         EarVAEError: A field has the wrong type or a value out of range.
+
+    Examples:
+        >>> from ear_vae import EarVAEConfig
+        >>> config = EarVAEConfig(strides=(2, 4, 4, 8), channel_multipliers=(2, 4, 16, 48))
+        >>> config.downsampling_ratio, config.latent_rate
+        (256, 172.265625)
+        >>> EarVAEConfig.from_dict(config.to_dict()) == config
+        True
     """
 
     sample_rate: int = 44_100

@@ -58,6 +58,16 @@ class EarVAE(Autoencoder):
             networks and compute the others again on the way back: a fraction of the memory for a third
             more time, with the same gradients. False by default.
 
+    Examples:
+        >>> import torch
+        >>> from ear_vae import EarVAE
+        >>> vae = EarVAE.from_pretrained("ear-vae-tiny")
+        >>> posterior = vae.encode(torch.zeros(2, 44_100))
+        >>> posterior.mean.shape
+        torch.Size([64, 173])
+        >>> vae.decode(posterior.mode(), num_samples=44_100).shape
+        torch.Size([2, 44100])
+
     Reference: Wang et al., "Back to Ear: Perceptually Driven High Fidelity Music Reconstruction",
     arXiv 2509.14912.
     """

@@ -112,9 +112,9 @@ def test_the_example_in_the_documentation(
     (code,) = re.findall(r"```python\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL)
     monkeypatch.chdir(tmp_path)
     exec(compile(code, str(document), "exec"), {})
-    assert read(tmp_path / "figures.json")["files"][0]["si_sdr_db"] == pytest.approx(20, abs=0.1)
+    assert read(tmp_path / "noisy.json")["files"][0]["si_sdr_db"] == pytest.approx(20, abs=0.1)
     assert "si_sdr_db" in capsys.readouterr().out
-    assert data_of(tmp_path / "page.html")["systems"] == ["Original", "noisy"]
+    assert data_of(tmp_path / "noisy.html")["systems"] == ["Original", "noisy"]
 
 
 def test_the_function_goes_on_where_the_command_was_interrupted(

@@ -72,8 +72,26 @@ def test_one_version(repository: Path) -> None:
 
 
 # What a checkout holds that is nobody's work, and what is about the repository alone.
-NOT_SOURCE = ("__pycache__", ".ipynb_checkpoints", "*.egg-info", "build", "dist", "runs", "lightning_logs")
-OF_THE_REPOSITORY = (".git", ".github", ".gitignore", ".*_cache", ".coverage*", "PKG-INFO", "rebuilt.wav")
+NOT_SOURCE = (
+    "__pycache__",
+    ".ipynb_checkpoints",
+    "*.egg-info",
+    "build",
+    "dist",
+    "site",
+    "runs",
+    "lightning_logs",
+)
+OF_THE_REPOSITORY = (
+    ".git",
+    ".github",
+    ".gitignore",
+    ".cache",
+    ".*_cache",
+    ".coverage*",
+    "PKG-INFO",
+    "rebuilt.wav",
+)
 
 
 def not_source(folder: str, names: list[str]) -> set[str]:

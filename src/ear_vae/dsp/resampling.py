@@ -45,6 +45,12 @@ def resample(audio: Tensor, original_rate: int, target_rate: int) -> Tensor:
 
     Raises:
         EarVAEError: A rate is not a positive integer, or the audio is not floating point.
+
+    Examples:
+        >>> import torch
+        >>> from ear_vae.audio import resample
+        >>> resample(torch.zeros(2, 44_100), 44_100, 48_000).shape
+        torch.Size([2, 48000])
     """
     if audio.shape[-1] == 0 or _ratio(original_rate, target_rate) == (1, 1):
         return audio

@@ -63,6 +63,14 @@ def si_sdr_db(estimate: Tensor, target: Tensor, *, sample_rate: int = SPECTRAL_R
     Raises:
         EarVAEError: Wrong or different shapes, NaN or infinity in a signal, or a target that is silent or
             constant in all channels.
+
+    Examples:
+        >>> import torch
+        >>> from ear_vae.evaluation import si_sdr_db
+        >>> angle = 2 * torch.pi * 441 * torch.arange(44_100) / 44_100
+        >>> target, error = torch.sin(angle)[None], 0.1 * torch.cos(angle)[None]
+        >>> round(si_sdr_db(target + error, target).item(), 2)  # a tenth of the amplitude
+        20.0
     """
     return _one("si_sdr_db", estimate, target, sample_rate)
 
