@@ -2,10 +2,11 @@
 
     python notebooks/renew.py                    # all of them, some minutes
     python notebooks/renew.py 01_hear_it         # some of them
-    python notebooks/renew.py --check            # runs nothing; 1 where one has to be renewed, with the reason
+    python notebooks/renew.py --check            # runs nothing, says which have to be renewed and why
 
-What is saved shows on a page that plays no sound and should load fast: sound is left out, pictures are stored
-with few colours, and a notebook has at most 500 kB. Needs `pip install "ear-vae[notebooks]"`.
+What is saved shows on a page that plays no sound and should load fast: sound and progress bars are left out,
+pictures are stored with few colours, and a notebook has at most 500 kB.
+Needs `pip install "ear-vae[notebooks]"`.
 """
 
 import argparse
@@ -83,8 +84,6 @@ def problems(path: Path) -> list[str]:
     for output in (output for cell in code for output in cell.outputs):
         if output.output_type == "error":
             found.append(f"a cell failed: {output.ename}: {output.evalue}")
-        elif output.output_type == "stream" and output.name == "stderr":
-            found.append(f"a cell wrote to stderr: {output.text.strip()[:80]}")
         elif _has_sound(output):
             found.append("it holds sound")
     if (size := path.stat().st_size) > MAX_BYTES:
@@ -101,6 +100,7 @@ def renew(path: Path) -> float:
     nbclient.NotebookClient(
         notebook,
         timeout=TIMEOUT_SECONDS,
+        startup_timeout=TIMEOUT_SECONDS,
         kernel_name="python3",
         resources={"metadata": {"path": str(FOLDER)}},
         # When each cell was run would differ each time.
@@ -108,8 +108,10 @@ def renew(path: Path) -> float:
     ).execute()
     seconds = time.monotonic() - start
     for cell in notebook.cells:
-        for output in cell.get("outputs", ()):
-            _shrink(output)
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
+            for output in cell.outputs:
+                _shrink(output)
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
@@ -123,6 +125,13 @@ def renew(path: Path) -> float:
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
     return seconds
+
+
+def _is_progress(output: Any) -> bool:
+    """Whether an output is a progress bar, as a widget or as text that is written over, or a warning."""
+    if output.output_type == "stream":
+        return output.name == "stderr" or "\r" in output.text
+    return "application/vnd.jupyter.widget-view+json" in output.get("data", {})
 
 
 def _has_sound(output: Any) -> bool:

@@ -1,5 +1,7 @@
 """How the notebooks draw and play: one look for all figures, spectrograms, players."""
 
+from itertools import pairwise
+
 import matplotlib as mpl
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = (
 _LOWEST_HZ = 40
 _ROWS = 200
 _COLUMNS = 420
+_WINDOW = 4096
 
 
 def use_style() -> None:
@@ -57,21 +60,26 @@ def loudest(audio: Tensor, sample_rate: int, seconds: float) -> Tensor:
 
 
 def spectrogram(
-    axes: Axes, audio: Tensor, sample_rate: int, *, title: str = "", window: int = 4096, floor_db: float = -100
+    axes: Axes,
+    audio: Tensor,
+    sample_rate: int,
+    *,
+    title: str = "",
+    floor_db: float = -100,
 ) -> AxesImage:
     """Draws the level over time and logarithmic frequency of a signal [C, T], its channels averaged in power.
 
     Levels are those of a sine: one at full scale is at 0 dB.
     """
-    hann = torch.hann_window(window)
-    hop = max(window // 8, audio.shape[1] // _COLUMNS)
-    spectra = torch.stft(audio, window, hop, window=hann, return_complex=True)
+    hann = torch.hann_window(_WINDOW)
+    hop = max(_WINDOW // 8, audio.shape[1] // _COLUMNS)
+    spectra = torch.stft(audio, _WINDOW, hop, window=hann, return_complex=True)
     power = (spectra.abs() * 2 / hann.sum()).square().mean(dim=0)
     highest = 0.48 * sample_rate
     edges = np.geomspace(_LOWEST_HZ, highest, _ROWS + 1)
-    bins = edges * window / sample_rate
+    bins = edges * _WINDOW / sample_rate
     rows = []
-    for low, high in zip(bins, bins[1:], strict=False):
+    for low, high in pairwise(bins):
         # Several bins to a row at the top, several rows to a bin at the bottom.
         first, last = int(low + 0.5), max(int(low + 0.5) + 1, int(high + 0.5))
         rows.append(power[first:last].amax(dim=0))
