@@ -130,7 +130,9 @@ def renew(path: Path) -> float:
 def _is_progress(output: Any) -> bool:
     """Whether an output is a progress bar, as a widget or as text that is written over, or a warning."""
     if output.output_type == "stream":
-        return output.name == "stderr" or "\r" in output.text
+        # Between two states of a bar the cursor only moves.
+        moves = not output.text.replace("\x1b[A", "").strip()
+        return output.name == "stderr" or moves or "\r" in output.text
     return "application/vnd.jupyter.widget-view+json" in output.get("data", {})
 
 
