@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -22,6 +23,7 @@ from ear_vae.inference.arguments import (
     blocks_alike,
     require_decodable,
 )
+from ear_vae.inference.precision import cast_if_better
 from ear_vae.inference.runner import Runner, optimize
 from ear_vae.inference.tiling import encoder_reach
 from ear_vae.limits import sample_rate_of, whole_number
@@ -31,6 +33,8 @@ from ear_vae.pretrained.card import ModelCardFacts
 from ear_vae.pretrained.folder import fingerprint, read_folder, write_folder
 from ear_vae.pretrained.push import push
 from ear_vae.pretrained.resolve import resolve
+
+_LOG = logging.getLogger(__name__)
 
 
 class Reconstruction(NamedTuple):
@@ -311,7 +315,9 @@ class EarVAE(Autoencoder):
             revision: Branch, tag or commit on the Hub.
             device: Where to put the model; the CPU by default.
             dtype: float32 (default), bfloat16 or float64, as torch's or by name. float16 is refused: it
-                overflows in the decoder.
+                overflows in the decoder. Or `"auto"`: bfloat16 where half a second of audio shows that it is
+                faster on this processor and at least 45 dB SI-SDR from float32, or on a GPU that has it, else
+                float32; which takes some passes more, and is told to the logger `ear_vae.vae`.
             local_files_only: Do not go to the network.
             token: Access token for the Hub.
             cache_dir: Where Hub files and conversions are cached instead of the Hub's usual folder.
@@ -322,7 +328,8 @@ class EarVAE(Autoencoder):
                 damaged, holds something else or does not fit its config, the weights do not have the
                 fingerprint that their file states, the download failed, or there is no such device or dtype.
         """
-        device, dtype = available_device(device), supported_dtype(dtype)
+        automatic = isinstance(dtype, str) and dtype == "auto"
+        device, dtype = available_device(device), None if automatic else supported_dtype(dtype)
         checkpoint = resolve(
             name_or_path,
             config=config,
@@ -342,7 +349,11 @@ class EarVAE(Autoencoder):
             vae.eval().requires_grad_(False)
             if dtype is not None:
                 vae.cast(dtype)
-            return vae.to(device=device)
+            vae.to(device=device)
+            if automatic:
+                chosen = cast_if_better(vae)
+                _LOG.info("%s computes in %s: %s", vae.name, chosen.dtype, chosen.reason)
+            return vae
 
     def save_pretrained(
         self, directory: str | os.PathLike[str], *, card: ModelCardFacts | None = None

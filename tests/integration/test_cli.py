@@ -494,6 +494,18 @@ def test_bfloat16_is_near_float32(tmp_path: Path, small_model: Path) -> None:
     assert 1e-5 < difference < 0.1
 
 
+def test_the_chosen_dtype_is_said(
+    tmp_path: Path, small_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, model = str(write(tmp_path / "a.wav")), ["--model", str(small_model)]
+    monkeypatch.setattr("ear_vae.inference.precision.PROMISED_DB", 1000.0)
+    assert main(["reconstruct", source, str(tmp_path / "one.wav"), *model]) == 0
+    assert main(["reconstruct", source, str(tmp_path / "two.wav"), *model, "--dtype", "auto"]) == 0
+    assert "computes in float32: bfloat16 is" in capsys.readouterr().err
+    one, two = (soundfile.read(tmp_path / name)[0] for name in ("one.wav", "two.wav"))
+    assert np.array_equal(one, two)
+
+
 @pytest.mark.filterwarnings("always")
 def test_compiling_is_asked_for_and_not_required(
     tmp_path: Path, small_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -163,3 +163,23 @@ def test_it_learns_to_tell_noise_from_tones() -> None:
         unheard = network(noise(2, 2, 4096, seed=1))
         assert float(discriminator_loss(unheard, network(tone))) < 0.15
         assert float(discriminator_loss(network(tone), unheard)) > 1
+
+
+@pytest.mark.parametrize("stride", [1, 4])
+@pytest.mark.parametrize("channels", [8, 16, 64])
+def test_layers_under_bfloat16_autocast_are_those_of_float32(channels: int, stride: int) -> None:
+    # On processors with AMX, oneDNN gets narrow strided convolutions over time wrong; not these.
+    config = DiscriminatorConfig((256,), channels=channels, frequency_stride=stride)
+    torch.manual_seed(0)
+    for layer in Discriminator(config).resolutions[0].layers:
+        inputs = layer.weight.shape[1]
+        x = torch.randn(2, inputs, 12, 65).contiguous(memory_format=torch.channels_last).requires_grad_(True)
+        found = []
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                y = layer(x)
+            gradient = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+            parameters = (x, *layer.parameters())
+            found.append((y, *torch.autograd.grad(y, parameters, gradient)))
+        for expected, half in zip(*found, strict=True):
+            assert (half.float() - expected).norm() < 0.02 * expected.norm()

@@ -9,9 +9,13 @@ from pathlib import Path
 
 import torch
 
+from ear_vae.cli.terminal import say
 from ear_vae.errors import EarVAEError, in_one_line
+from ear_vae.inference.precision import cast_if_better
 from ear_vae.pretrained.bundled import bundled_checkpoints
 from ear_vae.vae import EarVAE
+
+AUTO = "auto"
 
 
 def load_model(options: argparse.Namespace) -> EarVAE:
@@ -23,7 +27,14 @@ def load_model(options: argparse.Namespace) -> EarVAE:
     device = device_of(options.device)
     vae = pretrained(options.model, options)
     try:
-        vae.to(device, getattr(torch, options.dtype))
+        if options.dtype != AUTO:
+            vae.cast(getattr(torch, options.dtype))
+        vae.to(device)
+        if options.dtype == AUTO:
+            chosen = cast_if_better(vae)
+            if not options.quiet:
+                name = str(chosen.dtype).removeprefix("torch.")
+                say(f"ear-vae: {vae.name} computes in {name}: {chosen.reason}")
     except RuntimeError as error:  # a full or broken device
         raise EarVAEError(f"cannot put {vae.name} on {device}: {in_one_line(error)}") from error
     if options.optimize:

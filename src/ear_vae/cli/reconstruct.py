@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 
 from ear_vae.audio import stream_audio
+from ear_vae.cli.beside import read_ahead
 from ear_vae.cli.files import at_work, each_file
 from ear_vae.cli.jobs import AUDIO, Job
 from ear_vae.cli.streams import CountedBlocks, decode_to_file, require_writable_format, source_of
+from ear_vae.dsp.resampling import resample_stream
 from ear_vae.vae import EarVAE
 
 
@@ -20,8 +22,9 @@ def run_reconstruct(options: argparse.Namespace) -> int:
             seconds = info.num_samples / info.sample_rate
             with at_work(options, job, 2 * seconds, vae):
                 counted = CountedBlocks(blocks)
-                # Latents are a thousandth of the audio: they are held, it is not.
-                latents = [posterior.mean for posterior in vae.encode_stream(counted, info.sample_rate)]
+                with read_ahead(resample_stream(counted, info.sample_rate, vae.sample_rate)) as audio:
+                    # Latents are a thousandth of the audio: they are held, it is not.
+                    latents = [posterior.mean for posterior in vae.encode_stream(audio)]
                 num_samples = -(-counted.num_samples * vae.sample_rate // info.sample_rate)
                 decode_to_file(
                     vae,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ear_vae.audio import write_audio, write_audio_stream
+from ear_vae.cli.beside import write_behind
 from ear_vae.cli.jobs import STREAM, Job
 from ear_vae.dsp.resampling import resample_stream
 from ear_vae.errors import EarVAEError
@@ -100,17 +101,21 @@ def decode_to_file(
             yield audio.mean(dim=0, keepdim=True) if channels == 1 else audio
 
     to_stream = job.destination == STREAM
-    write_audio_stream(
-        sys.stdout.buffer if to_stream else job.destination,
-        _first_samples(resample_stream(decoded(), vae.sample_rate, sample_rate), source_num_samples),
-        sample_rate,
-        channels=channels,
-        num_samples=source_num_samples,
-        format=format_of(job, options),
-        subtype=options.subtype,
-        peak=options.peak,
-        overwrite=options.force,
-    )
+
+    def write(audio: Iterator[torch.Tensor]) -> None:
+        write_audio_stream(
+            sys.stdout.buffer if to_stream else job.destination,
+            _first_samples(resample_stream(audio, vae.sample_rate, sample_rate), source_num_samples),
+            sample_rate,
+            channels=channels,
+            num_samples=source_num_samples,
+            format=format_of(job, options),
+            subtype=options.subtype,
+            peak=options.peak,
+            overwrite=options.force,
+        )
+
+    write_behind(decoded(), write)
     if to_stream:
         flush()
 
