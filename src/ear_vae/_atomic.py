@@ -155,7 +155,7 @@ def atomic_folder(destination: Path, *, overwrite: bool, keep: Collection[str] =
             except EarVAEError as error:
                 # What is wrong with the temporary folder is wrong with the one that it was to become.
                 raise EarVAEError(str(error).replace(str(folder), str(destination))) from error
-            with _signals_held():
+            with signals_held():
                 try:
                     _move_files(folder, destination, overwrite=overwrite, keep=keep)
                 except FileExistsError:
@@ -200,7 +200,7 @@ def _move_files(folder: Path, destination: Path, *, overwrite: bool, keep: Colle
 
 
 @contextmanager
-def _signals_held() -> Iterator[None]:
+def signals_held() -> Iterator[None]:
     """Lets signals that would end the process wait for the end of the block.
 
     By handlers, because a blocked signal goes to another thread. Python sets them in the main thread alone,

@@ -121,13 +121,7 @@ def test_a_conversion_interrupted_while_it_replaces_a_model_leaves_a_model(
     least_config: EarVAEConfig, tmp_path: Path, to: str
 ) -> None:
     """All of one of the two."""
-    wider = EarVAEConfig(
-        channels=2 * least_config.channels,
-        channel_multipliers=least_config.channel_multipliers,
-        strides=least_config.strides,
-        latent_dim=least_config.latent_dim,
-        transformer_depth=0,
-    )
+    wider = EarVAEConfig(**{**vars(least_config), "channels": 2 * least_config.channels})
     new, old, target = EarVAE(wider), EarVAE(least_config), tmp_path / "target"
     new.save_pretrained(tmp_path / "new")
     old.save_pretrained(tmp_path / "old")
@@ -154,3 +148,47 @@ def test_a_folder_that_came_to_exist_meanwhile_is_left_alone(tmp_path: Path, was
     with pytest.raises(EarVAEError, match="target: exists already"):
         write()
     assert [(path.name, path.read_text()) for path in target.iterdir()] == [("weights", "theirs")]
+
+
+def test_tied_weights_are_stored_twice(least_config: EarVAEConfig, tmp_path: Path) -> None:
+    vae = EarVAE(least_config)
+    shapes: dict[torch.Size, torch.nn.Conv1d] = {}
+    for module in vae.modules():
+        if isinstance(module, torch.nn.Conv1d):
+            first = shapes.setdefault(module.weight.shape, module)
+            module.weight = first.weight
+    vae.save_pretrained(tmp_path / "tied")
+    loaded = EarVAE.from_pretrained(tmp_path / "tied")
+    assert sum(parameter.numel() for parameter in vae.parameters()) < sum(
+        parameter.numel() for parameter in loaded.parameters()
+    )
+    for name, tensor in vae.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+_SAVED = """
+import signal, sys
+from ear_vae import EarVAE
+
+vae = EarVAE.from_pretrained(sys.argv[1])
+moves = []
+
+def interrupt(event, arguments):
+    if event == "os.rename" and sys.argv[2] in str(arguments[1]) and ".ear-vae-" not in str(arguments[1]):
+        moves.append(arguments)
+        if len(moves) == 2:
+            signal.raise_signal(signal.SIGINT)
+
+sys.addaudithook(interrupt)
+vae.save_pretrained(sys.argv[2])
+"""
+
+
+def test_saving_over_a_model_is_all_or_nothing(least_config: EarVAEConfig, tmp_path: Path) -> None:
+    wider = EarVAE(EarVAEConfig(**{**vars(least_config), "channels": 2 * least_config.channels}))
+    wider.save_pretrained(tmp_path / "new")
+    EarVAE(least_config).save_pretrained(tmp_path / "target")
+    command = [sys.executable, "-c", _SAVED, str(tmp_path / "new"), str(tmp_path / "target")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "KeyboardInterrupt" in ended.stderr
+    assert EarVAE.from_pretrained(tmp_path / "target").weights_sha256 == wider.weights_sha256

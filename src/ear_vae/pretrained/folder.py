@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ear_vae._atomic import atomic_path
+from ear_vae._atomic import atomic_path, signals_held
 from ear_vae._dtype import STORED_DTYPES
 from ear_vae.config import EarVAEConfig
 from ear_vae.errors import EarVAEError
@@ -107,7 +107,7 @@ def write_folder(
     dtype: torch.dtype | None = None,
     card: ModelCardFacts | None = None,
 ) -> None:
-    """Writes a folder in our layout; existing files of the same names are replaced one by one.
+    """Writes a folder in our layout; weights and config that are there are replaced, both or neither.
 
     A card that is there stays.
 
@@ -133,9 +133,14 @@ def write_folder(
     shapes = expected_shapes(config, path=directory)
     # What could not be loaded again is not written.
     _require_writable(directory, state, shapes)
-    stored = {
-        key: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for key, tensor in state.items()
-    }
+    stored: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for key, tensor in state.items():
+        stored[key] = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+        # Tied weights are stored twice: safetensors refuses to write one memory under two names.
+        if (storage := stored[key].untyped_storage().data_ptr()) in storages:
+            stored[key] = stored[key].clone()
+        storages.add(storage)
     if dtype is not None:
         _require_writable(directory, stored, shapes)
     if card is not None and (directory / CARD_FILE).exists():
@@ -148,10 +153,14 @@ def write_folder(
     }
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with atomic_path(directory / WEIGHTS_FILE, overwrite=True) as temporary:
-            save_file(stored, temporary, metadata=pack_facts(facts))
-        with atomic_path(directory / CONFIG_FILE, overwrite=True) as temporary:
-            temporary.write_text(config.to_json(), encoding="utf-8")
+        # Both are moved into place at once, so that a model that was there is not left with one of the two.
+        with (
+            signals_held(),
+            atomic_path(directory / WEIGHTS_FILE, overwrite=True) as new_weights,
+            atomic_path(directory / CONFIG_FILE, overwrite=True) as new_config,
+        ):
+            save_file(stored, new_weights, metadata=pack_facts(facts))
+            new_config.write_text(config.to_json(), encoding="utf-8")
         _write_card(directory / CARD_FILE, text)
     except (OSError, SafetensorError) as error:
         raise EarVAEError(f"{directory}: cannot write the model: {error}") from error
