@@ -55,26 +55,39 @@ class _Parsed(BaseException):
     """The program has taken its arguments; that is all that was asked."""
 
 
-def blocks(document: Document) -> Iterator[Region]:
-    """Every block of code of a page, to be run or checked.
+def page(document: Document) -> Iterator[Region]:
+    """All blocks of code of a page as one example: later ones need what earlier ones made.
 
     Raises:
-        ValueError: It is in a language that nothing here can run.
+        ValueError: A block is in a language that nothing here can run.
     """
+    found = []
     for region in FencedCodeBlockLexer(r"\w*")(document):
         language, source = region.lexemes["language"], region.lexemes["source"]
         if language in ("", "bibtex"):
             continue  # what a program prints, or what is cited
         if language not in LANGUAGES:
             raise ValueError(f"{document.path}: a block in {language!r}, expected one of {LANGUAGES}")
-        region.parsed = (language, source, bool(ONLY_PARSED.search(document.text[: region.start])))
-        region.evaluator = evaluate_block
-        yield region
+        before = document.text[: region.start]
+        found.append((language, source, before.count("\n") + 1, bool(ONLY_PARSED.search(before))))
+    if found:
+        yield Region(0, len(document.text), parsed=found, evaluator=evaluate_page)
 
 
-def evaluate_block(example: Example) -> None:
-    """Runs a block in the folder of its page."""
-    language, source, only_parsed = example.parsed
+def evaluate_page(example: Example) -> None:
+    """Runs the blocks of a page in its folder."""
+    before = Path.cwd()
+    os.chdir(example.namespace["workplace"])
+    try:
+        for language, source, line, only_parsed in example.parsed:
+            print(f"{example.path}:{line}")  # which pytest shows where one fails
+            evaluate_block(example, language, source, line, only_parsed=only_parsed)
+    finally:
+        os.chdir(before)
+
+
+def evaluate_block(example: Example, language: str, source: str, line: int, *, only_parsed: bool) -> None:
+    """Runs or checks one block."""
     if language == "diff":
         for side in sides_of_diff(source):
             compile(side, example.path, "exec")
@@ -84,18 +97,14 @@ def evaluate_block(example: Example) -> None:
         return
     for name, smaller in SMALLER.items():
         source = re.sub(name, smaller, source)
-    with contextlib.ExitStack() as stack:
-        before = Path.cwd()
-        os.chdir(example.namespace["workplace"])
-        stack.callback(os.chdir, before)
-        if language == "sh":
-            for line in command_lines(source):
-                run_command(line, only_parsed=only_parsed)
-        else:
-            # As many lines before it as in the page, for a traceback that tells the right one.
-            code = compile("\n" * example.line + source, example.path, "exec")
-            if not only_parsed:
-                exec(code, example.namespace)
+    if language == "sh":
+        for words in command_lines(source):
+            run_command(words, only_parsed=only_parsed)
+        return
+    # As many lines before it as in the page, for a traceback that tells the right one.
+    code = compile("\n" * line + source, example.path, "exec")
+    if not only_parsed:
+        exec(code, example.namespace)
 
 
 def command_lines(source: str) -> list[list[str]]:
@@ -192,7 +201,7 @@ def small_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def workplace(tmp_path_factory: pytest.TempPathFactory, small_models: Path) -> Path:
     """The folder in which the blocks of a page run, with all that pages name."""
     folder = tmp_path_factory.mktemp("page")
@@ -214,15 +223,9 @@ def audio() -> torch.Tensor:
 
 
 pages = Sybil(
-    parsers=[blocks],
+    parsers=[page],
     patterns=["README.md", "MODEL_CARD.md", "docs/*.md", "examples/*.md", "examples/*/*.md"],
     fixtures=["workplace", "audio"],
 )
 docstrings = Sybil(parsers=[DocTestParser()], path="src", pattern="*.py")
 pytest_collect_file = (pages + docstrings).pytest()
-
-
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """The blocks of a page run in one process, in their order (pytest-xdist, `--dist loadgroup`)."""
-    if item.path.suffix == ".md":
-        item.add_marker(pytest.mark.xdist_group(str(item.path)))
