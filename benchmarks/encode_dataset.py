@@ -1,11 +1,13 @@
 """What `encode_dataset` costs beside the encoder itself: throughput, overhead per file, memory.
 
     python benchmarks/encode_dataset.py MUSIC
+    python benchmarks/encode_dataset.py MUSIC --decoding
     python benchmarks/encode_dataset.py --short 100 10000
 
 With a folder of audio: the same excerpts as mp3 and as flac, encoded as a data set and by the encoder alone,
-from audio that is decoded already, turn by turn; the best of the repeats. With --short: one-second files and
-a model that costs next to nothing. Each measurement has a process of its own, whose peak of memory it is,
+from audio that is decoded already, turn by turn; the best of the repeats. With --decoding: how fast one
+thread decodes mp3 and flac to 44.1 kHz, and how large they are. With --short: one-second files and a model
+that costs next to nothing. Each measurement has a process of its own, whose peak of memory it is,
 without those that decode.
 """
 
@@ -23,7 +25,8 @@ from pathlib import Path
 import torch
 
 from ear_vae import EarVAE, EarVAEConfig
-from ear_vae.audio import find_audio_files, read_audio, resample, write_audio
+from ear_vae.audio import find_audio_files, read_audio, resample, stream_audio, write_audio
+from ear_vae.dsp.resampling import resample_stream
 from ear_vae.encoding import encode_dataset
 
 RATE = 44_100
@@ -104,6 +107,30 @@ def throughput(music: Path, names: list[str], count: int, seconds: int, repeats:
             )
 
 
+def decoding(music: Path, count: int, seconds: int, repeats: int) -> None:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        for rate in (RATE, 48_000):
+            for format in ("mp3", "flac"):
+                files, total = [], 0.0
+                for number, path in enumerate(find_audio_files(music)[:count]):
+                    audio, own_rate = read_audio(path, num_samples=seconds * 48_000)
+                    audio = resample(audio, own_rate, rate)[:, : seconds * rate]
+                    files.append(Path(folder, f"{number}-{rate}.{format}"))
+                    write_audio(files[-1], audio, rate, peak="clip")
+                    total += audio.shape[1] / rate
+                times = []
+                for _ in range(repeats):
+                    started = time.perf_counter()
+                    for file in files:
+                        with stream_audio(file) as (info, blocks):
+                            for _ in resample_stream(blocks, info.sample_rate, RATE):
+                                pass
+                    times.append(time.perf_counter() - started)
+                size = sum(file.stat().st_size for file in files) / total * 3600 / 1e6
+                print(f"{format} at {rate} Hz: {total / min(times):.0f}x real time, {size:.0f} MB an hour")
+
+
 def short(counts: list[int]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for count in counts:
@@ -140,6 +167,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=30, help="length of each (%(default)s)")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--optimize", action="store_true")
+    parser.add_argument("--decoding", action="store_true")
     parser.add_argument("--short", nargs="+", type=int, default=[], metavar="COUNT")
     parser.add_argument("--measure", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -147,7 +175,9 @@ def main() -> None:
         what, name, folder, out, optimize = options.measure
         print(json.dumps(measure(what, name, Path(folder), Path(out), bool(optimize))))
         return
-    if options.music:
+    if options.music and options.decoding:
+        decoding(options.music, options.count, options.seconds, options.repeats)
+    elif options.music:
         names = options.model or ["published", "ear-vae-tiny"]
         optimize = "yes" if options.optimize else ""
         throughput(options.music, names, options.count, options.seconds, options.repeats, optimize)
