@@ -107,7 +107,7 @@ class PartsOfAStep:
         self.adversarial = False
         self._replace(module, "_backward", self._backward_of)
         self._time(module, "_clip", OPTIMIZERS)
-        self._time(module, "_descend_unless_broken", OPTIMIZERS)
+        self._time(module, "_step_if_finite", OPTIMIZERS)
         self._time(module, "_step", OPTIMIZERS)
         self._replace(module, "manual_backward", self._backward)
         self._replace(module.objective, "terms", self._terms)
