@@ -12,9 +12,9 @@ import threading
 import time
 import zipfile
 from collections.abc import Iterator
+from importlib.metadata import distribution
 from pathlib import Path
 
-import pip as real_pip
 import pytest
 
 pytestmark = pytest.mark.skipif(
@@ -90,7 +90,8 @@ class Newcomer:
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
         # Installing pip would take seconds.
         (folder / "pip").mkdir()
-        (folder / "pip" / "pip").symlink_to(Path(real_pip.__file__).parent)
+        # Without looking for the module: setuptools behaves otherwise in a process that has imported pip.
+        (folder / "pip" / "pip").symlink_to(Path(str(distribution("pip").locate_file("pip"))))
 
     def install_torch(self, index: str, *, gpu: bool = False, **variables: str) -> str:
         """Returns what a user sees of it."""

@@ -109,6 +109,7 @@ def interrupt(event, arguments):
         if len(moves) == 2:
             signal.raise_signal(signal.SIGINT)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 sys.addaudithook(interrupt)
 code = main(["convert", *sys.argv[1:], "--force"])
 assert len(moves) > 1
@@ -179,6 +180,7 @@ def interrupt(event, arguments):
         if len(moves) == 2:
             signal.raise_signal(signal.SIGINT)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 sys.addaudithook(interrupt)
 vae.save_pretrained(sys.argv[2])
 """
