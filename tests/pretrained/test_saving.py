@@ -96,25 +96,41 @@ def test_there_are_two_layouts_to_convert_to(least_config: EarVAEConfig, tmp_pat
     assert not (tmp_path / "converted").exists()
 
 
-_INTERRUPTED = """
+# Audit events come before a move: when the second one does, one file of the model has been replaced.
+_INTERRUPT = """
 import signal, sys
-from ear_vae.cli import main
 
 moves = []
 
 def interrupt(event, arguments):
-    # Audit events come before the move: when the second one does, one file has been replaced.
     if event == "os.rename" and sys.argv[2] in str(arguments[1]) and ".ear-vae-" not in str(arguments[1]):
         moves.append(arguments)
         if len(moves) == 2:
             signal.raise_signal(signal.SIGINT)
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+"""
+_CONVERTED = (
+    _INTERRUPT
+    + """
+from ear_vae.cli import main
+
 sys.addaudithook(interrupt)
 code = main(["convert", *sys.argv[1:], "--force"])
 assert len(moves) > 1
 sys.exit(code)
 """
+)
+_SAVED = (
+    _INTERRUPT
+    + """
+from ear_vae import EarVAE
+
+vae = EarVAE.from_pretrained(sys.argv[1])
+sys.addaudithook(interrupt)
+vae.save_pretrained(sys.argv[2])
+"""
+)
 
 
 @pytest.mark.parametrize("to", ["folder", "official"])
@@ -127,7 +143,7 @@ def test_a_conversion_interrupted_while_it_replaces_a_model_leaves_a_model(
     new.save_pretrained(tmp_path / "new")
     old.save_pretrained(tmp_path / "old")
     convert(tmp_path / "old", target, to=to)  # type: ignore[arg-type]
-    command = [sys.executable, "-c", _INTERRUPTED, str(tmp_path / "new"), str(target), "--to", to]
+    command = [sys.executable, "-c", _CONVERTED, str(tmp_path / "new"), str(target), "--to", to]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 130, ended.stderr
     assert EarVAE.from_pretrained(target).weights_sha256 in (new.weights_sha256, old.weights_sha256)
@@ -165,25 +181,6 @@ def test_tied_weights_are_stored_twice(least_config: EarVAEConfig, tmp_path: Pat
     )
     for name, tensor in vae.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
-
-
-_SAVED = """
-import signal, sys
-from ear_vae import EarVAE
-
-vae = EarVAE.from_pretrained(sys.argv[1])
-moves = []
-
-def interrupt(event, arguments):
-    if event == "os.rename" and sys.argv[2] in str(arguments[1]) and ".ear-vae-" not in str(arguments[1]):
-        moves.append(arguments)
-        if len(moves) == 2:
-            signal.raise_signal(signal.SIGINT)
-
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
-sys.addaudithook(interrupt)
-vae.save_pretrained(sys.argv[2])
-"""
 
 
 def test_saving_over_a_model_is_all_or_nothing(least_config: EarVAEConfig, tmp_path: Path) -> None:
