@@ -490,8 +490,8 @@ def _hub_problem(
             )
         return (
             f"{repo_id}: {file}{at_revision} is not in the local cache and the Hub cannot be asked for it "
-            f"({what_the_hub_says(offline or error.__cause__ or error)}); check the connection, or give a "
-            "local folder"
+            f"({what_the_hub_says(offline or error.__cause__ or error)}); check the connection, or name a "
+            "local folder instead, or the bundled ear-vae-tiny"
         )
     if isinstance(error, errors.EntryNotFoundError):
         return f"{repo_id}: the repository has no file {file}{at_revision}; is it an εar-VAE model?"
