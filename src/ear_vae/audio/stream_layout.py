@@ -12,7 +12,7 @@ import os
 import re
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import IO, Any, Literal
 
 _CHUNK = 2**16
@@ -183,23 +183,23 @@ def kind_of(data: Bytes) -> str:
 
 def layout_of(kind: str, data: Bytes) -> Layout | None:
     """Finds the streams in a file of that kind; None where they cannot be told apart."""
-    find = {
+    return {
         "flac": flac_layout,
         "ogg": ogg_layout,
         "caf": caf_layout,
         "chunks": chunks_layout,
         "mp3": mp3_layout,
-    }[kind]
-    layout = find(data)
-    if layout is not None and not layout.remark and (start := _other_kind(kind, data)) > 0:
-        others = f"{data.size - start} bytes of another format follow the audio, and were left out"
-        return replace(layout, remark=others)
-    return layout
+    }[kind](data)
 
 
-def _other_kind(kind: str, data: Bytes) -> int:
-    """Returns where a file of another kind begins behind flac, Ogg or mp3; -1 if nowhere."""
-    position = 0 if kind in ("flac", "ogg", "mp3") else data.size
+def _other_format(kind: str, data: Bytes, position: int) -> str:
+    """Says how much of a file of another format lies behind flac, Ogg or mp3; empty where none does.
+
+    Args:
+        kind: What lies in front.
+        data: The file.
+        position: Where that ends, as far as is known.
+    """
     while (position := data.find(_BEGINNINGS, position)) >= 0:
         head = data.at(position, 16)
         if (
@@ -207,9 +207,9 @@ def _other_kind(kind: str, data: Bytes) -> int:
             or (kind != "ogg" and head[: len(_FIRST_OGG_PAGE)] == _FIRST_OGG_PAGE)
             or _chunks_end(data, position)
         ):
-            return position
+            return f"{data.size - position} bytes of another format follow the audio, and were left out"
         position += 1
-    return -1
+    return ""
 
 
 def after_tags(data: Bytes, position: int) -> int:
@@ -333,7 +333,7 @@ def ogg_layout(data: Bytes) -> Layout:
     starts: list[int] = []
     # Of each link, the positions in samples at the ends of its pages.
     positions: list[list[int]] = []
-    position, whole, in_beginning, cut = 0, False, False, False
+    position, whole, in_beginning, cut, odd = 0, False, False, False, ""
     while position < data.size:
         page = data.at(position, 282)
         if page[:4] != b"OggS":
@@ -341,6 +341,7 @@ def ogg_layout(data: Bytes) -> Layout:
             found = data.find(_OGG_PAGE, position)
             if found < 0:
                 whole = whole and not b"OggS".startswith(data.at(position, 4))
+                odd = _other_format("ogg", data, position)
                 break
             position = found
             continue
@@ -368,7 +369,8 @@ def ogg_layout(data: Bytes) -> Layout:
     # The last page is cut to the samples that there were, by which libsndfile misses its place in it.
     tails = [ends[-1] - ends[-2] if len(ends) > 1 else 0 for ends in positions]
     extents = _between(starts, data.size)
-    return Layout(tuple(Part((extent,), tail=tail) for extent, tail in zip(extents, tails, strict=True)))
+    parts = tuple(Part((extent,), tail=tail) for extent, tail in zip(extents, tails, strict=True))
+    return Layout(parts, odd)
 
 
 @dataclass
@@ -384,13 +386,14 @@ class _Mp3Stream:
 def mp3_layout(data: Bytes) -> Layout | None:
     """Finds the streams of an mp3 by all its frames; None where there are none of layer III."""
     streams: list[_Mp3Stream] = []
-    strange = 0
+    strange, gap = 0, -1
     position = after_tags(data, 0)
     constant: tuple[int, ...] | None = None
     while (start := _next_mp3_frame(data, position)) >= 0:
         head = data.at(start, 4)
-        if streams:
+        if streams and start > position:
             strange += start - position
+            gap = position if gap < 0 else gap
         if _constant(head) != constant:
             constant = _constant(head)
             streams.append(_Mp3Stream(b"", head, []))
@@ -424,6 +427,7 @@ def mp3_layout(data: Bytes) -> Layout | None:
         parts.append(Part(tuple(stream.extents), head))
         if stated is not None and stream.num_frames > stated + MISSING_MP3_FRAMES:
             odd = f"its header states {stated} frames, {stream.num_frames} are there; all of them are read"
+    odd = odd or _other_format("mp3", data, position if gap < 0 else gap)
     if strange:
         odd = odd or f"{strange} bytes between its frames are not audio and were left out"
     as_it_is = len(streams) == 1 and streams[0].header == parts[0].head and len(parts[0].extents) == 1
@@ -546,7 +550,7 @@ def flac_layout(data: Bytes) -> Layout | None:
     starts = [after_tags(data, 0)]
     while (found := _next_flac(data, _flac_audio(data, starts[-1]))) >= 0:
         starts.append(found)
-    parts, odd, as_they_are = [], "", len(starts) == 1
+    parts, odd, as_they_are, present = [], "", len(starts) == 1, None
     for start, end in _between(starts, data.size):
         head = data.at(start, 8 + _FLAC_INFO_SIZE)
         info = int.from_bytes(head[18:26], "big")
@@ -561,6 +565,8 @@ def flac_layout(data: Bytes) -> Layout | None:
             # The checksum is of all samples, and may have been right.
             head = head[:18] + (info - stated + present).to_bytes(8, "big") + head[26:]
         parts.append(Part(((start + len(head), end),), head))
+    if present is None:
+        odd = odd or _other_format("flac", data, _flac_audio(data, starts[-1]))
     return Layout(None if as_they_are else tuple(parts), odd)
 
 
