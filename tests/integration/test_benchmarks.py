@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import sys
@@ -15,6 +14,7 @@ import lightning as L
 import pytest
 import soundfile
 import torch
+from script_loading import load_script
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -29,19 +29,10 @@ pytestmark = [
 ]
 
 
-def load(path: Path) -> ModuleType:
-    specification = importlib.util.spec_from_file_location(f"benchmark_{path.stem}", path)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def script(repository: Path) -> Callable[[str], ModuleType]:
     """A benchmark by its name."""
-    return lambda name: load(repository / "benchmarks" / f"{name}.py")
+    return lambda name: load_script(repository / "benchmarks" / f"{name}.py")
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import json
 import re
 import shutil
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from script_loading import load_script
 
 from ear_vae.pretrained.bundled import bundled_checkpoints
 
@@ -38,16 +38,7 @@ def folder(repository: Path) -> Path:
 @pytest.fixture(scope="module")
 def renewal(folder: Path) -> ModuleType:
     """The script that runs and saves the notebooks."""
-    return module_of(folder / "renew.py")
-
-
-def module_of(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"notebooks_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(folder / "renew.py")
 
 
 def saved(path: Path) -> list[str]:
@@ -175,7 +166,7 @@ def test_pictures_fit_a_page(folder: Path, name: str) -> None:
 
 def test_tune_is_the_same_each_time(folder: Path) -> None:
     """The notebooks' own music: decided by its seed, in stereo, at the stated peak."""
-    tune = module_of(folder / "tunes.py").tune
+    tune = load_script(folder / "tunes.py").tune
     first, again, other = tune(1, 1.0), tune(1, 1.0), tune(2, 1.0)
     assert torch.equal(first, again)
     assert first.shape == other.shape == (2, 44_100)
