@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, get_args
 
@@ -58,6 +59,7 @@ _PHASE_TERMS = {
     "instantaneous_frequency": PhaseComparison.instantaneous_frequency,
     "group_delay": PhaseComparison.group_delay,
 }
+_SPECTRAL_TERMS = (*_MAGNITUDE_TERMS, *_PHASE_TERMS, "band_level")
 
 
 class ReconstructionObjective(nn.Module):
@@ -115,6 +117,7 @@ class ReconstructionObjective(nn.Module):
         self.sample_rate = sample_rate
         self.weighting = weighting
         self.magnitude_channels = magnitude_channels
+        self._compiled = False
         self.stft = MultiResolutionSTFT(window_sizes)
         self._bands = [f"bands_{size}" for size in window_sizes]
         for name, size in zip(self._bands, window_sizes, strict=True):
@@ -171,32 +174,63 @@ class ReconstructionObjective(nn.Module):
         """The weighted sum of all terms; arguments as `terms`."""
         return self.total(self.terms(estimate, target, posterior))
 
+    def compile_terms(self) -> None:
+        """Compiles what follows the transforms, forward and backward, which takes some tens of seconds.
+
+        The terms are the same but for the rounding. Their gradients can then be computed together only, once
+        (no `retain_graph`).
+
+        Raises:
+            RuntimeError, OSError: torch cannot compile here; most often there is no C++ compiler.
+        """
+        device = self.get_buffer(self._bands[0]).device
+        # A batch of as many items as channels would be compiled for no other.
+        audio = torch.zeros(3, 2, 2 * max(self.stft.window_sizes), device=device)
+        self._compiled = True
+        try:
+            terms = self._spectral_terms(audio.clone().requires_grad_(True), audio)
+            if terms:
+                torch.stack(list(terms.values())).sum().backward()
+        except (RuntimeError, OSError):
+            self._compiled = False
+            raise
+
     def _spectral_terms(self, estimate: Tensor, target: Tensor) -> dict[str, Tensor]:
-        magnitude_terms = {n: term for n, term in _MAGNITUDE_TERMS.items() if self.weights[n]}
-        phase_terms = {n: term for n, term in _PHASE_TERMS.items() if self.weights[n]}
-        level_terms = ["band_level"] if self.weights["band_level"] else []
-        sums: dict[str, list[Tensor]] = {n: [] for n in (*magnitude_terms, *phase_terms, *level_terms)}
-        if not sums:
+        names = tuple(name for name in _SPECTRAL_TERMS if self.weights[name])
+        if not names:
             return {}
         with torch.no_grad():
             targets = self.stft(target)
-        for estimate_spectrum, target_spectrum, bands in zip(
-            self.stft(estimate), targets, self._bands, strict=True
-        ):
-            x, y = Planar.of(estimate_spectrum), Planar.of(target_spectrum)
-            x_size, y_size = self._magnitudes(x), self._magnitudes(y)
-            for name, term in magnitude_terms.items():
-                sums[name].append(term(x_size, y_size))
-            for name in level_terms:
-                sums[name].append(spectral.band_level(x_size, y_size, self.get_buffer(bands)))
-            if phase_terms:
-                phases = PhaseComparison(x, y, x_size[:, -2:], y_size[:, -2:])
-                for name, phase_term in phase_terms.items():
-                    sums[name].append(phase_term(phases))
-        return {name: torch.stack(values).mean() for name, values in sums.items()}
+        terms = _compiled_terms() if self._compiled else _terms_of_window
+        of_windows = [
+            terms(Planar.of(x), Planar.of(y), self.get_buffer(bands), names, self.magnitude_channels)
+            for x, y, bands in zip(self.stft(estimate), targets, self._bands, strict=True)
+        ]
+        means = torch.stack(of_windows).mean(dim=0)
+        return dict(zip(names, means.unbind(), strict=True))
 
-    def _magnitudes(self, stereo: Planar) -> Tensor:
-        """Magnitudes of the compared signals, left and right last, [B, 4 or 2, F, frames]."""
-        if self.magnitude_channels == "lr":
-            return stereo.magnitude()
-        return Planar(*(mid_side_left_right(part, dim=1) for part in stereo)).magnitude()
+
+def _terms_of_window(
+    x: Planar, y: Planar, bands: Tensor, names: tuple[str, ...], magnitude_channels: MagnitudeChannels
+) -> Tensor:
+    """The named terms between spectra [B, 2, F, frames] of one window size, [terms]."""
+    x_size, y_size = _magnitudes(x, magnitude_channels), _magnitudes(y, magnitude_channels)
+    terms = {name: term(x_size, y_size) for name, term in _MAGNITUDE_TERMS.items() if name in names}
+    if "band_level" in names:
+        terms["band_level"] = spectral.band_level(x_size, y_size, bands)
+    if any(name in names for name in _PHASE_TERMS):
+        phases = PhaseComparison(x, y, x_size[:, -2:], y_size[:, -2:])
+        terms |= {name: term(phases) for name, term in _PHASE_TERMS.items() if name in names}
+    return torch.stack([terms[name] for name in names])
+
+
+def _magnitudes(stereo: Planar, magnitude_channels: MagnitudeChannels) -> Tensor:
+    """Magnitudes of the compared signals, left and right last, [B, 4 or 2, F, frames]."""
+    if magnitude_channels == "lr":
+        return stereo.magnitude()
+    return Planar(*(mid_side_left_right(part, dim=1) for part in stereo)).magnitude()
+
+
+@functools.cache
+def _compiled_terms() -> Callable[..., Tensor]:
+    return torch.compile(_terms_of_window, dynamic=True)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ear_vae.network.snake_common import (
     BETA_EPSILON,
@@ -89,7 +90,8 @@ def snake(
         log_alpha: Logarithm of α, [C].
         log_beta: Logarithm of β, [C].
         dtype: That of the result, off CUDA; by default that of `x`.
-        compiled: Use what `compile_snake` has tried, where no gradient is recorded and `x` is [B, C, 1, N].
+        compiled: Use what `compile_snake` or `compile_snake_with_gradients` has tried: off CUDA, where no
+            gradient is recorded and `x` is [B, C, 1, N], or where one is and `x` is [B, C, N].
 
     Returns:
         Shape and memory layout of `x`.
@@ -105,6 +107,8 @@ def snake(
         return _one_pass(x, alpha, inverse_beta, dtype)
     if x.is_cuda:
         return _formula(x, alpha, inverse_beta)
+    if compiled and recorded and x.ndim == 3:
+        return _CompiledSnakeFunction.apply(x, alpha, inverse_beta, dtype)
     wide, alpha, inverse_beta = x.to(alpha.dtype), _like(alpha, x), _like(inverse_beta, x)
     if recorded:
         return _SnakeFunction.apply(wide, alpha, inverse_beta).to(dtype)
@@ -167,6 +171,17 @@ def compile_snake(device: torch.device, dtype: torch.dtype) -> None:
     for x in {dtype: y, wide: y.to(wide)}.values():
         _one_pass(x, alpha, inverse_beta, dtype)
         _sum_in_one_pass(y, x.clone(), alpha, inverse_beta, dtype)
+
+
+def compile_snake_with_gradients() -> None:
+    """Compiles what `snake` uses with `compiled=True` in training on a CPU, which takes some seconds.
+
+    Raises:
+        RuntimeError, OSError: As `compile_snake`.
+    """
+    x, rates = torch.zeros(2, 4, 8), torch.ones(4)
+    _training_pass(_snake_of_channels, x, rates, rates, x.dtype)
+    _training_pass(_gradients_of_channels, x, x, rates, rates)
 
 
 @torch.no_grad()
@@ -254,6 +269,50 @@ def _gradients(grad: Tensor, x: Tensor, alpha: Tensor, inverse_beta: Tensor) -> 
     weighted = (angle.mul_(2).sin_() * grad).mul_(inverse_beta)
     grad_alpha = _sum_per_channel(weighted * x)
     return weighted.mul_(alpha).add_(grad), grad_alpha, grad_inverse_beta
+
+
+class _CompiledSnakeFunction(torch.autograd.Function):
+    """What `_SnakeFunction` computes of [B, C, N], in one pass forward and one back, casts included."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, alpha: Tensor, inverse_beta: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[no-untyped-def]
+        x = x.contiguous()
+        ctx.save_for_backward(x, alpha, inverse_beta)
+        result: Tensor = _training_pass(_snake_of_channels, x, alpha, inverse_beta, dtype)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
+        return *_training_pass(_gradients_of_channels, grad.contiguous(), *ctx.saved_tensors), None
+
+
+@torch.no_grad()
+def _training_pass(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Detached, whatever the dtype of autocast, so that one compilation serves all layers."""
+    tensors = [a.detach() if isinstance(a, Tensor) else a for a in arguments]
+    with torch.autocast("cpu", enabled=False):
+        return _compiled(function)(*tensors)
+
+
+def _snake_of_channels(x: Tensor, alpha: Tensor, inverse_beta: Tensor, dtype: torch.dtype) -> Tensor:
+    wide = x.to(alpha.dtype)
+    return (wide + torch.sin(wide * alpha[:, None]).square() * inverse_beta[:, None]).to(dtype)
+
+
+def _gradients_of_channels(
+    grad: Tensor, x: Tensor, alpha: Tensor, inverse_beta: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    # As `_gradients`. Summed over time first: over both at once, each thread would add up all channels.
+    wide, grad = x.to(alpha.dtype), grad.to(alpha.dtype)
+    angle = wide * alpha[:, None]
+    for_inverse_beta = (torch.sin(angle).square() * grad).sum(-1).sum(0)
+    weighted = torch.sin(2 * angle) * grad * inverse_beta[:, None]
+    return (
+        (weighted * alpha[:, None] + grad).to(x.dtype),
+        (weighted * wide).sum(-1).sum(0),
+        for_inverse_beta,
+    )
 
 
 def _sum_per_channel(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch.optim import Optimizer
 
 from ear_vae._dtype import available_device
 from ear_vae.config import EarVAEConfig
-from ear_vae.errors import EarVAEError
+from ear_vae.errors import EarVAEError, first_line
 from ear_vae.evaluation import ReconstructionMetrics
 from ear_vae.limits import escaped, finite_number, whole_number
 from ear_vae.losses import ReconstructionObjective, adversarial
@@ -28,7 +29,9 @@ from ear_vae.losses.objective import (
     MagnitudeChannels,
     Weighting,
 )
+from ear_vae.network.blocks import Snake
 from ear_vae.network.discriminator import Discriminator, DiscriminatorConfig
+from ear_vae.network.snake import compile_snake_with_gradients
 from ear_vae.training import filter_bank
 from ear_vae.training.checkpoint_reading import (
     FACTS,
@@ -136,6 +139,8 @@ class EarVAEModule(L.LightningModule):
             `ear_vae.training.filter_bank`), which needs the Trainer's data to choose its bands from.
         gradient_checkpointing: Compute activations again in the backward pass instead of keeping them, see
             `EarVAE.gradient_checkpointing`.
+        compiled: Compile the activation (on a CPU) and the reconstruction terms (where they are not balanced)
+            before the first step, which takes up to a minute; where torch cannot, there is a warning.
         max_skipped_steps: Number of consecutive steps with a gradient that is not finite that ends training.
         seed: Seed of the draws from the posterior.
 
@@ -160,6 +165,7 @@ class EarVAEModule(L.LightningModule):
         train_encoder: bool = True,
         initialization: Literal["random", "filter_bank"] | None = None,
         gradient_checkpointing: bool = False,
+        compiled: bool = False,
         max_skipped_steps: int = 20,
         seed: int = 0,
         *,
@@ -240,6 +246,7 @@ class EarVAEModule(L.LightningModule):
         self.seed = seed
         self.training_state = training_state
         self.accumulate_grad_batches = accumulate_grad_batches
+        self.compiled = compiled
         self._from_checkpoint = _vae is not None
         self._accumulation = _Accumulation()
         self._accumulated_gradients: dict[str, Tensor] = {}
@@ -260,6 +267,7 @@ class EarVAEModule(L.LightningModule):
                 "ema_decay": ema_decay,
                 "train_encoder": train_encoder,
                 "gradient_checkpointing": gradient_checkpointing,
+                "compiled": compiled,
                 "max_skipped_steps": max_skipped_steps,
                 "seed": seed,
             }
@@ -492,12 +500,14 @@ class EarVAEModule(L.LightningModule):
         return vae.eval().requires_grad_(False)
 
     def on_fit_start(self) -> None:
-        """Refuses a precision that keeps the weights in too few bits.
+        """Refuses a precision that keeps the weights in too few bits; compiles what is to be compiled.
 
         Raises:
             EarVAEError: The Trainer's precision is `bf16-true`, `16-true` or the like.
         """
         self._require_full_weights()
+        if self.compiled:
+            self._compile()
 
     def on_validation_start(self) -> None:
         """As `on_fit_start`."""
@@ -516,6 +526,19 @@ class EarVAEModule(L.LightningModule):
                 f"the Trainer's precision keeps the weights in {', '.join(map(str, short))}, in which small "
                 "steps are lost; use precision bf16-mixed, or 32-true"
             )
+
+    def _compile(self) -> None:
+        _LOG.info("compiling the activation and the reconstruction terms: this takes up to a minute")
+        try:
+            if self.device.type == "cpu":
+                compile_snake_with_gradients()
+                for snake in (m for m in self.vae.modules() if isinstance(m, Snake)):
+                    snake.compiled = True
+            # The balancer asks for the gradient of each term, one after the other.
+            if self.balancer is None:
+                self.objective.compile_terms()
+        except (RuntimeError, OSError) as error:
+            warnings.warn(f"trains without being compiled: {first_line(error, most=2)}", stacklevel=2)
 
     def export(self, directory: str | Path) -> None:
         """Writes the trained model as a folder that `EarVAE.from_pretrained` loads.
