@@ -165,6 +165,7 @@ def test_fit_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     arguments = ["--config", "tiny", "--data.folder", str(folder), "--data.validation_folder", str(folder)]
     arguments += ["--model.config.channel_multipliers", "[2,2,16,16]", "--data.num_workers", "0"]
+    arguments += ["--model.compiled", "false"]
     arguments += [
         "--data.batch_size",
         "1",

@@ -212,7 +212,8 @@ def _what_is_trained(module: EarVAEModule, trainer: Any) -> str:
         if network is not None
     ]
     device = trainer.strategy.root_device
-    return f"training a {' and a '.join(sizes)} on {device}, up to step {trainer.max_steps}"
+    first = "; compiling first, which takes up to a minute" if module.compiled else ""
+    return f"training a {' and a '.join(sizes)} on {device}, up to step {trainer.max_steps}{first}"
 
 
 def _say_what_is_where(cli: FitCLI | None, typed: Sequence[str], *, stopped: bool) -> None:

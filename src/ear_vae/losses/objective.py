@@ -184,8 +184,8 @@ class ReconstructionObjective(nn.Module):
             RuntimeError, OSError: torch cannot compile here; most often there is no C++ compiler.
         """
         device = self.get_buffer(self._bands[0]).device
-        # A batch of as many items as channels would be compiled for no other.
-        audio = torch.zeros(3, 2, 2 * max(self.stft.window_sizes), device=device)
+        # A batch of as many items as channels would be compiled for no other, a short one for one thread.
+        audio = torch.zeros(3, 2, max(2**15, 2 * max(self.stft.window_sizes)), device=device)
         self._compiled = True
         try:
             terms = self._spectral_terms(audio.clone().requires_grad_(True), audio)

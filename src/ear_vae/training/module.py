@@ -528,7 +528,6 @@ class EarVAEModule(L.LightningModule):
             )
 
     def _compile(self) -> None:
-        _LOG.info("compiling the activation and the reconstruction terms: this takes up to a minute")
         try:
             if self.device.type == "cpu":
                 compile_snake_with_gradients()
