@@ -179,7 +179,7 @@ def compile_snake_with_gradients() -> None:
     Raises:
         RuntimeError, OSError: As `compile_snake`.
     """
-    # Of the size of a batch: what torch compiles for a few values computes in one thread, whatever comes then.
+    # Of the size of a batch: what torch compiles for a few values computes in one thread, whatever comes.
     x, rates = torch.zeros(2, 16, 2**14), torch.ones(16)
     _training_pass(_snake_of_channels, x, rates, rates, x.dtype)
     _training_pass(_gradients_of_channels, x, x, rates, rates)
