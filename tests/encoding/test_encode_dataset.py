@@ -667,7 +667,7 @@ def test_the_plan_says_whether_workers_compile(
         if progress.num_files == 4:
             raise KeyboardInterrupt
 
-    # The recordings are 15 s long, this model takes 14 million multiply-adds for a second of audio.
+    # This model takes 28 million multiply-adds for a second of audio.
     monkeypatch.setattr("ear_vae.inference.compiling.WORTHWHILE_MULTIPLY_ADDS", 1e6)
     with pytest.raises(KeyboardInterrupt):
         encode_dataset(songs, out, vae, progress=interrupt, **options)
