@@ -34,9 +34,9 @@ def serve(arguments: list[str]) -> int:
     seconds: dict[str, float] = defaultdict(float)
     started = float(os.environ[STARTED])
 
-    from ear_vae.cli import files, models, reconstruct
+    from ear_vae.cli import files, reconstruct
     from ear_vae.cli.main import main as command
-    from ear_vae.inference import tiling
+    from ear_vae.inference import compiling, tiling
     from ear_vae.inference.runner import Runner
 
     assert reconstruct
@@ -55,7 +55,7 @@ def serve(arguments: list[str]) -> int:
         setattr(owner, name, timed)
 
     time_calls(files, "load_model", LOAD)
-    time_calls(models.EarVAE, "optimize_for_inference", PREPARE)
+    time_calls(compiling, "compile_snake", PREPARE)
     time_calls(tiling, "run_tiled", NETWORK)
     time_calls(Runner, "transform", NETWORK)
     code = command(arguments)

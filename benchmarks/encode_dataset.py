@@ -57,9 +57,9 @@ def excerpts(music: Path, folder: Path, count: int, seconds: int) -> float:
 def measure(what: str, name: str, folder: Path, out: Path, optimize: bool) -> dict[str, float]:
     """Seconds, peak of memory, and how much that is beyond what it was before."""
     vae = model(name)
-    if optimize:
-        vae.optimize_for_inference()
     with torch.inference_mode():
+        if optimize:
+            vae.optimize_for_inference()
         vae.encode(torch.zeros(2, 4 * RATE))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if what == "alone":
@@ -71,7 +71,7 @@ def measure(what: str, name: str, folder: Path, out: Path, optimize: bool) -> di
         seconds = time.perf_counter() - started
     else:
         started = time.perf_counter()
-        result = encode_dataset(folder, out, vae, files_per_shard=64)
+        result = encode_dataset(folder, out, vae, files_per_shard=64, optimize=optimize)
         seconds = time.perf_counter() - started
         assert not result.num_failures
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -489,8 +489,9 @@ class EarVAE(Autoencoder):
 
         On a CPU the activation is compiled to one pass over memory instead of four, which takes some seconds
         once in a process. Encode and decode then run about an eighth faster at the published size, with the
-        same result but for the rounding; `docs/speed.md` has figures. Where torch cannot compile, there is a
-        warning and nothing changes.
+        same result but for the rounding; `docs/speed.md` has figures. Call it in the mode in which the model
+        will run, `torch.inference_mode` or not: torch compiles anew for the other. Where it cannot compile,
+        there is a warning and nothing changes.
 
         On CUDA, also if the model is moved there later, the activation is one pass already, and short inputs
         (up to some 9 s) of a shape that comes again are recorded as CUDA graphs and replayed; threads take

@@ -23,7 +23,9 @@ from ear_vae import EarVAE, EarVAEConfig, EarVAEError
 from ear_vae.audio import read_audio
 from ear_vae.cli import main
 from ear_vae.encoding import EncodingProgress, encode_dataset
+from ear_vae.encoding.sources import AudioEntry, estimated_seconds
 from ear_vae.latents import load_latents
+from ear_vae.network.blocks import Snake
 
 FORMATS = ("webdataset", "stable-audio", "safetensors")
 RATE, HOP = 44_100, 256
@@ -629,6 +631,84 @@ def test_latents_that_float16_cannot_hold(songs: Path, vae: EarVAE, tmp_path: Pa
         "b.flac": "its latents are not finite in float16; store them in float32"
     }
     assert encode_dataset(alone, tmp_path / "out32", loud, dtype="float32", decoders=0).num_items == 1
+
+
+def stand_in(calls: list[Any]) -> Callable[..., Any]:
+    """In the place of what compiles a function: that itself, with another rounding."""
+
+    def compile(function: Any) -> Any:
+        def call(*given: Any) -> Any:
+            calls.append(function)
+            result = function(*given)
+            exact = isinstance(result, tuple)
+            return result if exact else result * (1 + 1e-6)
+
+        return call
+
+    return compile
+
+
+def begun_with(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "plan.jsonl").read_text().splitlines()[0]))
+
+
+def test_the_plan_says_whether_workers_compile(
+    songs: Path, undisturbed: dict[str, Path], vae: EarVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr("ear_vae.network.snake._compiled", stand_in(calls))
+    out, options = tmp_path / "out", {"files_per_shard": 2, "decoders": 0}
+    assert begun_with(undisturbed["webdataset"])["compiled"] is False
+    encode_dataset(songs, tmp_path / "short", vae, **options)
+    assert not calls
+    assert tree(tmp_path / "short") == tree(undisturbed["webdataset"])
+
+    def interrupt(progress: EncodingProgress) -> None:
+        if progress.num_files == 4:
+            raise KeyboardInterrupt
+
+    # This model takes 28 million multiply-adds for a second of audio.
+    monkeypatch.setattr("ear_vae.inference.compiling.WORTHWHILE_MULTIPLY_ADDS", 1e6)
+    with pytest.raises(KeyboardInterrupt):
+        encode_dataset(songs, out, vae, progress=interrupt, **options)
+    assert calls
+    assert not any(module.compiled for module in vae.modules() if isinstance(module, Snake))
+    assert begun_with(out)["compiled"] is True
+    # Whoever goes on does as the plan says, and not what would be decided now.
+    monkeypatch.setattr("ear_vae.inference.compiling.WORTHWHILE_MULTIPLY_ADDS", 5e14)
+    with pytest.raises(EarVAEError, match="begun with other settings: compiled was True, is False"):
+        encode_dataset(songs, out, vae, optimize=False, **options)
+    calls.clear()
+    encode_dataset(songs, out, vae, **options)
+    assert calls
+    encode_dataset(songs, tmp_path / "asked", vae, optimize=True, **options)
+    assert tree(out) == tree(tmp_path / "asked")
+    for name in ("silence.npy", "failures.jsonl"):
+        assert tree(out)[name] == tree(undisturbed["webdataset"])[name]
+    assert tree(out)["000000.tar"] != tree(undisturbed["webdataset"])["000000.tar"]
+    for place, (mean, std, _) in items(undisturbed["webdataset"]).items():
+        for stored, other in zip((mean, std), items(out)[place][:2], strict=True):
+            np.testing.assert_allclose(stored, other, rtol=2**-9, atol=1e-4)
+
+
+def test_a_worker_that_cannot_compile_encodes_without(
+    songs: Path, undisturbed: dict[str, Path], vae: EarVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr("ear_vae.network.snake._compiled", lambda function: refuse)
+    encode_dataset(songs, tmp_path / "out", vae, files_per_shard=2, decoders=0, optimize=True)
+    found, expected = tree(tmp_path / "out"), tree(undisturbed["webdataset"])
+    assert begun_with(tmp_path / "out")["compiled"] is True
+    del found["plan.jsonl"], expected["plan.jsonl"]
+    assert found == expected
+
+
+def test_lengths_are_estimated_by_size_and_format() -> None:
+    sizes = [("a/b.mp3", 4_000_000), ("c.OGG", 40_000), ("d.wav", 1_764_000), ("e.flac", None)]
+    entries = [AudioEntry(path, 0, path, size) for path, size in sizes]
+    assert estimated_seconds(entries) == pytest.approx(100 + 1 + 10 + 0)
 
 
 def test_processes_give_the_same_bytes(

@@ -91,6 +91,35 @@ def test_killed_three_times(format: str, songs: Path, model: Path, tmp_path: Pat
     assert tree(out) == tree(tmp_path / "undisturbed")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs process groups")
+def test_killed_while_compiled(model: Path, tmp_path: Path) -> None:
+    """By torch itself, in each process anew or out of its cache."""
+    songs = write_songs(tmp_path / "songs", 24)
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "ear_vae", "encode-dataset", str(songs)]
+    options = ["--model", str(model), "--files-per-shard", "2", "--quiet", "--workers", "2", "--threads", "1"]
+    out = tmp_path / "out"
+    begun = [*command, str(out), *options, "--optimize"]
+    with subprocess.Popen(
+        begun, start_new_session=True, stderr=subprocess.DEVNULL, env=environment
+    ) as process:
+        deadline = time.monotonic() + 200
+        while len(list(out.glob("receipts/*.json"))) < 4:
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert 0 < len(list(out.glob("receipts/*.json"))) < 12
+    # Not asked for again: the plan says it.
+    for arguments in ([*command, str(out), *options], [*command, str(tmp_path / "at once"), *begun[6:]]):
+        done = subprocess.run(arguments, capture_output=True, check=False, env=environment)
+        assert done.returncode == 1
+    assert tree(out) == tree(tmp_path / "at once")
+    plain = [*command, str(tmp_path / "plain"), *options, "--no-optimize"]
+    assert subprocess.run(plain, capture_output=True, check=False).returncode == 1
+    assert tree(out)["000000.tar"] != tree(tmp_path / "plain")["000000.tar"]
+
+
 def actors() -> list[int]:
     """Processes of Ray's actors that this one has, through others, started."""
     found, waiting = [], [os.getpid()]

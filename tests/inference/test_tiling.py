@@ -189,7 +189,7 @@ def test_tiles_are_of_one_length_and_the_next_is_begun_before_one_is_waited_for(
         return wait
 
     audio, heard = torch.randn(1, 2, 25 * 1024), []
-    with observe_tiles(heard.append):
+    with observe_tiles(lambda frames, _: heard.append(frames)):
         found = run_stages(stages, audio, tile_frames=8, retrieve=retrieve)
     begun, lengths = [("begun", n) for n in range(4)], [7, 7, 7, 4]
     waited = [("waited for", n, length) for n, length in enumerate(lengths)]

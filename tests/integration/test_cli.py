@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -521,6 +522,89 @@ def test_compiling_is_asked_for_and_not_required(
     assert "runs without being compiled: no compiler" in capsys.readouterr().err
     one, two = (soundfile.read(tmp_path / name)[0] for name in ("one.wav", "two.wav"))
     assert np.array_equal(one, two)
+
+
+def test_compiling_unasked(
+    tmp_path: Path, small_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the middle of the work, where it pays, unless forbidden; whatever fails then is not heard of."""
+    compiled: list[object] = []
+
+    def stand_in(function: Any) -> Any:
+        return lambda *given: (compiled.append(function), function(*given))[1]
+
+    for number in range(3):
+        write(tmp_path / "in" / f"{number}.wav")
+    command = ["reconstruct", str(tmp_path / "in")]
+
+    def rebuilt(name: str, *options: str) -> np.ndarray:
+        compiled.clear()
+        assert main([*command, str(tmp_path / name), "--model", str(small_model), *options]) == 0
+        assert len(capsys.readouterr().err.splitlines()) == 3
+        return np.stack([soundfile.read(tmp_path / name / f"{number}.wav")[0] for number in range(3)])
+
+    monkeypatch.setattr("ear_vae.network.snake._compiled", stand_in)
+    plain = rebuilt("plain")
+    assert not compiled
+    monkeypatch.setattr("ear_vae.inference.compiling.COMPILING_SECONDS", 0)
+    assert np.array_equal(rebuilt("forbidden", "--no-optimize"), plain)
+    assert not compiled
+    found = rebuilt("compiled")
+    assert compiled
+    assert np.array_equal(found[0], plain[0]), "the first tiles are timed"
+    np.testing.assert_allclose(found[1:], plain[1:], rtol=0, atol=1e-5)
+
+    def refuse(*_: object) -> None:
+        compiled.append("tried")
+        raise ValueError("whatever")
+
+    monkeypatch.setattr("ear_vae.network.snake._compiled", lambda function: refuse)
+    assert np.array_equal(rebuilt("refused"), plain)
+    assert compiled == ["tried"]
+
+
+_PAYING = """
+import sys
+from ear_vae.inference import compiling
+
+compiled, compile_snake = [], compiling.compile_snake
+compiling.COMPILING_SECONDS = 0
+compiling.compile_snake = lambda *given: compiled.append(compile_snake(*given))
+from ear_vae.cli import main
+code = main(sys.argv[1:])
+print(len(compiled))
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", ["", "compiler", "cache"])
+def test_compiling_unasked_with_torch_itself(tmp_path: Path, small_model: Path, broken: str) -> None:
+    for number in range(3):
+        write(tmp_path / "in" / f"{number}.wav", seconds=2)
+    (tmp_path / "file").touch()
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    if broken == "compiler":
+        environment["CXX"] = str(tmp_path / "nonexistent")
+    elif broken == "cache":
+        environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "file" / "cache")
+    command = [sys.executable, "-c", _PAYING, "reconstruct", str(tmp_path / "in")]
+    runs = {}
+    for name, options in {"plain": ["--no-optimize"], "found": []}.items():
+        arguments = [*command, str(tmp_path / name), "--model", str(small_model), "--quiet", *options]
+        done = subprocess.run(arguments, capture_output=True, text=True, check=True, env=environment)
+        assert done.stderr == ""
+        audio = [soundfile.read(tmp_path / name / f"{number}.wav")[0] for number in range(3)]
+        runs[name] = np.stack(audio), int(done.stdout)
+    (plain, none), (found, times) = runs["plain"], runs["found"]
+    assert none == 0
+    if broken:
+        assert times == 0
+        assert np.array_equal(found, plain)
+    else:
+        assert times == 1
+        assert not np.array_equal(found, plain)
+        np.testing.assert_allclose(found, plain, rtol=0, atol=1e-5)
 
 
 def test_bars_are_for_terminals_and_for_those_who_ask(

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from ear_vae.cli.files import at_work, each_file
+from ear_vae.cli.files import ModelAtWork, each_file
 from ear_vae.cli.jobs import AUDIO, LATENTS, Job
 from ear_vae.cli.models import fingerprints
 from ear_vae.cli.streams import decode_to_file, require_writable_format, source_of
@@ -20,12 +20,13 @@ def run_decode(options: argparse.Namespace) -> int:
     """Decodes latent files into audio."""
     weights_sha256 = fingerprints()
 
-    def work(vae: EarVAE, job: Job) -> float:
+    def work(model: ModelAtWork, job: Job) -> float:
+        vae = model.vae
         latents = _latents(vae, job, options, weights_sha256)
         require_writable_format(
             job, options, sample_rate=latents.source_sample_rate, channels=latents.audio_channels
         )
-        with at_work(options, job, latents.duration_seconds, vae):
+        with model.on(job, latents.duration_seconds):
             decode_to_file(
                 vae,
                 [latents.mean],

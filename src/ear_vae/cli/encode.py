@@ -10,14 +10,13 @@ import torch
 
 from ear_vae.audio import stream_audio
 from ear_vae.cli.beside import read_ahead
-from ear_vae.cli.files import at_work, each_file
+from ear_vae.cli.files import ModelAtWork, each_file
 from ear_vae.cli.jobs import AUDIO, LATENTS, STREAM, Job
 from ear_vae.cli.models import fingerprints
 from ear_vae.cli.streams import CountedBlocks, flush, source_of
 from ear_vae.dsp.resampling import resample_stream
 from ear_vae.latents import Latents, save_latents
 from ear_vae.posterior import Posterior
-from ear_vae.vae import EarVAE
 
 
 def run_encode(options: argparse.Namespace) -> int:
@@ -26,12 +25,13 @@ def run_encode(options: argparse.Namespace) -> int:
         options.refuse("--seed is for --sample; without it nothing is drawn")
     weights_sha256 = fingerprints()
 
-    def work(vae: EarVAE, job: Job) -> float:
+    def work(model: ModelAtWork, job: Job) -> float:
+        vae = model.vae
         with stream_audio(source_of(job)) as (info, blocks):
             counted = CountedBlocks(blocks)
             means, stds = [], []
             with (
-                at_work(options, job, info.num_samples / info.sample_rate, vae),
+                model.on(job, info.duration_seconds),
                 read_ahead(resample_stream(counted, info.sample_rate, vae.sample_rate)) as audio,
             ):
                 for part in vae.encode_stream(audio):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -26,13 +26,56 @@ from ear_vae.cli.models import load_model
 from ear_vae.cli.streams import require_writable_format
 from ear_vae.cli.terminal import is_watched
 from ear_vae.errors import EarVAEError
+from ear_vae.inference.compiling import CompileWhenItPays
+from ear_vae.inference.tiling import observe_tiles
 from ear_vae.latents import is_latent_file
-from ear_vae.vae import EarVAE
+
+
+class ModelAtWork:
+    """The model of a command, and what its work on the files has in common.
+
+    Args:
+        options: Parsed options.
+        num_files: Number of files to work on.
+
+    Attributes:
+        vae: The model.
+    """
+
+    def __init__(self, options: argparse.Namespace, num_files: int) -> None:
+        self._options, self._following = options, num_files
+        self.vae = load_model(options)
+        # Where it was asked for it has been done, and elsewhere than on a CPU there is nothing to compile.
+        unasked = options.optimize is None and self.vae.device.type == "cpu"
+        self._compiling = CompileWhenItPays(self.vae) if unasked else None
+
+    def next_file(self) -> None:
+        """Says that the work on another file begins, whether or not it can be read."""
+        self._following -= 1
+
+    @contextmanager
+    def on(self, job: Job, audio_seconds: float) -> Iterator[None]:
+        """Turns off gradients for the work on one file, shows its progress, and compiles where that pays.
+
+        Args:
+            job: The job whose file it is.
+            audio_seconds: Seconds of audio that the networks will process, counted once for encoding and once
+                for decoding.
+        """
+        shown = self._options.progress or (is_watched() and not self._options.quiet)
+        if self._compiling is not None:
+            self._compiling.begin_file(audio_seconds, self._following)
+        with (
+            torch.inference_mode(),
+            progress(job.source_name, audio_seconds, self.vae.latent_rate, shown=shown),
+            nullcontext() if self._compiling is None else observe_tiles(self._compiling.tile_done),
+        ):
+            yield
 
 
 def each_file(
     options: argparse.Namespace,
-    work: Callable[[EarVAE, Job], float],
+    work: Callable[[ModelAtWork, Job], float],
     *,
     reads: Kind,
     writes: Kind,
@@ -48,15 +91,18 @@ def each_file(
             require_writable_format(job, options)
         if not job.relative and job.destination != STREAM:
             require_free(job.destination, overwrite=options.force)
-    return run_jobs(what, lambda: load_model(options), work, quiet=options.quiet, debug=options.debug)
 
+    def work_on_next(model: ModelAtWork, job: Job) -> float:
+        model.next_file()
+        return work(model, job)
 
-@contextmanager
-def at_work(options: argparse.Namespace, job: Job, audio_seconds: float, vae: EarVAE) -> Iterator[None]:
-    """Turns off gradients for the work on one file, and shows its progress on a terminal."""
-    shown = options.progress or (is_watched() and not options.quiet)
-    with torch.inference_mode(), progress(job.source_name, audio_seconds, vae.latent_rate, shown=shown):
-        yield
+    return run_jobs(
+        what,
+        lambda: ModelAtWork(options, len(what.jobs)),
+        work_on_next,
+        quiet=options.quiet,
+        debug=options.debug,
+    )
 
 
 def _require_kind(path: Path, kind: Kind) -> None:

@@ -308,7 +308,7 @@ def progress(name: str, audio_seconds: float, latent_rate: float, *, shown: bool
             unit="x real time",
         ) as bar,
         # The last frame may be longer than what is left of the audio.
-        observe_tiles(lambda frames: bar.update(min(frames / latent_rate, bar.total - bar.n)) and None),
+        observe_tiles(lambda frames, _: bar.update(min(frames / latent_rate, bar.total - bar.n)) and None),
     ):
         yield
 

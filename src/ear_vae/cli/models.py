@@ -38,7 +38,9 @@ def load_model(options: argparse.Namespace) -> EarVAE:
     except RuntimeError as error:  # a full or broken device
         raise EarVAEError(f"cannot put {vae.name} on {device}: {in_one_line(error)}") from error
     if options.optimize:
-        vae.optimize_for_inference()
+        # In the mode in which it will run.
+        with torch.inference_mode():
+            vae.optimize_for_inference()
     return vae
 
 

@@ -542,8 +542,9 @@ def _shared_options() -> tuple[_Parser, ...]:
     )
     model.add_argument(
         "--optimize",
-        action="store_true",
-        help="optimize the model for speed first, which takes some seconds and makes a CPU faster afterwards",
+        action=argparse.BooleanOptionalAction,
+        help="compile the activation on a CPU, which takes some seconds and makes it faster afterwards, and "
+        "record graphs on a GPU; by default a CPU compiles where the work is long enough for that to pay",
     )
 
     audio.add_argument(

@@ -6,21 +6,21 @@ import argparse
 
 from ear_vae.audio import stream_audio
 from ear_vae.cli.beside import read_ahead
-from ear_vae.cli.files import at_work, each_file
+from ear_vae.cli.files import ModelAtWork, each_file
 from ear_vae.cli.jobs import AUDIO, Job
 from ear_vae.cli.streams import CountedBlocks, decode_to_file, require_writable_format, source_of
 from ear_vae.dsp.resampling import resample_stream
-from ear_vae.vae import EarVAE
 
 
 def run_reconstruct(options: argparse.Namespace) -> int:
     """Rebuilds audio through the model."""
 
-    def work(vae: EarVAE, job: Job) -> float:
+    def work(model: ModelAtWork, job: Job) -> float:
+        vae = model.vae
         with stream_audio(source_of(job)) as (info, blocks):
             require_writable_format(job, options, sample_rate=info.sample_rate, channels=info.channels)
             seconds = info.num_samples / info.sample_rate
-            with at_work(options, job, 2 * seconds, vae):
+            with model.on(job, 2 * seconds):
                 counted = CountedBlocks(blocks)
                 with read_ahead(resample_stream(counted, info.sample_rate, vae.sample_rate)) as audio:
                     # Latents are a thousandth of the audio: they are held, it is not.

@@ -7,9 +7,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,13 +31,15 @@ from ear_vae.encoding.plan import (
     PlannedEntry,
     differing_entries,
     differing_settings,
+    settings_of,
     write_plan,
 )
 from ear_vae.encoding.reading import FILELIST_FILE, PLAN_FILE, RECEIPTS_FOLDER, SILENCE_FILE
 from ear_vae.encoding.shards import FileDone, finished_receipt, receipt_path
-from ear_vae.encoding.sources import base_of, list_sources
+from ear_vae.encoding.sources import AudioEntry, base_of, estimated_seconds, list_sources
 from ear_vae.encoding.writers import WRITERS, npy_bytes, write_to_disk
 from ear_vae.errors import EarVAEError, in_one_line
+from ear_vae.inference.compiling import activation_compiled, pays_beforehand
 from ear_vae.limits import finite_number, first_names, shown, whole_number
 from ear_vae.vae import EarVAE
 
@@ -114,7 +116,7 @@ def encode_dataset(
     workers: int | None = None,
     threads: int | None = None,
     decoders: int | None = None,
-    optimize: bool = False,
+    optimize: bool | None = None,
     retry_failed: bool = False,
     overwrite: bool = False,
     progress: Callable[[EncodingProgress], None] | None = None,
@@ -143,7 +145,10 @@ def encode_dataset(
         workers: Processes that encode, on CUDA each with the next GPU; by default this one alone does.
         threads: Threads of each of several workers; by default its share of the processors.
         decoders: Processes that decode audio for each worker; with 0 it decodes itself.
-        optimize: Whether other processes call `EarVAE.optimize_for_inference` on their copy of the model.
+        optimize: Whether workers on a CPU compile the activation; by default they do where the plan holds so
+            much audio that it pays, or as the plan says that is there. One that cannot compile encodes
+            without, to the same values but for rounding. The model itself stays as it is. With True, several
+            workers on GPUs call `EarVAE.optimize_for_inference`.
         retry_failed: Encode shards again in which files have failed; such files may have changed meanwhile.
         overwrite: Remove what another run has left in the folder, and start again.
         progress: Function that is called after each recording.
@@ -159,6 +164,10 @@ def encode_dataset(
     several = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     roots, folder = [Path(source) for source in several], Path(output)
     settings = _settings(vae, format, crop_seconds, hop_seconds, pad_to, dtype, files_per_shard)
+
+    def pays(entries: Iterable[AudioEntry]) -> bool:
+        return pays_beforehand(vae, estimated_seconds(entries))
+
     for name, value, lowest in (("workers", workers, 1), ("threads", threads, 1), ("decoders", decoders, 0)):
         if value is not None:
             whole_number(value, name, lowest=lowest)
@@ -170,14 +179,14 @@ def encode_dataset(
             "name"
         )
     run = _Run(roots, folder, settings, retry_failed=retry_failed)
-    run.prepare(overwrite=overwrite)
+    run.prepare(overwrite=overwrite, compiled=pays if optimize is None else optimize)
     run.find_finished()
     if run.pending:
-        shared = usual_workers(vae.device, workers, threads, decoders, optimize=optimize)
+        shared = usual_workers(vae.device, workers, threads, decoders, optimize=bool(optimize))
         here = engine == "local" and len(shared.devices) == 1
         encode = encode_here if here else encode_with_ray if engine == "ray" else encode_in_processes
         try:
-            _write_silence(folder, vae, settings)
+            _write_silence(folder, vae, run.settings)
             encode(
                 EncodingJob(
                     folder, run.bases, run.pending, vae, shared, lambda done: run.report(done, progress)
@@ -217,6 +226,7 @@ def _settings(
         downsampling_ratio=vae.downsampling_ratio,
         latent_dim=vae.latent_dim,
         compute_dtype=str(vae.dtype).removeprefix("torch."),
+        compiled=False,  # which is decided when the sources are known
         dtype=dtype,
         crop_frames=crop_frames,
         hop_frames=crop_frames if hop_seconds is None else _frames(vae, "hop_seconds", hop_seconds),
@@ -259,8 +269,12 @@ class _Run:
         """Folders that the paths of the plan are relative to."""
         return [base_of(root) for root in self.roots]
 
-    def prepare(self, *, overwrite: bool) -> None:
+    def prepare(self, *, overwrite: bool, compiled: bool | Callable[[Iterable[AudioEntry]], bool]) -> None:
         """Writes the plan, or finds the one that is there to be the same.
+
+        Args:
+            overwrite: Remove what another run has left.
+            compiled: Whether activations are compiled, or what decides that where no plan is there yet.
 
         Raises:
             EarVAEError: There is nothing to encode, or the folder belongs to another run.
@@ -273,7 +287,13 @@ class _Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             with temporary_folder(self.folder) as folder:
                 new = folder / PLAN_FILE
-                entries, left_out = write_plan(new, self.settings, list_sources(self.roots, self.folder))
+                listed = list(list_sources(self.roots, self.folder))
+                if callable(compiled) and path.exists() and not overwrite:
+                    compiled = settings_of(path).compiled
+                elif callable(compiled):
+                    compiled = compiled(item for item in listed if isinstance(item, AudioEntry))
+                self.settings = replace(self.settings, compiled=compiled)
+                entries, left_out = write_plan(new, self.settings, listed)
                 if not entries:
                     named = ", ".join(map(str, self.roots))
                     raise EarVAEError(
@@ -511,7 +531,9 @@ def _first_reason(plan: Path) -> str:
 def _write_silence(folder: Path, vae: EarVAE, settings: EncodingSettings) -> None:
     """Writes latents of silence to pad with, [1, D, M]."""
     num_frames = max(_LEAST_SILENCE_FRAMES, settings.pad_to or 0)
-    latents = vae.silence(num_frames).to("cpu", getattr(torch, settings.dtype))
+    # The same from every run, whichever of them can compile.
+    with activation_compiled(vae, False):
+        latents = vae.silence(num_frames).to("cpu", getattr(torch, settings.dtype))
     try:
         with temporary_folder(folder) as temporary:
             path = temporary / SILENCE_FILE

@@ -34,7 +34,7 @@ class Workers:
         devices: Device of each worker that encodes.
         threads: Threads of each.
         decoders: Processes that decode for each.
-        optimize: Whether they call `EarVAE.optimize_for_inference`.
+        optimize: Whether those on GPUs call `EarVAE.optimize_for_inference`.
     """
 
     devices: tuple[str, ...]
@@ -53,7 +53,7 @@ def usual_workers(
         count: Number of workers; 1 by default.
         threads: Threads of each; by default its share of the processors.
         decoders: Processes that decode for each; by default what its threads leave time for.
-        optimize: Whether they call `EarVAE.optimize_for_inference`.
+        optimize: Whether those on GPUs call `EarVAE.optimize_for_inference`.
     """
     number = count or 1
     gpus = torch.cuda.device_count() if device.type == "cuda" and number > 1 else 0
@@ -201,7 +201,7 @@ class _SavedModel:
     def load(self, device: str, *, optimize: bool) -> EarVAE:
         vae = EarVAE.from_pretrained(self.path, device=device, dtype=self.dtype)
         vae.name = self.name
-        if optimize:
+        if optimize and vae.device.type == "cuda":  # on a CPU the plan says what to do
             vae.optimize_for_inference()
         return vae
 

@@ -31,6 +31,7 @@ class EncodingSettings:
         downsampling_ratio: Samples per latent frame.
         latent_dim: Channels D of the latents.
         compute_dtype: Dtype that the model computes in.
+        compiled: Whether workers on CPUs compile the activation, where they can.
         dtype: Dtype that latents are stored in, `float16` or `float32`.
         crop_frames: Frames of an item; None for whole recordings.
         hop_frames: Frames from the start of one item of a recording to that of the next; None without crops.
@@ -45,6 +46,7 @@ class EncodingSettings:
     downsampling_ratio: int
     latent_dim: int
     compute_dtype: str
+    compiled: bool
     dtype: str
     crop_frames: int | None
     hop_frames: int | None
@@ -72,6 +74,19 @@ class EncodingSettings:
         if set(values) != {field.name for field in fields(cls)}:
             raise _damaged(where)
         return cls(**values)
+
+
+def settings_of(plan: Path) -> EncodingSettings:
+    """Reads the settings of a plan alone.
+
+    Raises:
+        EarVAEError: The file is damaged, of another version, or cannot be read.
+    """
+    try:
+        with plan.open("rb") as file:
+            return EncodingSettings.from_line(_text(file.readline()), plan)
+    except (OSError, UnicodeDecodeError) as error:
+        raise _damaged(plan) from error
 
 
 @dataclass(frozen=True)

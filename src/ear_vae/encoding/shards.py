@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from ear_vae.encoding.reading import OWN_FACTS, RECEIPTS_FOLDER
 from ear_vae.encoding.statistics import LatentStatistics
 from ear_vae.encoding.writers import WRITERS, EncodedItem, write_to_disk
 from ear_vae.errors import EarVAEError, in_one_line
+from ear_vae.inference.compiling import activation_compiled
 from ear_vae.inference.tiling import encoder_reach
 from ear_vae.inference.windows import BatchEncoder
 from ear_vae.limits import parse_json
@@ -47,7 +48,7 @@ class FileDone:
 
 
 class ShardEncoder:
-    """Encodes shards of a plan with one model.
+    """Encodes shards of a plan with one model, which meanwhile runs compiled, or not, as the plan says.
 
     Args:
         output: Folder of the output.
@@ -63,12 +64,16 @@ class ShardEncoder:
         self._output, self._plan, self._bases, self._vae = output, plan, bases, vae
         self._audio = AudioProcesses(decoders, vae.sample_rate)
         self._dtype: torch.dtype = getattr(torch, plan.settings.dtype)
-        silence = _silence(vae)
+        with activation_compiled(vae, False):
+            silence = _silence(vae)
+        self._prepared = ExitStack()
+        self._prepared.enter_context(activation_compiled(vae, plan.settings.compiled))
         self._silence = Posterior(silence.mean.to(self._dtype), silence.std.to(self._dtype))
 
     def close(self) -> None:
-        """Ends the processes that decode."""
+        """Ends the processes that decode, and leaves the model as it was."""
         self._audio.close()
+        self._prepared.close()
 
     def encode(self, number: int, report: Callable[[FileDone], None]) -> None:
         """Encodes a shard, and puts it and then its receipt in place.

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ from ear_vae.limits import parse_json
 _TAR = ".tar"
 _KEY_COLUMN = "__key__"
 _TEXT_MEMBER, _JSON_MEMBER = ".txt", ".json"
+# Bytes of a second of audio in formats that lose some of it, at their highest usual rate, and as on a CD.
+_LOSSY = frozenset((".mp3", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".wma", ".ac3", ".mp2"))
+_LOSSY_BYTES_PER_SECOND, _BYTES_PER_SECOND = 40_000, 176_400
 # Of a sample's text and JSON, which are read when the plan is made.
 _MOST_COLUMN_BYTES = 2**20
 
@@ -52,6 +55,15 @@ class AudioEntry:
         """Where it lies, given the folders that its sources are relative to."""
         span = None if self.offset is None else (self.offset, self.num_bytes or 0)
         return AudioLocation(str(bases[self.root] / self.file), span)
+
+
+def estimated_seconds(entries: Iterable[AudioEntry]) -> float:
+    """Estimates the length of recordings together, by their sizes and extensions alone; rather too short."""
+    return sum(
+        (entry.num_bytes or 0)
+        / (_LOSSY_BYTES_PER_SECOND if Path(entry.path).suffix.lower() in _LOSSY else _BYTES_PER_SECOND)
+        for entry in entries
+    )
 
 
 @dataclass(frozen=True)

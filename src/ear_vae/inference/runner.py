@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ear_vae._dtype import require_runnable, upcast
 from ear_vae.errors import EarVAEError, first_line
 from ear_vae.inference.asynchronous_copy import copy_to_device, start_copy
+from ear_vae.inference.compiling import compile_activation
 from ear_vae.inference.cuda_graphs import MOST_GRAPH_FRAMES, clear_graphs, run_graph
 from ear_vae.inference.tiling import (
     DEFAULT_STAGE_TILES,
@@ -32,8 +33,7 @@ from ear_vae.inference.tiling import (
     tile_length,
 )
 from ear_vae.network import Autoencoder, Decoder, Encoder
-from ear_vae.network.blocks import KeptKernels, Snake, keep_kernels, total
-from ear_vae.network.snake import compile_snake
+from ear_vae.network.blocks import KeptKernels, keep_kernels, total
 
 _Network = TypeVar("_Network", Encoder, Decoder)
 _StagesOf = Callable[[_Network], list[Stage]]
@@ -238,15 +238,11 @@ def optimize(model: Autoencoder) -> None:
     if model.device.type == "cuda":
         return
     try:
-        compile_snake(model.device, model.dtype)
+        compile_activation(model)
     except (RuntimeError, OSError) as error:
         # torch's first line is "backend='inductor' raised:", and the reason stands in the second.
         reason = first_line(error, most=2)
         warnings.warn(f"runs without being compiled: {reason}", stacklevel=3)
-        return
-    for module in model.modules():
-        if isinstance(module, Snake):
-            module.compiled = True
 
 
 def _added_up(stage: nn.Module, x: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -46,17 +47,21 @@ _SHARE_OF_FREE = 0.7
 # Bytes of a float32 value, the default on a CPU.
 _BYTES_PER_VALUE = 4
 
-_observer: ContextVar[Callable[[int], None] | None] = ContextVar("observer", default=None)
+TileObserver = Callable[[int, float], None]
+_observers: ContextVar[tuple[TileObserver, ...]] = ContextVar("observers", default=())
 
 
 @contextmanager
-def observe_tiles(callback: Callable[[int], None]) -> Iterator[None]:
-    """Calls `callback(latent_frames)` after every tile of every network that runs within the block."""
-    token = _observer.set(callback)
+def observe_tiles(callback: TileObserver) -> Iterator[None]:
+    """Calls `callback(latent_frames, seconds)` after every tile of every network that runs within the block.
+
+    The seconds are those that it took to start computing the tile: on a CPU, to compute it.
+    """
+    token = _observers.set((*_observers.get(), callback))
     try:
         yield
     finally:
-        _observer.reset(token)
+        _observers.reset(token)
 
 
 def encoder_reach(encoder: nn.Module, downsampling_ratio: int) -> tuple[int, int]:
@@ -314,6 +319,7 @@ class _Chain:
 
     def start(self, x: Tensor, spans: Sequence[tuple[int, int]]) -> Callable[[], Tensor]:
         """Starts computing the last span from the input at the first; returns what waits for the result."""
+        started = time.perf_counter()
         (first, _), *others = spans
         tile = self._prepare(x)
         for stage, (wanted, end) in zip(self._stages, others, strict=True):
@@ -329,11 +335,12 @@ class _Chain:
             tile = tile[..., wanted - first : end - first]
             first = wanted
         arrival = self._retrieve(tile)
+        seconds = time.perf_counter() - started
 
         def wait() -> Tensor:
             retrieved = arrival()
-            if (callback := _observer.get()) is not None:
-                callback(retrieved.shape[-1] // self.outputs_per_frame)
+            for callback in _observers.get():
+                callback(retrieved.shape[-1] // self.outputs_per_frame, seconds)
             return retrieved
 
         return wait

@@ -165,11 +165,13 @@ def compile_snake(device: torch.device, dtype: torch.dtype) -> None:
         RuntimeError, OSError: torch cannot compile here; most often there is no C++ compiler.
     """
     wide = torch.promote_types(dtype, torch.float32)
-    y = torch.zeros(2, 4, 1, 8, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    alpha = torch.ones(4, device=device, dtype=wide)
+    # Of the size of a tile: what torch compiles for a few values computes in one thread, whatever comes then.
+    y = torch.zeros(2, 64, 1, 2**14, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    alpha = torch.ones(64, device=device, dtype=wide)
     inverse_beta = alpha.clone()
     for x in {dtype: y, wide: y.to(wide)}.values():
-        _one_pass(x, alpha, inverse_beta, dtype)
+        for result in dict.fromkeys((dtype, wide)):
+            _one_pass(x, alpha, inverse_beta, result)
         _sum_in_one_pass(y, x.clone(), alpha, inverse_beta, dtype)
 
 
