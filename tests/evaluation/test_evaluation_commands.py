@@ -15,6 +15,7 @@ import soundfile
 import torch
 
 from ear_vae import EarVAE, EarVAEError
+from ear_vae.cli import main
 from ear_vae.evaluation import Progress, evaluate, measure, write_listening_report
 
 RATE = 44_100
@@ -52,18 +53,29 @@ def data_of(page: Path) -> dict[str, Any]:
     return json.loads(found[1])
 
 
-def test_one_pair_has_values_and_nothing_to_average(folders: tuple[Path, Path]) -> None:
-    one, several = (
-        command("evaluate", folders[0] / "1.wav", folders[1] / "1.wav"),
-        command("evaluate", *folders),
-    )
-    assert one.returncode == 0, one.stderr
-    for word in ("std", "worst", "mean ", "median"):
-        assert word in several.stdout
-        assert word not in one.stdout
+def test_one_pair_has_values_and_three_no_worst_among_them(
+    folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(folders[0] / "1.wav"), str(folders[1] / "1.wav")]) == 0
+    one = capsys.readouterr().out
+    assert main(["evaluate", "--jobs", "1", *map(str, folders)]) == 0
+    three = capsys.readouterr().out
+    for folder in folders:
+        (folder / "3.wav").write_bytes((folders[0] / "1.wav").read_bytes())
+    assert main(["evaluate", "--jobs", "1", *map(str, folders)]) == 0
+    four = capsys.readouterr().out
+    for word in ("std", "mean ", "median"):
+        assert word not in one
+        assert word in three
+        assert word in four
+    assert "worst" not in one + three
+    assert "worst 3" in four.splitlines()[1]
+    # Equal to its original, it is not among the worst three.
+    (line,) = (line for line in four.splitlines() if line.startswith("si_sdr_db"))
+    assert sorted(name.strip(",") for name in line.split()[-3:]) == ["0.wav", "1.wav", "2.wav"]
     pair = [torch.from_numpy(soundfile.read(f / "1.wav", dtype="float32")[0].T.copy()) for f in folders[::-1]]
     expected = float(measure(*pair, sample_rate=RATE)["si_sdr_db"])
-    (line,) = (line for line in one.stdout.splitlines() if line.startswith("si_sdr_db"))
+    (line,) = (line for line in one.splitlines() if line.startswith("si_sdr_db"))
     assert line.split() == ["si_sdr_db", f"{expected:.2f}"]
 
 

@@ -245,7 +245,7 @@ def test_the_three_stages_and_fine_tuning(
             ["warmup", "one_cpu"],
             {"accelerator: cpu", "batch_size: 2", "max_steps: 100000", "warmup_steps: 20"},
         ),
-        (["finetune"], {"pretrained: earlab/EAR_VAE", "variant: ear_vae_44k", "train_encoder: true"}),
+        (["finetune"], {"pretrained: ear_vae_44k", "variant: null", "train_encoder: true"}),
         (["finetune_decoder"], {"train_encoder: false", "adversarial_after: 1000"}),
         (["smoke"], {"max_steps: 20", "default_root_dir: runs/smoke"}),
     ],
