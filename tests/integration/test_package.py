@@ -182,7 +182,7 @@ def test_the_script_of_the_tests_checks_style_and_types_unless_told_what_to_test
             command, env=environment, check=True, stdout=subprocess.PIPE, text=True
         ).stdout.splitlines()
 
-    pytest_alone = "python -m pytest -n auto --maxprocesses 4"
+    pytest_alone = "python -m pytest -n auto --maxprocesses 4 --dist worksteal"
     assert called() == [
         "ruff check .",
         "ruff format --check .",
