@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -134,8 +135,30 @@ def test_distributions_are_complete(repository: Path, tmp_path: Path) -> None:
     metadata = wheel.read(f"{name}.dist-info/METADATA").decode()
     assert "Requires-Dist: torch>=2.7\n" in metadata
     assert "Classifier: Typing :: Typed\n" in metadata
+    # What PyPI shows has no links to files that it does not have.
+    assert "Description-Content-Type: text/markdown\n" in metadata
+    assert '["Back to Ear' in metadata
+    assert not re.search(r"\]\((?!https:)", metadata)
     # Who has the wheel alone has the names that CC-BY asks for.
     assert wheel.read(f"{name}.dist-info/licenses/MODEL_CARD.md") == (source / "MODEL_CARD.md").read_bytes()
+
+
+def test_the_workflow_that_publishes_gives_the_readme_links_to_the_repository(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, object] = {}
+    monkeypatch.setenv("EAR_VAE_FILES", "https://github.com/someone/ear-vae/blob/v9")
+    monkeypatch.setattr("setuptools.setup", lambda **settings: given.update(settings))
+    runpy.run_path(str(repository / "setup.py"))
+    links = re.findall(r"\]\(([^)]*)\)", str(given["long_description"]))
+    own = [link.removeprefix("https://github.com/someone/ear-vae/blob/v9/") for link in links]
+    paths = [link.removesuffix("?raw=true") for link in own if not link.startswith("https:")]
+    assert len(paths) > 20
+    for path in paths:
+        assert (repository / path).is_file(), path
+    assert [link for link in links if link.endswith("?raw=true")] == [
+        link for link in links if ".webp" in link
+    ]
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
