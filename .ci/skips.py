@@ -31,7 +31,7 @@ MISSING = {
     "neighbours": r"could not import '(diffusers|transformers|onnx|onnxruntime|onnxscript)'",
     "stable-audio-tools": r"could not import 'stable_audio_tools",
     "datasets": r"could not import '(pyarrow|webdataset|datasets)",
-    "docs": r"could not import 'nbconvert'",
+    "docs": r"could not import '(nbconvert|zensical)'",
     "ray": r"could not import 'ray'",
 }
 
