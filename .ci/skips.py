@@ -16,6 +16,7 @@ LISTED = {
     r"needs (the [\w ]+ in )?\.\./shared|the parity fixtures are not here": "not ours to publish",
     r"needs (a GPU|two GPUs)": "runners have none; benchmarks/gpu.sh correct runs them",
     r"a tile of one frame is proven on the shorter inputs": "would take minutes and show nothing new",
+    r"no zsh": "bash is asked everywhere; zsh where it is installed",
     r"root reads everything": "means something to other users only; continuous integration has both kinds",
     r"needs root, to become another user": "as above",
     r"needs setpriv, or another user than root": "as above",
@@ -30,7 +31,7 @@ MISSING = {
     "neighbours": r"could not import '(diffusers|transformers|onnx|onnxruntime|onnxscript)'",
     "stable-audio-tools": r"could not import 'stable_audio_tools",
     "datasets": r"could not import '(pyarrow|webdataset|datasets)",
-    "docs": r"could not import 'nbconvert'",
+    "docs": r"could not import '(nbconvert|zensical)'",
     "ray": r"could not import 'ray'",
 }
 

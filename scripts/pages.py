@@ -134,8 +134,8 @@ class Site:
         soundfile.write(stream, samples, rate, format="FLAC", subtype="PCM_16")
         name = f"{place.stem}/{hashlib.sha256(content).hexdigest()[:12]}.flac"
         self._write(place.parent / name, stream.getvalue())
-        # Pages have folders of their own.
-        return f'src="../{name}" type="audio/flac"'
+        # From the file of the page; the build makes it fit the folder that each page gets.
+        return f'src="{name}" type="audio/flac"'
 
     def _write(self, place: Path, content: str | bytes) -> None:
         path = self.folder / place

@@ -118,7 +118,7 @@ def test_a_context_one_frame_too_short_is_seen() -> None:
     assert (short - vae.decoder(latents.double())).abs().max() > 0
 
 
-@pytest.mark.parametrize("samples", [1, 1023, 1024, 1025, 3584, 441_000, 2_646_000])
+@pytest.mark.parametrize("samples", [1, 1023, 1024, 1025, 3584, 441_000, 882_000])
 def test_public_methods_tile_by_themselves(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same audio with small tiles and in one pass, through the public methods."""
     small, whole = StageTiles(1, 2000), StageTiles(1, 10**9)
@@ -162,7 +162,8 @@ def test_stages_equal_the_whole(
 ) -> None:
     """In the tiles of either device, all of them computed on the CPU."""
     stage_tiles = StageTiles(activation_bytes=1, fewest_units=units)
-    vae, ratio, frames = random_model(config), config.downsampling_ratio, 21
+    # Of one frame to a tile there are many.
+    vae, ratio, frames = random_model(config), config.downsampling_ratio, 9 if tile_frames == 1 else 21
     options = {"tile_frames": tile_frames}
     if layout == "channels last":
         options["prepare"] = lambda x: x.unsqueeze(-2).contiguous(memory_format=torch.channels_last)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import io
 import json
 import os
 import pickle
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -23,10 +25,17 @@ import torch
 from safetensors.torch import save_file
 
 from ear_vae._atomic import atomic_path
+from ear_vae.cli import main
+from ear_vae.cli.env import facts
 from ear_vae.errors import EarVAEError
 from ear_vae.evaluation.files import QUANTITIES
 from ear_vae.evaluation.metrics import METRICS
 from ear_vae.limits import pack_facts
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
 
 RATE = 44_100
 POSIX = pytest.mark.skipif(os.name != "posix", reason="signals, links and file descriptors of POSIX")
@@ -71,10 +80,13 @@ def latent_file(path: Path, model_name: str, **tensors: torch.Tensor) -> Path:
 # Forks for every line that it is sent, so that each runs `python -m ear_vae` as a process of its own without
 # the seconds that torch takes to load.
 SERVER = """
-import json, os, runpy, sys
+import gc, json, os, runpy, sys
 import ear_vae.cli.reconstruct, ear_vae.cli.info, ear_vae.cli.encode, ear_vae.cli.decode, ear_vae.cli.convert
 for name in [name for name in sys.modules if name == "ear_vae.__main__"]:
     del sys.modules[name]
+# Of what is here before the fork the garbage collector of a child would copy every page.
+gc.collect()
+gc.freeze()
 for line in sys.stdin:
     order = json.loads(line)
     child = os.fork()
@@ -656,6 +668,30 @@ def test_env_says_what_does_not_fit_and_the_cure(tmp_path: Path) -> None:
     assert all(name in shown for name in found)
 
 
+def test_every_extra_that_is_named_installs_what_it_is_named_for(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(package: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    pyproject = (repository / "pyproject.toml").read_text(encoding="utf-8")
+    extras = tomllib.loads(pyproject)["project"]["optional-dependencies"]
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    named = {
+        package: found[1]
+        for package, said in facts().items()
+        if (found := re.fullmatch(r'not installed; pip install "ear-vae\[(\w+)\]"', str(said)))
+    }
+    assert {"diffusers", "transformers", "tensorboard"} <= set(named)
+    for package, extra in named.items():
+        assert package in {re.split(r"[^\w-]", requirement)[0] for requirement in extras[extra]}, package
+    # And of a library that two extras have, the one of its own name.
+    assert all(named[name] == name for name in named.keys() & extras.keys())
+    for path in (repository / "src").rglob("*.py"):
+        for names in re.findall(r"ear-vae\[([\w,]+)\]", path.read_text(encoding="utf-8")):
+            assert set(names.split(",")) <= set(extras), path
+
+
 def test_codecs_load_where_torchaudios_extension_does_not_fit(tmp_path: Path) -> None:
     """A stand-in for the library of DAC that imports torchaudio first, as the real one does."""
     (tmp_path / "transformers.py").write_text(
@@ -681,7 +717,7 @@ def test_a_disk_that_is_full_at_the_last_byte_is_an_error(
     resource = pytest.importorskip("resource")
     source, output = write(tmp_path / "a.wav"), tmp_path / f"b.{format}"
     arguments = ["reconstruct", source, output, "--model", small_model, "--quiet", "--peak", "clip"]
-    assert process(*arguments).returncode == 0
+    assert main(list(map(str, arguments))) == 0
     size = output.stat().st_size
     output.unlink()
     # Measuring coverage writes files of its own.

@@ -1,8 +1,9 @@
-"""What bash completes, asked of bash itself."""
+"""What bash completes, asked of bash itself; what zsh asks."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -53,3 +54,20 @@ def test_commands_options_values_and_files(tmp_path: Path) -> None:
     )
     assert dict(zip(expected, result.stdout.split("\n"), strict=False)) == expected
     assert result.stderr == ""
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh")
+def test_zsh_asks_the_command_after_the_documented_lines(repository: Path) -> None:
+    page = (repository / "docs" / "command-line.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^eval .*register-python-argcomplete.*$", page, re.MULTILINE)
+    (first,) = re.findall(r"`(autoload [^`]*)`", page)
+    # Without its cache, and without a question about folders of other users.
+    script = f"{first.replace('&& compinit', '&& compinit -D -u')}\n{line}\nprint $_comps[ear-vae]"
+    result = subprocess.run(
+        ["zsh", "-f", "-c", script],
+        env={**os.environ, "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (result.stdout, result.stderr) == ("_python_argcomplete\n", "")

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import io
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -93,10 +94,27 @@ def test_links_and_sounds_of_pages(
     notebook = (made / "gallery" / "01_n.md").read_text()
     assert "[this](../index.md)" in notebook
     assert "base64" not in notebook
-    (file,) = re.findall(r'src="\.\./(01_n/\w+\.flac)" type="audio/flac"', notebook)
+    (file,) = re.findall(r'src="(01_n/\w+\.flac)" type="audio/flac"', notebook)
     np.testing.assert_array_equal(soundfile.read(made / "gallery" / file, dtype="int16")[0], sound)
     assert "[Listen](01_n.md)" in (made / "gallery" / "index.md").read_text()
 
     (root / "docs" / "index.md").write_text("[one](../gone.md)\n")
     assert pages.main() == 1
     assert "docs/index.md: links to ../gone.md, which is not there" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_built_site_has_the_sounds_where_its_pages_look(
+    pages: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("zensical")
+    monkeypatch.setattr(pages, "ROOT", little_repository(tmp_path / "repository", np.zeros(800, np.int16)))
+    monkeypatch.setattr(pages, "INCLUDED", {"MODEL_CARD.md": "model-card.md"})
+    monkeypatch.setattr(sys, "argv", ["pages.py", str(tmp_path / "pages")])
+    assert pages.main() == 0
+    (tmp_path / "zensical.toml").write_text('[project]\nsite_name = "x"\ndocs_dir = "pages"\n')
+    command = [Path(sys.executable).with_name("zensical"), "build", "--clean"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=200)
+    page = tmp_path / "site" / "gallery" / "01_n" / "index.html"
+    (source,) = re.findall(r'src="([^"]+\.flac)"', page.read_text(encoding="utf-8"))
+    assert (page.parent / source).is_file()

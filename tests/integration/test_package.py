@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -134,13 +135,35 @@ def test_distributions_are_complete(repository: Path, tmp_path: Path) -> None:
     metadata = wheel.read(f"{name}.dist-info/METADATA").decode()
     assert "Requires-Dist: torch>=2.7\n" in metadata
     assert "Classifier: Typing :: Typed\n" in metadata
+    # What PyPI shows has no links to files that it does not have.
+    assert "Description-Content-Type: text/markdown\n" in metadata
+    assert '["Back to Ear' in metadata
+    assert not re.search(r"\]\((?!https:)", metadata)
     # Who has the wheel alone has the names that CC-BY asks for.
     assert wheel.read(f"{name}.dist-info/licenses/MODEL_CARD.md") == (source / "MODEL_CARD.md").read_bytes()
 
 
+def test_the_workflow_that_publishes_gives_the_readme_links_to_the_repository(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, object] = {}
+    monkeypatch.setenv("EAR_VAE_FILES", "https://github.com/someone/ear-vae/blob/v9")
+    monkeypatch.setattr("setuptools.setup", lambda **settings: given.update(settings))
+    runpy.run_path(str(repository / "setup.py"))
+    links = re.findall(r"\]\(([^)]*)\)", str(given["long_description"]))
+    own = [link.removeprefix("https://github.com/someone/ear-vae/blob/v9/") for link in links]
+    paths = [link.removesuffix("?raw=true") for link in own if not link.startswith("https:")]
+    assert len(paths) > 20
+    for path in paths:
+        assert (repository / path).is_file(), path
+    assert [link for link in links if link.endswith("?raw=true")] == [
+        link for link in links if ".webp" in link
+    ]
+
+
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 @pytest.mark.parametrize("code", [0, 1])
-def test_the_scripts_show_what_pip_is_at_and_all_of_it_if_it_fails(tmp_path: Path, code: int) -> None:
+def test_the_scripts_say_what_is_installed_and_all_of_it_if_that_fails(tmp_path: Path, code: int) -> None:
     pip = tmp_path / "venv" / "bin" / "python"
     pip.parent.mkdir(parents=True)
     says = "Collecting torch\n  Downloading torch-9.whl (188.1 MB)\nRequirement already satisfied: numpy\n"
@@ -156,8 +179,37 @@ def test_the_scripts_show_what_pip_is_at_and_all_of_it_if_it_fails(tmp_path: Pat
         check=False,
     )
     assert result.returncode == code
-    assert re.search(r"a download of about \d+ MB", result.stderr)
-    assert re.search(r"\d+ s  Downloading torch-9\.whl \(188\.1 MB\)\n", result.stderr)
-    assert (says in result.stderr) == bool(code)
+    first, *rest = result.stderr.splitlines(keepends=True)
+    assert re.search(r"Installing ear-vae .* about \d+ MB, \d+ GB with CUDA; minutes on a slow line", first)
+    assert "".join(rest) == (f"{says}The installation failed; what was said is above.\n" if code else "")
     assert result.stdout == ("" if code else "installed\n")
     assert (tmp_path / "venv" / "installed").exists() != bool(code)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_the_script_of_the_tests_checks_style_and_types_unless_told_what_to_test(
+    repository: Path, tmp_path: Path
+) -> None:
+    """With an environment whose programs write down that they were called."""
+    (tmp_path / "bin").mkdir()
+    for name in ("python", "ruff", "mypy"):
+        program = tmp_path / "bin" / name
+        program.write_text(f'#!/bin/sh\necho "{name} $*"\n')
+        program.chmod(0o755)
+    (tmp_path / "installed").write_text(f"{repository.resolve()} .[test]\n")
+
+    def called(*arguments: str) -> list[str]:
+        command = ["bash", str(repository / "scripts" / "test"), *arguments]
+        environment = {**os.environ, "VENV": str(tmp_path)}
+        return subprocess.run(
+            command, env=environment, check=True, stdout=subprocess.PIPE, text=True
+        ).stdout.splitlines()
+
+    pytest_alone = "python -m pytest -n auto --maxprocesses 4 --dist worksteal"
+    assert called() == [
+        "ruff check .",
+        "ruff format --check .",
+        "mypy ",
+        f"{pytest_alone} --cov --cov-report=term:skip-covered",
+    ]
+    assert called("tests/audio", "-k", "mp3") == [f"{pytest_alone} tests/audio -k mp3"]

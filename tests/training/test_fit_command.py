@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from huggingface_hub import constants
 
 from ear_vae import EarVAE
 from ear_vae.cli import main
@@ -226,6 +227,30 @@ def test_without_a_gpu_a_config_for_one_names_the_way_out(
         "torch sees no GPU here (ear-vae env says why); for a CPU give --config one_cpu"
         in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("config", ["finetune", "finetune_decoder"])
+def test_without_the_hub_the_option_that_does_without_is_named_and_works(
+    config: str,
+    music: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    command = ["fit", "--config", config, "--config", "one_cpu", "--data.folder", str(music)]
+    command += ["--trainer.default_root_dir", str(tmp_path / "run"), "--model.discriminator.channels", "4"]
+    assert main(command) == 1
+    found = re.search(
+        r"the Hub cannot be asked .*\((--model\.pretrained ear-vae-tiny)\)$", capsys.readouterr().err.strip()
+    )
+    assert found
+    # Up to where the model is there.
+    assert (
+        main([*command, *found[1].split(), "--data.segment_seconds", "0.1", "--trainer.max_steps", "0"]) == 0
+    )
+    assert "training a model of 2.8 M weights" in capsys.readouterr().err
 
 
 @pytest.mark.slow

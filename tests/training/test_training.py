@@ -134,7 +134,9 @@ def test_filter_bank_start_is_a_codec_and_a_checkpoint_is_not_overwritten_by_it(
     folder: Path, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    config = EarVAEConfig(channels=16)
+    config = EarVAEConfig(
+        channels=8, channel_multipliers=(2, 2, 16, 16), strides=(2, 4, 4, 8), transformer_depth=0
+    )
     module = EarVAEModule(config, initialization="filter_bank", optimizer=OptimizerConfig(learning_rate=0.0))
     run = trainer(tmp_path, max_steps=1, limit_val_batches=0)
     run.fit(module, data(folder))
@@ -246,7 +248,7 @@ def test_the_three_stages_and_fine_tuning(
             ["warmup", "one_cpu"],
             {"accelerator: cpu", "batch_size: 2", "max_steps: 100000", "warmup_steps: 20"},
         ),
-        (["finetune"], {"pretrained: earlab/EAR_VAE", "variant: ear_vae_44k", "train_encoder: true"}),
+        (["finetune"], {"pretrained: ear_vae_44k", "variant: null", "train_encoder: true"}),
         (["finetune_decoder"], {"train_encoder: false", "adversarial_after: 1000"}),
         (["smoke"], {"max_steps: 20", "default_root_dir: runs/smoke"}),
     ],

@@ -289,15 +289,14 @@ def test_in_a_process_of_its_own(
     assert not any(word in result.stderr for word in (*ADVICE, "Traceback"))
 
 
-def test_errors_name_the_options_of_fit(music: Path, tmp_path: Path) -> None:
+def test_errors_name_the_options_of_fit(
+    music: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Which are longer than those of the other commands."""
     (tmp_path / "config.json").write_text('{"variants": {"a": {}, "b": {}}}')
-    result = in_a_process(
-        *("fit", "--data.folder", music, "--trainer.default_root_dir", tmp_path / "run"),
-        *("--model.pretrained", tmp_path),
-    )
-    assert result.returncode == 1
-    assert complaint(result.stderr).endswith("choose one of 'a', 'b' (--model.variant)")
+    arguments = ["fit", "--data.folder", music, "--trainer.default_root_dir", tmp_path / "run"]
+    assert main(list(map(str, [*arguments, "--model.pretrained", tmp_path]))) == 1
+    assert complaint(capsys.readouterr().err).endswith("choose one of 'a', 'b' (--model.variant)")
 
 
 def test_a_checkpoint_of_another_architecture(
@@ -308,11 +307,19 @@ def test_a_checkpoint_of_another_architecture(
     assert "the checkpoint is of another architecture" in complaint(capsys.readouterr().err)
 
 
-def test_a_checkpoint_does_not_change_the_run(content: dict[str, Any], music: Path, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # Lightning's, of a run in another folder
+def test_a_checkpoint_does_not_change_the_run(
+    content: dict[str, Any],
+    music: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """Options that Lightning would take from it, and a class that it would import."""
     (tmp_path / "evil.py").write_text(
         f"import os; os.mkdir({str(tmp_path / 'executed')!r})\nclass Module: ..."
     )
+    monkeypatch.syspath_prepend(tmp_path)
     planted: list[dict[str, Any]] = [
         {"seed": 7, "optimizer": {"learning_rate": 0.5}, "max_skipped_steps": 1},
         {"_class_path": "evil.Module", "seed": 7},
@@ -320,23 +327,13 @@ def test_a_checkpoint_does_not_change_the_run(content: dict[str, Any], music: Pa
     for number, hyper_parameters in enumerate(planted):
         path, root = tmp_path / f"{number}.ckpt", tmp_path / str(number)
         torch.save(content | {"hyper_parameters": hyper_parameters}, path)
-        result = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "ear_vae",
-                *fit(music, root, "--ckpt_path", path, "--trainer.max_steps", "2"),
-            ],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=os.environ | {"PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}{os.pathsep}{tmp_path}"},
-        )
+        code = main(fit(music, root, "--ckpt_path", path, "--trainer.max_steps", "2"))
+        shown = capsys.readouterr().err
         if "_class_path" in hyper_parameters:
-            assert result.returncode == 1
-            assert "name something to import (_class_path), which is never done" in complaint(result.stderr)
+            assert code == 1
+            assert "name something to import (_class_path), which is never done" in complaint(shown)
             continue
-        assert result.returncode == 0, result.stderr
+        assert code == 0, shown
         after = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
         assert after["global_step"] == 2
         assert after["ear_vae"]["settings"] == content["ear_vae"]["settings"]
@@ -345,7 +342,10 @@ def test_a_checkpoint_does_not_change_the_run(content: dict[str, Any], music: Pa
     assert not (tmp_path / "executed").exists()
 
 
-def test_resuming_on_other_data_says_what_changed(trained: Path, music: Path, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_resuming_on_other_data_says_what_changed(
+    trained: Path, music: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     other = tmp_path / "other"
     shutil.copytree(music, other)
     shutil.copy(other / "0.wav", other / "2.wav")
@@ -358,9 +358,8 @@ def test_resuming_on_other_data_says_what_changed(trained: Path, music: Path, tm
         "--ckpt_path",
         str(trained),
     ]
-    result = in_a_process(*fit(other, tmp_path, *changed))
-    assert result.returncode == 0, result.stderr
-    (line,) = (line for line in result.stderr.splitlines() if "resuming on other data" in line)
+    assert main(fit(other, tmp_path, *changed)) == 0
+    (line,) = (line for line in caplog.messages if "resuming on other data" in line)
     for fact in (
         f"data: ['{music}'] there, ['{other}'] here",
         "files: 2 there, 3 here",
@@ -369,7 +368,7 @@ def test_resuming_on_other_data_says_what_changed(trained: Path, music: Path, tm
         "seed: 0 there, 9 here",
     ):
         assert fact in line
-    (line,) = (line for line in result.stderr.splitlines() if "resuming with other settings" in line)
+    (line,) = (line for line in caplog.messages if "resuming with other settings" in line)
     assert "learning_rate 0.5" in line
 
 

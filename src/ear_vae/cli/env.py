@@ -26,7 +26,7 @@ _REQUIRED = ("lightning", "huggingface_hub", "safetensors", "numpy", "soundfile"
 # By the extra that installs them.
 _OPTIONAL = {
     "transformers": "codecs",
-    "diffusers": "codecs",
+    "diffusers": "diffusers",
     "audiogen-agc": "codecs",
     "tensorboard": "tensorboard",
     "matplotlib": "notebooks",

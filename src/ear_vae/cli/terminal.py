@@ -24,7 +24,11 @@ OPTIONS = {
     "retry_failed": "--retry-failed",
     "config": "--config",
 }
-OPTIONS_OF_FIT = {"overwrite": "--force", "variant": "--model.variant"}
+OPTIONS_OF_FIT = {
+    "overwrite": "--force",
+    "pretrained": "--model.pretrained",
+    "variant": "--model.variant",
+}
 
 
 def reason(error: BaseException, options: Mapping[str, str] = OPTIONS) -> str:

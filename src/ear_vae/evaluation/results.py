@@ -92,8 +92,8 @@ class Evaluation:
     def table(self) -> str:
         """Returns mean, median, spread and worst files of every metric as text, system by system.
 
-        For a system with a single file only the values: there is nothing to average or to rank. ICPC and CCPC
-        are in per cent.
+        The worst files only where there are more, and for a system with a single file only the values. ICPC
+        and CCPC are in per cent.
         """
         return "\n\n".join(_system_table(name, rows) for name, rows in _by_system(self.rows).items())
 
@@ -272,7 +272,9 @@ def _system_table(name: str, rows: Sequence[Row]) -> str:
     summary = summarize(rows)
     several = len(rows) > 1
     columns = ["mean", "median", "std"] if several else ["mean"]
-    head = [*columns, "files", f"worst {min(_WORST_SHOWN, len(rows))}"] if several else ["value"]
+    # The worst of no more files than are listed would be all of them.
+    ranked = len(rows) > _WORST_SHOWN
+    head = [*columns, "files", *([f"worst {_WORST_SHOWN}"] if ranked else [])] if several else ["value"]
     lines = [["metric", *head]]
     for metric in METRICS:
         figures = summary[metric]
@@ -280,10 +282,12 @@ def _system_table(name: str, rows: Sequence[Row]) -> str:
         if several:
             if figures["count"] < 2:
                 shown[-1] = "-"  # one value has no spread
-            shown += [str(figures["count"]), ", ".join(map(escaped, worst(rows, metric)))]
+            shown.append(str(figures["count"]))
+        if ranked:
+            shown.append(", ".join(map(escaped, worst(rows, metric))))
         lines.append([f"{metric} %" if metric in _PERCENT else metric, *shown])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    if several:
+    if ranked:
         widths[-1] = 0  # names are as long as they are
     body = [
         "  ".join(

@@ -401,8 +401,7 @@ def _hub_source(
                 )
             )
         except Exception as error:  # the client lets through whatever its HTTP library of the day raises
-            problem = _hub_problem(error, repo_id, relative, revision, local_files_only, offline)
-            raise EarVAEError(problem) from error
+            raise _hub_problem(error, repo_id, relative, revision, local_files_only, offline) from error
 
     def fetch(relative: str) -> Path:
         nonlocal commit
@@ -465,7 +464,7 @@ def _hub_problem(
     revision: str | None,
     local_files_only: bool,
     offline: Exception | None,
-) -> str:
+) -> EarVAEError:
     """Says in one sentence why a download failed, and what to do."""
     from huggingface_hub import errors
 
@@ -473,31 +472,39 @@ def _hub_problem(
         error = error.__cause__  # why force_download failed
     at_revision = f" at revision {revision!r}" if revision else ""
     if isinstance(error, errors.GatedRepoError):
-        return f"{repo_id}: access is restricted; ask for it on the repository's page and give a token"
+        return EarVAEError(
+            f"{repo_id}: access is restricted; ask for it on the repository's page and give a token"
+        )
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
-        return (
+        return EarVAEError(
             f"{repo_id}: no such folder, and no such repository on the Hub (or a private one); check the "
             "spelling, or give the token of an account that may read it"
         )
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"{repo_id}: the repository has no revision {revision!r}"
+        return EarVAEError(f"{repo_id}: the repository has no revision {revision!r}")
     if isinstance(error, errors.LocalEntryNotFoundError):
         if local_files_only:
-            return (
+            return EarVAEError(
                 f"{repo_id}: {file}{at_revision} is not in the local cache and local_files_only=True "
                 "forbids downloading it; load it once without"
             )
-        return (
+        return EarVAEError(
             f"{repo_id}: {file}{at_revision} is not in the local cache and the Hub cannot be asked for it "
             f"({what_the_hub_says(offline or error.__cause__ or error)}); check the connection, or name a "
-            "local folder instead, or the bundled ear-vae-tiny"
+            "local folder instead, or the bundled ear-vae-tiny",
+            argument="name_or_path",
+            value="ear-vae-tiny",
         )
     if isinstance(error, errors.EntryNotFoundError):
-        return f"{repo_id}: the repository has no file {file}{at_revision}; is it an εar-VAE model?"
+        return EarVAEError(
+            f"{repo_id}: the repository has no file {file}{at_revision}; is it an εar-VAE model?"
+        )
     if isinstance(error, errors.HfHubHTTPError):
-        return f"{repo_id}: the Hub refused {file}{at_revision}: {what_the_hub_says(error)}"
-    return f"{repo_id}: the download of {file}{at_revision} failed: {what_the_hub_says(error)}; try again"
+        return EarVAEError(f"{repo_id}: the Hub refused {file}{at_revision}: {what_the_hub_says(error)}")
+    return EarVAEError(
+        f"{repo_id}: the download of {file}{at_revision} failed: {what_the_hub_says(error)}; try again"
+    )
 
 
 def what_the_hub_says(error: BaseException) -> str:

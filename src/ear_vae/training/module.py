@@ -210,7 +210,7 @@ class EarVAEModule(L.LightningModule):
         elif pretrained is None:
             self.vae = EarVAE(config)
         else:
-            self.vae = EarVAE.from_pretrained(pretrained, variant=variant)
+            self.vae = _pretrained(pretrained, variant)
         if train_encoder:
             # Its latents will be others.
             self.vae.config = replace(self.vae.config, latents_mean=None, latents_std=None)
@@ -803,6 +803,15 @@ class EarVAEModule(L.LightningModule):
                 batch_size=1,
                 sync_dist=stage != "train",
             )
+
+
+def _pretrained(name: str, variant: str | None) -> EarVAE:
+    try:
+        return EarVAE.from_pretrained(name, variant=variant)
+    except EarVAEError as error:
+        if error.argument != "name_or_path":
+            raise
+        raise EarVAEError(error.message, argument="pretrained", value=error.value) from error
 
 
 def _weights_in_use(
