@@ -100,8 +100,8 @@ def test_folders(tmp_path: Path, folders: tuple[Path, Path], capsys: pytest.Capt
     assert [float(line["mel_distance"]) for line in lines] == [r["mel_distance"] for r in report["files"]]
     printed = capsys.readouterr().out.splitlines()
     (line,) = (line for line in printed if line.startswith("si_sdr_db"))
-    # The noisiest file first.
-    assert line.endswith("sub/c ü, b, a")
+    # Of so few files the worst are not listed.
+    assert line.split()[-1] == "3"
     assert f"{report['summary']['si_sdr_db']['median']:.2f}" in line.split()
     assert not list(tmp_path.glob("*.partial*"))
 

@@ -167,7 +167,7 @@ def test_a_model_prepared_before_it_is_moved_records_short_inputs(
     vae: EarVAE, recordings: type[Recording], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prepared on the CPU; then as on a GPU, whose tensors are on the CPU here."""
-    monkeypatch.setattr("ear_vae.inference.runner.compile_snake", lambda *_: None)
+    monkeypatch.setattr("ear_vae.inference.compiling.compile_snake", lambda *_: None)
     vae.optimize_for_inference()
     for module in vae.modules():
         if isinstance(module, Snake):

@@ -98,7 +98,7 @@ def test_snake_and_its_gradients_are_those_of_the_formula(passes: list[str], dty
     expected, of_formula = gradients(formula, x.double(), *logs.double(), weight=weight.double())
     rates = logs.double() if dtype == torch.float64 else logs
     found, of_compiled = gradients(
-        lambda *inputs: snake(*inputs, compiled=True), x, *rates, weight=weight.to(dtype)
+        lambda *inputs: snake(*inputs, compiled_with_gradients=True), x, *rates, weight=weight.to(dtype)
     )
     assert passes == ["_snake_of_channels", "_gradients_of_channels"]
     assert found.dtype == of_compiled[0].dtype == dtype
@@ -160,6 +160,6 @@ def test_compiled_for_real_it_learns_the_same(precision: Any, tolerance: float) 
     compiled = module(compiled=True)
     losses = train(compiled, precision=precision)
     assert compiled.objective._compiled
-    assert all(m.compiled for m in compiled.vae.modules() if isinstance(m, Snake))
+    assert all(m.compiled_with_gradients for m in compiled.vae.modules() if isinstance(m, Snake))
     assert losses == pytest.approx(train(module()), rel=tolerance)
     assert losses[-1] < losses[0]

@@ -204,6 +204,7 @@ class Snake(nn.Module):
 
     Attributes:
         compiled: Whether `ear_vae.network.snake.compile_snake` has been called for it.
+        compiled_with_gradients: Whether `compile_snake_with_gradients` has.
 
     Reference: Ziyin et al., "Neural Networks Fail to Learn Periodic Functions and How to Fix It"
     (2020); two-parameter form of Lee et al., "BigVGAN" (2023).
@@ -215,6 +216,7 @@ class Snake(nn.Module):
         self.log_beta = nn.Parameter(torch.zeros(channels))
         self.wide = wide
         self.compiled = False
+        self.compiled_with_gradients = False
 
     def forward(self, x: Tensor | DeferredSum) -> Tensor:
         """Applies the function to each channel of [B, C, N] or [B, C, 1, N]."""
@@ -230,7 +232,14 @@ class Snake(nn.Module):
         dtype = x.dtype
         if keeps_float32(x):
             dtype = compute_dtype(x) if self.wide else narrower(dtype, self.log_alpha.dtype)
-        return snake(x, self.log_alpha, self.log_beta, dtype=dtype, compiled=self.compiled)
+        return snake(
+            x,
+            self.log_alpha,
+            self.log_beta,
+            dtype=dtype,
+            compiled=self.compiled,
+            compiled_with_gradients=self.compiled_with_gradients,
+        )
 
     def with_input(self, x: DeferredSum) -> tuple[Tensor, Tensor]:
         """The sum, added up, and the function of it."""

@@ -82,6 +82,7 @@ def snake(
     *,
     dtype: torch.dtype | None = None,
     compiled: bool = False,
+    compiled_with_gradients: bool = False,
 ) -> Tensor:
     """Computes x + sin²(αx)/β, the sine in at least float32 whatever the dtype of `x`.
 
@@ -90,8 +91,9 @@ def snake(
         log_alpha: Logarithm of α, [C].
         log_beta: Logarithm of β, [C].
         dtype: That of the result, off CUDA; by default that of `x`.
-        compiled: Use what `compile_snake` or `compile_snake_with_gradients` has tried: off CUDA, where no
-            gradient is recorded and `x` is [B, C, 1, N], or where one is and `x` is [B, C, N].
+        compiled: Use what `compile_snake` has tried, where no gradient is recorded and `x` is [B, C, 1, N].
+        compiled_with_gradients: Use what `compile_snake_with_gradients` has tried, where a gradient is
+            recorded and `x` is [B, C, N], off CUDA.
 
     Returns:
         Shape and memory layout of `x`.
@@ -107,7 +109,7 @@ def snake(
         return _one_pass(x, alpha, inverse_beta, dtype)
     if x.is_cuda:
         return _formula(x, alpha, inverse_beta)
-    if compiled and recorded and x.ndim == 3:
+    if compiled_with_gradients and recorded and x.ndim == 3:
         return _CompiledSnakeFunction.apply(x, alpha, inverse_beta, dtype)
     wide, alpha, inverse_beta = x.to(alpha.dtype), _like(alpha, x), _like(inverse_beta, x)
     if recorded:
@@ -176,7 +178,7 @@ def compile_snake(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def compile_snake_with_gradients() -> None:
-    """Compiles what `snake` uses with `compiled=True` in training on a CPU, which takes some seconds.
+    """Compiles what `snake` uses with `compiled_with_gradients=True`, which takes some seconds.
 
     Raises:
         RuntimeError, OSError: As `compile_snake`.

@@ -532,7 +532,7 @@ class EarVAEModule(L.LightningModule):
             if self.device.type == "cpu":
                 compile_snake_with_gradients()
                 for snake in (m for m in self.vae.modules() if isinstance(m, Snake)):
-                    snake.compiled = True
+                    snake.compiled_with_gradients = True
             # The balancer asks for the gradient of each term, one after the other.
             if self.balancer is None:
                 self.objective.compile_terms()
