@@ -1,11 +1,11 @@
 """Draws the spectrogram of a song above that of what a model makes of it.
 
+pip install ".[notebooks]"
 python examples/spectrograms.py SONG PICTURE.webp [--model ear-vae-tiny] [--seconds 10]
 """
 
 import argparse
 
-import matplotlib
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,8 +14,13 @@ from ear_vae import EarVAE
 from ear_vae.audio import read_audio
 from ear_vae.evaluation import measure
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+try:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+except ImportError:
+    raise SystemExit('this needs matplotlib: pip install ".[notebooks]" in the clone') from None
 
 WINDOW, HOP, LOWEST_HZ, RANGE_DB = 4096, 512, 60, 90
 

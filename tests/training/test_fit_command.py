@@ -11,15 +11,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import numpy as np
 import pytest
 import soundfile
 import torch
 from huggingface_hub import constants
+from torch.utils.data import DataLoader
 
-from ear_vae import EarVAE
+from ear_vae import EarVAE, EarVAEConfig
 from ear_vae.cli import main
 from ear_vae.cli.fit import shipped_configs
+from ear_vae.training import EarVAEModule, ObjectiveConfig
 from ear_vae.training.callbacks import StepProgressBar
 
 SHORT = ["--model.config.channels", "4", "--model.config.channel_multipliers", "[1,2,2,2,2]"]
@@ -273,3 +276,41 @@ def test_training_in_python_as_documented_says_what_it_does_and_no_more(tmp_path
     assert re.search(r"100%.* 2/2 .*total=", shown)
     assert not any(word in shown for word in (*NOISE, "SIGTERM", "LeafSpec"))
     assert EarVAE.from_pretrained(tmp_path / "my-model").latent_dim == 64
+
+
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+def test_the_bar_of_a_run_resumed_within_an_epoch_knows_all_steps(tmp_path: Path) -> None:
+    """Lightning starts no epoch then."""
+    data = list(0.1 * torch.randn(5, 1, 2, 4096))
+
+    def fit(steps: int, **options: Any) -> list[tuple[int, int]]:
+        seen: list[tuple[int, int]] = []
+        bar = StepProgressBar()
+
+        class Look(L.Callback):
+            def on_train_batch_start(self, *_: Any) -> None:
+                shown = bar.train_progress_bar
+                seen.append((shown.n, shown.total))
+
+            def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+                if trainer.global_step == 2:
+                    trainer.save_checkpoint(tmp_path / "within.ckpt")
+
+        module = EarVAEModule(
+            EarVAEConfig(channels=4, channel_multipliers=(1, 2, 2, 2, 2)),
+            objective=ObjectiveConfig(window_sizes=(512, 128)),
+        )
+        trainer = L.Trainer(
+            accelerator="cpu",
+            max_steps=steps,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            callbacks=[bar, Look()],
+        )
+        trainer.fit(module, DataLoader(data, batch_size=None), **options)
+        return seen
+
+    assert fit(3)[0] == (0, 3)
+    assert fit(4, ckpt_path=tmp_path / "within.ckpt")[0] == (2, 4)

@@ -170,8 +170,16 @@ class StepProgressBar(TQDMProgressBar):
         self._smoothed: float | None = None
         self._step = -1
 
+    def on_train_start(self, trainer: L.Trainer, *arguments: Any) -> None:
+        """Shows all steps at once: a run that is resumed within an epoch comes to the start of none."""
+        super().on_train_start(trainer, *arguments)
+        self._show_all_steps(trainer)
+
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """Shows the steps of the whole training, also those before resuming, not the batches of an epoch."""
+        """Leaves the bar as it is: it is about the whole training, not the batches of an epoch."""
+        self._show_all_steps(trainer)
+
+    def _show_all_steps(self, trainer: L.Trainer) -> None:
         bar = self.train_progress_bar
         bar.total = trainer.max_steps if trainer.max_steps > 0 else None
         bar.initial = bar.n = self._step = trainer.global_step
