@@ -11,17 +11,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import logging
 import statistics
 import time
 from typing import Any
 
 import lightning as L
 import torch
-
-from ear_vae.cli.fit import shipped_configs
-from ear_vae.cli.lightning_cli import FitCLI
-from ear_vae.training import AudioDataModule, EarVAEModule
+from training_step import train
 
 VARIANTS = {
     "as by default": ["--model.compiled=false", "--trainer.precision=32-true"],
@@ -57,37 +53,16 @@ class Steps(L.Callback):
         return [statistics.fmean(self.losses[i * length : (i + 1) * length]) for i in range(4)]
 
 
-def train(options: list[str], steps: int) -> Steps:
-    """Trains anew with these options of `ear-vae fit`."""
-    cli = FitCLI(EarVAEModule, AudioDataModule, args=options, run=False, seed_everything_default=0)
-    noted = Steps()
-    L.Trainer(
-        accelerator="cpu",
-        precision=cli.config["trainer"]["precision"],
-        max_steps=steps,
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[noted],
-    ).fit(cli.model, datamodule=cli.datamodule)
-    return noted
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", action="append", required=True, help="shipped config or file")
     parser.add_argument("--steps", type=int, default=200)
     arguments, options = parser.parse_known_args()
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    shipped = shipped_configs()
-    configs = [f"--config={shipped.get(name, name)}" for name in ("base", *arguments.config)]
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {arguments.steps} steps")
     plain = 0.0
     for name, own in VARIANTS.items():
-        noted = train([*configs, *options, *own], arguments.steps)
+        noted = Steps()
+        train(arguments.config, [*options, "--trainer.accelerator=cpu", *own], arguments.steps, noted)
         seconds, audio = noted.seconds_a_step, noted.audio_seconds
         plain = plain or seconds
         print(

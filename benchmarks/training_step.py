@@ -251,6 +251,33 @@ def together_and_alone(module: EarVAEModule, target: Tensor, repeats: int) -> tu
     return together, dict(zip(weights, alone, strict=True))
 
 
+def train(
+    configs: list[str], options: list[str], steps: int, callback: L.Callback, profiler: Profiler | None = None
+) -> EarVAEModule:
+    """Trains as `ear-vae fit` does with these configs and options, and writes nothing; returns the module."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    shipped = shipped_configs()
+    named = [f"--config={shipped.get(name, name)}" for name in ("base", *configs)]
+    cli = FitCLI(EarVAEModule, AudioDataModule, args=[*named, *options], run=False, seed_everything_default=0)
+    settings = cli.config["trainer"]
+    L.Trainer(
+        accelerator=settings["accelerator"],
+        devices=1,
+        precision=settings["precision"],
+        deterministic=settings["deterministic"],
+        max_steps=steps,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[callback],
+        profiler=profiler,
+    ).fit(cli.model, datamodule=cli.datamodule)
+    return cli.model
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", action="append", required=True, help="shipped config or file")
@@ -260,31 +287,11 @@ def main() -> None:
     parser.add_argument("--sine", choices=get_args(Sine), default="exact", help="as there")
     parser.add_argument("--json", type=Path)
     arguments, options = parser.parse_known_args()
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     switches.fused_sums, switches.sine = arguments.fused_sums, arguments.sine
-    shipped = shipped_configs()
-    configs = [f"--config={shipped.get(name, name)}" for name in ("base", *arguments.config)]
-    cli = FitCLI(
-        EarVAEModule, AudioDataModule, args=[*configs, *options], run=False, seed_everything_default=0
-    )
-    module, data, settings = cli.model, cli.datamodule, cli.config["trainer"]
     ledger = Ledger()
     measure = Measure(ledger, arguments.warmup, arguments.steps)
-    L.Trainer(
-        accelerator=settings["accelerator"],
-        devices=1,
-        precision=settings["precision"],
-        deterministic=settings["deterministic"],
-        max_steps=arguments.warmup + 2 * arguments.steps,
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[measure],
-        profiler=DataTime(ledger),
-    ).fit(module, datamodule=data)
+    steps = arguments.warmup + 2 * arguments.steps
+    module = train(arguments.config, options, steps, measure, DataTime(ledger))
     report(module, measure)
     if arguments.json:
         parts = {part: seconds / measure.steps for part, seconds in measure.ledger.seconds.items()}

@@ -177,7 +177,9 @@ def test_without_such_an_index_pips_own_is_taken(newcomer: Newcomer, index: str,
     lines = [line for line in said.splitlines() if line.startswith("ear-vae: ")]
     address = re.escape(f"{newcomer.indices}/{index}")
     assert len(lines) == 1
-    assert re.match(rf"ear-vae: no torch for the CPU from {address} \({why}\); using pip's default instead", lines[0])
+    assert re.match(
+        rf"ear-vae: no torch for the CPU from {address} \({why}\); using pip's default instead", lines[0]
+    )
 
 
 def test_a_port_where_nobody_listens(newcomer: Newcomer) -> None:

@@ -202,7 +202,7 @@ def test_the_script_of_the_tests_checks_style_and_types_unless_told_what_to_test
         command = ["bash", str(repository / "scripts" / "test"), *arguments]
         environment = {**os.environ, "VENV": str(tmp_path)}
         return subprocess.run(
-            command, env=environment, check=True, stdout=subprocess.PIPE, text=True
+            command, env=environment, check=True, capture_output=True, text=True
         ).stdout.splitlines()
 
     pytest_alone = "python -m pytest -n auto --maxprocesses 4 --dist worksteal"
@@ -213,3 +213,9 @@ def test_the_script_of_the_tests_checks_style_and_types_unless_told_what_to_test
         f"{pytest_alone} --cov --cov-report=term:skip-covered",
     ]
     assert called("tests/audio", "-k", "mp3") == [f"{pytest_alone} tests/audio -k mp3"]
+    with pytest.raises(subprocess.CalledProcessError) as failure:
+        called("tests/audio/test_nothing.py::test_it")
+    assert failure.value.returncode == 2
+    assert (
+        failure.value.stderr == "scripts/test: tests/audio/test_nothing.py::test_it: no such file or folder\n"
+    )

@@ -137,6 +137,20 @@ def test_without_a_compiler_it_trains_all_the_same(monkeypatch: pytest.MonkeyPat
         assert train(module(compiled=True)) == losses
 
 
+def test_where_the_terms_cannot_be_compiled_nothing_is(
+    passes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("no space left")
+
+    losses = train(module())
+    monkeypatch.setattr(objective, "_compiled_terms", lambda: refuse)
+    with pytest.warns(UserWarning, match="trains without being compiled: no space left"):
+        assert train(module(compiled=True)) == losses
+    # What was tried before, once each.
+    assert passes == ["_snake_of_channels", "_gradients_of_channels"]
+
+
 def test_terms_that_cannot_be_compiled_are_computed_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError("no space left")

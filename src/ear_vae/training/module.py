@@ -128,7 +128,7 @@ class EarVAEModule(L.LightningModule):
         discriminator: Architecture of the discriminator; without one the adversarial terms are left out, and
             may not be given weights.
         discriminator_optimizer: Optimizer and learning-rate schedule of the discriminator, if there is one.
-        adversarial_after: Number of steps in which a discriminator learns alone before its terms count.
+        adversarial_after: Number of steps in which a discriminator learns before its terms count.
         accumulate_grad_batches: Number of batches whose gradients make one step, as if they were one batch of
             that many times the size. With a discriminator the VAE runs forward twice for each of them,
             because the discriminator takes its step before the VAE's gradient is computed.
@@ -531,13 +531,16 @@ class EarVAEModule(L.LightningModule):
         try:
             if self.device.type == "cpu":
                 compile_snake_with_gradients()
-                for snake in (m for m in self.vae.modules() if isinstance(m, Snake)):
-                    snake.compiled_with_gradients = True
             # The balancer asks for the gradient of each term, one after the other.
             if self.balancer is None:
                 self.objective.compile_terms()
         except (RuntimeError, OSError) as error:
             warnings.warn(f"trains without being compiled: {first_line(error, most=2)}", stacklevel=2)
+            return
+        for module in self.vae.modules():
+            if isinstance(module, Snake):
+                # On CUDA it is one pass already, and takes no notice.
+                module.compiled_with_gradients = True
 
     def export(self, directory: str | Path) -> None:
         """Writes the trained model as a folder that `EarVAE.from_pretrained` loads.
