@@ -36,7 +36,7 @@ from ear_vae.network import Autoencoder, Decoder, Encoder
 from ear_vae.network.blocks import KeptKernels, keep_kernels, total
 
 _Network = TypeVar("_Network", Encoder, Decoder)
-_StagesOf = Callable[[_Network], list[Stage]]
+_StagesOf = Callable[[_Network, torch.dtype], list[Stage]]
 
 
 @dataclass(frozen=True)
@@ -118,46 +118,51 @@ class Runner:
         """
         transformer, device = self.model.transformer, self.model.device
         assert transformer is not None
-        self._require_runnable(latents)
+        dtype = self._runnable_dtype(latents)
         weights = {name: upcast(weight) for name, weight in transformer.named_parameters()}
-        x = latents.to(device=device, dtype=torch.promote_types(self.model.dtype, torch.float32))
+        x = latents.to(device=device, dtype=torch.promote_types(dtype, torch.float32))
         # Autocast would compute it in less.
         with torch.autocast(device.type, enabled=False):
             transformed: Tensor = functional_call(transformer, weights, (x,))
         return transformed.to(latents.device)
 
-    def _encoder_stages(self, encoder: Encoder) -> list[Stage]:
-        model = self.model
-        return encoder_stages(encoder, model.config, model.device, self.stage_tiles, model.dtype)
+    def _encoder_stages(self, encoder: Encoder, dtype: torch.dtype) -> list[Stage]:
+        return encoder_stages(encoder, self.model.config, self.model.device, self.stage_tiles, dtype)
 
-    def _decoder_stages(self, decoder: Decoder) -> list[Stage]:
-        model = self.model
-        return decoder_stages(decoder, model.config, model.device, self.stage_tiles, model.dtype)
+    def _decoder_stages(self, decoder: Decoder, dtype: torch.dtype) -> list[Stage]:
+        return decoder_stages(decoder, self.model.config, self.model.device, self.stage_tiles, dtype)
 
-    def _require_runnable(self, x: Tensor) -> None:
-        """Of all parts, whichever is about to run: the dtype of the first decides how the others are fed."""
+    def _runnable_dtype(self, x: Tensor) -> torch.dtype:
+        """What the model is about to run in: looked up once a run, because it goes through all weights.
+
+        Raises:
+            EarVAEError: It cannot, on this device or for `x`; of all parts, whichever is about to run.
+        """
         if x.is_meta != (self.model.device.type == "meta"):
             raise EarVAEError(
                 f"the model is on {self.model.device} and its input on {x.device}: nothing on the meta "
                 "device has values; load the model, or make the input, on a device that computes"
             )
-        require_runnable(self.model.weight_dtypes(), self.model.device)
+        dtypes = self.model.weight_dtypes()
+        require_runnable(dtypes, self.model.device)
+        (dtype,) = dtypes
+        return dtype
 
     def _run(self, network: _Network, x: Tensor, stages_of: _StagesOf[_Network]) -> Tensor:
-        self._require_runnable(x)
+        dtype = self._runnable_dtype(x)
         if torch.is_grad_enabled() and (
             x.requires_grad or any(p.requires_grad for p in network.parameters())
         ):
             # The autograd graph holds every activation anyway: tiles would only add their contexts to it.
-            return upcast(self._run_with_gradients(network, self._to_model(x))).to(x.device)
-        stages, tile_frames = self._with_graphs(network, stages_of(network)), self._tile_length()
+            return upcast(self._run_with_gradients(network, self._to_model(dtype, x))).to(x.device)
+        stages, tile_frames = self._with_graphs(network, stages_of(network, dtype)), self._tile_length(dtype)
         frames = x.shape[0] * x.shape[-1] // math.prod(stage.inputs for stage in stages)
         with self._kept_kernels({}) if frames > tile_frames else nullcontext():
             return run_stages(
                 stages,
                 x,
                 tile_frames=tile_frames,
-                prepare=self._prepare,
+                prepare=partial(self._prepare, dtype),
                 retrieve=lambda tile: _retrieve(tile, x.device),
             )
 
@@ -168,12 +173,12 @@ class Runner:
         source = iter(blocks)
         if (first := next(source, None)) is None:
             return
-        self._require_runnable(first)
+        dtype = self._runnable_dtype(first)
         tiles = stream_stages(
-            self._with_graphs(network, stages_of(network)),
+            self._with_graphs(network, stages_of(network, dtype)),
             chain((first,), source),
-            tile_frames=self._tile_length(),
-            prepare=self._prepare,
+            tile_frames=self._tile_length(dtype),
+            prepare=partial(self._prepare, dtype),
             retrieve=lambda tile: _retrieve(tile, first.device),
         )
         kernels: KeptKernels = {}
@@ -208,24 +213,24 @@ class Runner:
             x = checkpoint(_added_up, stage, x, use_reentrant=False, preserve_rng_state=False)
         return x
 
-    def _tile_length(self) -> int:
-        model, config = self.model, self.model.config
+    def _tile_length(self, dtype: torch.dtype) -> int:
+        config = self.model.config
         return self.tile_frames or tile_length(
-            config.channels, config.downsampling_ratio, model.device, model.dtype
+            config.channels, config.downsampling_ratio, self.model.device, dtype
         )
 
-    def _prepare(self, tile: Tensor) -> Tensor:
+    def _prepare(self, dtype: torch.dtype, tile: Tensor) -> Tensor:
         """[B, C, T] as the networks take it in inference, see `ear_vae.network.blocks`."""
         if self.model.device.type == "cpu":
             # The first convolution takes it in float32, whatever the weights are in.
-            tile = tile.to(torch.promote_types(self.model.dtype, torch.float32))
+            tile = tile.to(torch.promote_types(dtype, torch.float32))
         else:
-            tile = self._to_model(tile)
+            tile = self._to_model(dtype, tile)
         # Channels last by hand, which torch.vmap takes too.
         return tile.movedim(1, -1).contiguous().movedim(-1, 1).unsqueeze(-2)
 
-    def _to_model(self, x: Tensor) -> Tensor:
-        return copy_to_device(x, self.model.device, self.model.dtype)
+    def _to_model(self, dtype: torch.dtype, x: Tensor) -> Tensor:
+        return copy_to_device(x, self.model.device, dtype)
 
 
 def optimize(model: Autoencoder) -> None:

@@ -114,8 +114,8 @@ def snake(
     wide, alpha, inverse_beta = x.to(alpha.dtype), _like(alpha, x), _like(inverse_beta, x)
     if recorded:
         return _SnakeFunction.apply(wide, alpha, inverse_beta).to(dtype)
-    # sin²(αx)/β as the square of sin(αx)/√β: a pass over memory less.
-    sine = torch.mul(wide, alpha).sin_().mul_(inverse_beta.sqrt())
+    # sin²(αx)/β as the square of sin(αx)/√β: a pass over memory less. For `sqrt`, MKL would wake its threads.
+    sine = torch.mul(wide, alpha).sin_().mul_(inverse_beta.reciprocal().rsqrt())
     return torch.addcmul(wide, sine, sine).to(dtype)
 
 
