@@ -252,18 +252,28 @@ def together_and_alone(module: EarVAEModule, target: Tensor, repeats: int) -> tu
 
 
 def train(
-    configs: list[str], options: list[str], steps: int, callback: L.Callback, profiler: Profiler | None = None
+    configs: list[str],
+    options: list[str],
+    steps: int,
+    *callbacks: L.Callback,
+    profiler: Profiler | None = None,
+    processes: int = 1,
 ) -> EarVAEModule:
-    """Trains as `ear-vae fit` does with these configs and options, and writes nothing; returns the module."""
+    """Trains as `ear-vae fit` does with these configs and options, and writes nothing; returns the module.
+
+    Several processes share the batch; they start from the same command line.
+    """
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     shipped = shipped_configs()
     named = [f"--config={shipped.get(name, name)}" for name in ("base", *configs)]
     cli = FitCLI(EarVAEModule, AudioDataModule, args=[*named, *options], run=False, seed_everything_default=0)
     settings = cli.config["trainer"]
+    cli.datamodule.batch_size //= processes
     L.Trainer(
         accelerator=settings["accelerator"],
-        devices=1,
+        devices=processes,
+        strategy="ddp" if processes > 1 else "auto",
         precision=settings["precision"],
         deterministic=settings["deterministic"],
         max_steps=steps,
@@ -272,7 +282,7 @@ def train(
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[callback],
+        callbacks=list(callbacks),
         profiler=profiler,
     ).fit(cli.model, datamodule=cli.datamodule)
     return cli.model
@@ -291,7 +301,7 @@ def main() -> None:
     ledger = Ledger()
     measure = Measure(ledger, arguments.warmup, arguments.steps)
     steps = arguments.warmup + 2 * arguments.steps
-    module = train(arguments.config, options, steps, measure, DataTime(ledger))
+    module = train(arguments.config, options, steps, measure, profiler=DataTime(ledger))
     report(module, measure)
     if arguments.json:
         parts = {part: seconds / measure.steps for part, seconds in measure.ledger.seconds.items()}

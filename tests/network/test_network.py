@@ -8,6 +8,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ear_vae import EarVAE
+from ear_vae.audio import read_audio
 from ear_vae.config import EarVAEConfig
 from ear_vae.network import snake as snake_module
 from ear_vae.network.blocks import (
@@ -597,6 +599,30 @@ def test_narrow_rate_changes_compute_in_float32(make: type[torch.nn.Module], for
     assert found.dtype == x.dtype
     tolerance = 1e-5 if x.dtype == torch.float32 else 4e-3
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance / 4)
+
+
+def test_trained_under_autocast_narrow_layers_and_sums_are_float32() -> None:
+    torch.manual_seed(0)
+    narrow, x = ResidualUnit(32, dilation=3), torch.randn(2, 32, 200)
+    wide, y = ResidualUnit(64, dilation=3), torch.randn(2, 64, 200, dtype=torch.bfloat16)
+    expected = narrow(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert narrow(x).equal(expected)
+        assert wide(y).dtype == torch.float32
+        assert wide.conv_dilated(y).dtype == torch.bfloat16
+
+
+def test_trained_under_autocast_the_bundled_model_sounds_as_in_float32(piece: Path) -> None:
+    bundled = EarVAE.from_pretrained("ear-vae-tiny")
+    audio = torch.as_tensor(read_audio(piece)[0])[None, :, :65_536]
+    with torch.no_grad():
+        latents = bundled.encode(audio).mode()
+    rebuilt = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            rebuilt.append(bundled.decode(latents.clone().requires_grad_()).detach().float())
+    error = (rebuilt[1] - rebuilt[0]).square().sum() / rebuilt[0].square().sum()
+    assert 10 * float(error.log10()) < -45
 
 
 def test_kept_kernels_are_those_of_the_dtype_of_the_input() -> None:

@@ -12,7 +12,9 @@ the weights as they lie.
 
 A convolution computes in the dtype of its input. Weights in bfloat16 have it given bfloat16 by the Snake
 before it; on a CPU what the residual units add to stays float32 all the same, and so do the first and the
-last convolution of each network: that is cheap, and most of what bfloat16 would get wrong.
+last convolution of each network: that is cheap, and most of what bfloat16 would get wrong. In training, where
+autocast is set to bfloat16, a CPU computes the sums of the residual units and all narrow convolutions in
+float32.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ class Conv1d(nn.Conv1d):
 
     def forward(self, x: Tensor, *, add_bias: bool = True) -> Tensor:
         """Convolves [B, C, N] or [B, C, 1, N]; form and dtype are kept."""
-        if self.in_float32 and _reduced(x):
+        if _reduced(x) and (self.in_float32 or _trained_in_float32(self, x)):
             with torch.autocast(x.device.type, enabled=False):
                 return self.forward(x.float(), add_bias=add_bias).to(x.dtype)
         bias = _like(x, self.bias) if add_bias and self.bias is not None else None
@@ -94,7 +96,7 @@ class ConvTranspose1d(nn.ConvTranspose1d):
 
     def forward(self, x: Tensor, *, add_bias: bool = True) -> Tensor:  # type: ignore[override]
         """Convolves [B, C, N] or [B, C, 1, N], transposed; form and dtype are kept."""
-        if self.in_float32 and _reduced(x):
+        if _reduced(x) and (self.in_float32 or _trained_in_float32(self, x)):
             with torch.autocast(x.device.type, enabled=False):
                 return self.forward(x.float(), add_bias=add_bias).to(x.dtype)
         bias = _like(x, self.bias) if add_bias and self.bias is not None else None
@@ -157,6 +159,12 @@ def _reduced(x: Tensor) -> bool:
     if torch.is_autocast_enabled("cpu"):
         return torch.get_autocast_dtype("cpu") == torch.bfloat16
     return x.dtype == torch.bfloat16
+
+
+def _trained_in_float32(convolution: Conv1d | ConvTranspose1d, x: Tensor) -> bool:
+    """Whether autocast leaves a convolution in float32 where gradients are recorded: it does a narrow one."""
+    narrow = min(convolution.in_channels, convolution.out_channels) < _NARROW_CHANNELS
+    return narrow and x.ndim == 3 and torch.is_autocast_enabled("cpu")
 
 
 def _like(x: Tensor, weight: Tensor) -> Tensor:
@@ -281,7 +289,7 @@ class ResidualUnit(nn.Module):
             return y.plus(x)
         if isinstance(self.snake, Snake) and self.snake.compiled and fuses_residuals(y):
             return DeferredSum(y, residual=x)
-        return (upcast(x) if keeps_float32(x) else x) + y
+        return (upcast(x) if keeps_float32(x) or _reduced(x) else x) + y
 
 
 def residual_units(channels: int, num_snakes: int = 1) -> nn.Sequential:
