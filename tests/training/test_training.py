@@ -268,7 +268,7 @@ def test_unknown_configs() -> None:
     assert {"base", "warmup", "adversarial", "continuation", "smoke", "tiny", "tiny_quiet"} <= set(
         shipped_configs()
     )
-    with pytest.raises(EarVAEError, match=r"no config 'warmupp'.*tiny"):
+    with pytest.raises(EarVAEError, match=r"no config 'warmupp': did you mean warmup\?.*tiny"):
         run_fit(["--config", "warmupp"])
     with pytest.raises(EarVAEError, match=r"no config 'nowhere\.yaml'"):
         run_fit(["--config=nowhere.yaml"])

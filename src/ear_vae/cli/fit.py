@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -121,7 +122,9 @@ def _with_shipped_configs(arguments: Sequence[str]) -> list[str]:
             value = rest.pop(0)
         if value not in shipped:
             if not Path(value).is_file():
-                raise EarVAEError(f"no config {value!r}: give a file, or one of {', '.join(shipped)}")
+                near = difflib.get_close_matches(value, shipped, n=1)
+                meant = f"did you mean {near[0]}? Else " if near else ""
+                raise EarVAEError(f"no config {value!r}: {meant}give a file, or one of {', '.join(shipped)}")
             result.append(f"--config={value}")
             continue
         names = [value] if based or value == _BASE else [_BASE, value]
