@@ -54,7 +54,8 @@ class Conv1d(nn.Conv1d):
 
     def forward(self, x: Tensor, *, add_bias: bool = True) -> Tensor:
         """Convolves [B, C, N] or [B, C, 1, N]; form and dtype are kept."""
-        if _reduced(x) and (self.in_float32 or _trained_in_float32(self, x)):
+        narrow = min(self.in_channels, self.out_channels) < _NARROW_CHANNELS
+        if _reduced(x) and (self.in_float32 or (narrow and _trained_under_autocast(x))):
             with torch.autocast(x.device.type, enabled=False):
                 return self.forward(x.float(), add_bias=add_bias).to(x.dtype)
         bias = _like(x, self.bias) if add_bias and self.bias is not None else None
@@ -96,7 +97,7 @@ class ConvTranspose1d(nn.ConvTranspose1d):
 
     def forward(self, x: Tensor, *, add_bias: bool = True) -> Tensor:  # type: ignore[override]
         """Convolves [B, C, N] or [B, C, 1, N], transposed; form and dtype are kept."""
-        if _reduced(x) and (self.in_float32 or _trained_in_float32(self, x)):
+        if self.in_float32 and _reduced(x):
             with torch.autocast(x.device.type, enabled=False):
                 return self.forward(x.float(), add_bias=add_bias).to(x.dtype)
         bias = _like(x, self.bias) if add_bias and self.bias is not None else None
@@ -161,10 +162,9 @@ def _reduced(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16
 
 
-def _trained_in_float32(convolution: Conv1d | ConvTranspose1d, x: Tensor) -> bool:
-    """Whether autocast leaves a convolution in float32 where gradients are recorded: it does a narrow one."""
-    narrow = min(convolution.in_channels, convolution.out_channels) < _NARROW_CHANNELS
-    return narrow and x.ndim == 3 and torch.is_autocast_enabled("cpu")
+def _trained_under_autocast(x: Tensor) -> bool:
+    """Whether autocast has a CPU compute in bfloat16 what gradients are recorded of, see the top."""
+    return x.ndim == 3 and torch.is_autocast_enabled("cpu") and _reduced(x)
 
 
 def _like(x: Tensor, weight: Tensor) -> Tensor:
@@ -289,7 +289,7 @@ class ResidualUnit(nn.Module):
             return y.plus(x)
         if isinstance(self.snake, Snake) and self.snake.compiled and fuses_residuals(y):
             return DeferredSum(y, residual=x)
-        return (upcast(x) if keeps_float32(x) or _reduced(x) else x) + y
+        return (upcast(x) if keeps_float32(x) or _trained_under_autocast(x) else x) + y
 
 
 def residual_units(channels: int, num_snakes: int = 1) -> nn.Sequential:
