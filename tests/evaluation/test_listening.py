@@ -341,6 +341,12 @@ def test_report_of_folders_and_models(
         if row["metric"] == "si_sdr_db"
     )
     assert mean == pytest.approx(sum(each) / 2, abs=0.02)
+    single = folders / "single.html"
+    assert report(single, original / "a.wav", "--system", f"mine={good / 'a.wav'}", "--seconds", 1) == 0
+    alone = data_of(single.read_text(encoding="utf-8"))
+    assert alone["title"] == "mine beside a.wav"
+    assert alone["means"]["caption"] == "Figures of the excerpt below"
+    capsys.readouterr()
     before = out.read_bytes()
     assert report(out, original, "--system", good) == 1
     assert "exists already" in capsys.readouterr().err

@@ -17,7 +17,8 @@ from ear_vae.errors import EarVAEError
 from ear_vae.training.module import EarVAEModule
 from ear_vae.training.pictures import spectrogram_picture
 
-_LOSS_DECAY = 0.9
+_LOSS_DECAY = 0.98
+_REFRESH_STEPS = 5
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -165,14 +166,16 @@ class StepProgressBar(TQDMProgressBar):
     """Shows progress over the steps of the whole training, with a smoothed loss."""
 
     def __init__(self) -> None:
-        # Reading the loss waits for the device.
-        super().__init__(refresh_rate=5)
+        super().__init__(refresh_rate=_REFRESH_STEPS)
+        self._every = _REFRESH_STEPS
         self._smoothed: float | None = None
         self._step = -1
 
     def on_train_start(self, trainer: L.Trainer, *arguments: Any) -> None:
         """Shows all steps at once: a run that is resumed within an epoch comes to the start of none."""
         super().on_train_start(trainer, *arguments)
+        # Reading the loss waits for a GPU; a CPU has just computed it, and its steps may take many seconds.
+        self._every = 1 if trainer.strategy.root_device.type == "cpu" else _REFRESH_STEPS
         self._show_all_steps(trainer)
 
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
@@ -192,7 +195,7 @@ class StepProgressBar(TQDMProgressBar):
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
-        if self._step % self.refresh_rate == 0 or self._step == trainer.max_steps:
+        if self._step % self._every == 0 or self._step == trainer.max_steps:
             self.train_progress_bar.n = self._step
             self.train_progress_bar.set_postfix(self.get_metrics(trainer, pl_module))
 
@@ -213,7 +216,8 @@ class StepProgressBar(TQDMProgressBar):
             value = float(total)
             before = value if self._smoothed is None else self._smoothed
             if value == value:  # the average would never recover from NaN
-                self._smoothed = _LOSS_DECAY * before + (1 - _LOSS_DECAY) * value
+                decay = _LOSS_DECAY**self._every
+                self._smoothed = decay * before + (1 - decay) * value
             shown["total"] = f"{before if self._smoothed is None else self._smoothed:.3f}"
         if (quality := metrics.get("validation/si_sdr_db")) is not None:
             shown["SI-SDR"] = f"{float(quality):.2f} dB"

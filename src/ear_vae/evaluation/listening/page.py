@@ -97,7 +97,11 @@ def means_of(excerpts: Sequence[Excerpt]) -> Means:
             found = [excerpt.signals[index].figures[metric] for excerpt in excerpts]
             values = [value for value in found if value is not None]
             systems[signal.name][metric] = statistics.fmean(values) if values else None
-    return Means(f"Means over the {counted(len(excerpts), 'excerpt')} below", systems)
+    several = len(excerpts) > 1
+    return Means(
+        f"Means over the {len(excerpts)} excerpts below" if several else "Figures of the excerpt below",
+        systems,
+    )
 
 
 def fitting(excerpts: Sequence[Excerpt], megabytes: float) -> list[Excerpt]:

@@ -235,7 +235,8 @@ def _title(sources: _Sources) -> str:
     if more > 0:
         names = [*names[:_SYSTEMS_IN_TITLE], counted(more, "other system")]
     joined = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-    return f"{joined} beside the originals of {sources.target.resolve().name}"
+    target = sources.target.resolve()
+    return f"{joined} beside {target.name if target.is_file() else f'the originals of {target.name}'}"
 
 
 def _common_files(sources: _Sources, notes: list[str]) -> list[tuple[str, Path]]:
@@ -274,4 +275,6 @@ def _means(sources: _Sources) -> Means | None:
         name: {metric: figures["mean"] for metric, figures in summarize(rows).items()}
         for name, rows in sources.rows.items()
     }
-    return Means(f"Means over the whole of {files}", systems)
+    return Means(
+        "Figures of the whole file" if files == "1 file" else f"Means over the whole of {files}", systems
+    )
