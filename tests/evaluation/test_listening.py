@@ -342,7 +342,7 @@ def test_report_of_folders_and_models(
     )
     assert mean == pytest.approx(sum(each) / 2, abs=0.02)
     single = folders / "single.html"
-    assert report(single, original / "a.wav", "--system", f"mine={good / 'a.wav'}", "--seconds", 1) == 0
+    assert report(single, original / "a.wav", "--system", f"mine={good / 'a.wav'}", "--excerpts", 1) == 0
     alone = data_of(single.read_text(encoding="utf-8"))
     assert alone["title"] == "mine beside a.wav"
     assert alone["means"]["caption"] == "Figures of the excerpt below"
