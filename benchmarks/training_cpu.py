@@ -23,10 +23,9 @@ import lightning as L
 import torch
 from training_step import train
 
-PLAIN = "as by default"
 SHARED = ", two processes"
 VARIANTS = {
-    PLAIN: ["--model.compiled=false", "--trainer.precision=32-true"],
+    "as by default": ["--model.compiled=false", "--trainer.precision=32-true"],
     "compiled": ["--model.compiled=true", "--trainer.precision=32-true"],
     "compiled, bf16-mixed": ["--model.compiled=true", "--trainer.precision=bf16-mixed"],
     "compiled" + SHARED: ["--model.compiled=true", "--trainer.precision=32-true"],

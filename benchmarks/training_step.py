@@ -261,7 +261,7 @@ def train(
 ) -> EarVAEModule:
     """Trains as `ear-vae fit` does with these configs and options, and writes nothing; returns the module.
 
-    Several processes share the batch; they start from the same command line.
+    Several processes share the batch, which must divide among them; they start from the same command line.
     """
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -269,6 +269,10 @@ def train(
     named = [f"--config={shipped.get(name, name)}" for name in ("base", *configs)]
     cli = FitCLI(EarVAEModule, AudioDataModule, args=[*named, *options], run=False, seed_everything_default=0)
     settings = cli.config["trainer"]
+    if cli.datamodule.batch_size % processes:
+        raise SystemExit(
+            f"a batch of {cli.datamodule.batch_size} does not divide among {processes} processes"
+        )
     cli.datamodule.batch_size //= processes
     L.Trainer(
         accelerator=settings["accelerator"],

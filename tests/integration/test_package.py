@@ -219,3 +219,22 @@ def test_the_script_of_the_tests_checks_style_and_types_unless_told_what_to_test
     assert (
         failure.value.stderr == "scripts/test: tests/audio/test_nothing.py::test_it: no such file or folder\n"
     )
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_the_demo_explains_itself_and_misses_a_song_before_it_installs(
+    repository: Path, tmp_path: Path
+) -> None:
+    def called(argument: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "VENV": str(tmp_path / "venv")}
+        command = ["bash", str(repository / "scripts" / "demo"), argument]
+        return subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=20
+        )
+
+    explained, missed = called("--help"), called("nowhere.mp3")
+    assert explained.returncode == 0
+    assert "./scripts/demo [SONG [REBUILT.wav]]" in explained.stdout
+    assert (missed.returncode, missed.stdout) == (1, "")
+    assert missed.stderr == f"demo: {tmp_path / 'nowhere.mp3'}: no such file\n"
+    assert not list(tmp_path.iterdir())

@@ -36,9 +36,10 @@ KeptKernels = dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]]
 that over."""
 _kept_kernels: ContextVar[KeptKernels | None] = ContextVar("kept_kernels", default=None)
 
-# A convolution that changes the rate between fewer channels than these computes in float32 on a CPU: it is
-# little work, and bfloat16 makes it no faster. With AMX, oneDNN 3.12 (in torch 2.13) even gets it wrong where
-# channels are fewer than 16 and the stride is 4 or more.
+# A convolution that changes the rate between fewer channels than these computes in float32 on a CPU; under
+# autocast in training, every one of fewer channels does. It is little work, and bfloat16 makes it no faster.
+# With AMX, oneDNN 3.12 (in torch 2.13) even gets it wrong where channels are fewer than 16 and the stride is
+# 4 or more.
 _NARROW_CHANNELS = 64
 RESIDUAL_DILATIONS = (1, 3, 9)
 RESIDUAL_KERNEL_SIZE = 7
@@ -50,12 +51,11 @@ class Conv1d(nn.Conv1d):
     @property
     def in_float32(self) -> bool:
         """Whether it computes in float32 on a CPU, whatever the dtype of its input."""
-        return self.stride[0] > 1 and min(self.in_channels, self.out_channels) < _NARROW_CHANNELS
+        return self.stride[0] > 1 and _is_narrow(self)
 
     def forward(self, x: Tensor, *, add_bias: bool = True) -> Tensor:
         """Convolves [B, C, N] or [B, C, 1, N]; form and dtype are kept."""
-        narrow = min(self.in_channels, self.out_channels) < _NARROW_CHANNELS
-        if _reduced(x) and (self.in_float32 or (narrow and _trained_under_autocast(x))):
+        if _reduced(x) and (self.in_float32 or (_trained_under_autocast(x) and _is_narrow(self))):
             with torch.autocast(x.device.type, enabled=False):
                 return self.forward(x.float(), add_bias=add_bias).to(x.dtype)
         bias = _like(x, self.bias) if add_bias and self.bias is not None else None
@@ -93,7 +93,7 @@ class ConvTranspose1d(nn.ConvTranspose1d):
     @property
     def in_float32(self) -> bool:
         """Whether it computes in float32 on a CPU, whatever the dtype of its input."""
-        return min(self.in_channels, self.out_channels) < _NARROW_CHANNELS
+        return _is_narrow(self)
 
     def forward(self, x: Tensor, *, add_bias: bool = True) -> Tensor:  # type: ignore[override]
         """Convolves [B, C, N] or [B, C, 1, N], transposed; form and dtype are kept."""
@@ -151,6 +151,10 @@ def keep_kernels(kept: KeptKernels | None = None) -> Iterator[None]:
         yield
     finally:
         _kept_kernels.reset(token)
+
+
+def _is_narrow(convolution: Conv1d | ConvTranspose1d) -> bool:
+    return min(convolution.in_channels, convolution.out_channels) < _NARROW_CHANNELS
 
 
 def _reduced(x: Tensor) -> bool:

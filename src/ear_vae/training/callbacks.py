@@ -17,6 +17,7 @@ from ear_vae.errors import EarVAEError
 from ear_vae.training.module import EarVAEModule
 from ear_vae.training.pictures import spectrogram_picture
 
+# Of the loss that the bar shows, in a step.
 _LOSS_DECAY = 0.98
 _REFRESH_STEPS = 5
 
