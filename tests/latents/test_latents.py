@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +55,59 @@ def test_round_trip(tmp_path: Path, dtype: torch.dtype) -> None:
         save_latents(stream, latents)
         stream.seek(0)
         assert same(load_latents(stream), latents)
+
+
+def test_a_full_disk_is_an_error_that_leaves_nothing(tmp_path: Path) -> None:
+    """A file that may not grow stands for the disk."""
+    resource, signal = pytest.importorskip("resource"), pytest.importorskip("signal")
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, before[1]))
+    try:
+        with pytest.raises(EarVAEError, match=r"a\.safetensors: could not be written: .*File too large"):
+            save_latents(tmp_path / "a.safetensors", example())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+@pytest.mark.parametrize("step", ["save", "load"])
+def test_latents_are_not_copied_to_be_saved_or_loaded(tmp_path: Path, step: str) -> None:
+    """An hour of them is 160 MB; here 128 MB."""
+    script = f"""
+import re
+import torch
+from ear_vae.latents import Latents, load_latents, save_latents
+
+def peak_bytes():
+    # The usage that the system reports on exit would begin with the memory of the process that started this one.
+    return 1024 * int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read()).group(1))
+
+if {step!r} == "save":
+    frames = 500_000
+    latents = Latents(
+        mean=torch.ones(64, frames), std=None, sample_rate=44_100, downsampling_ratio=256,
+        num_samples=256 * frames, audio_channels=2, source_sample_rate=44_100, source_num_samples=256 * frames,
+        model_name="a model", weights_sha256="0" * 64,
+    )
+    before = peak_bytes()
+    save_latents("a.safetensors", latents)
+else:
+    load_latents("small.safetensors")
+    before = peak_bytes()
+    load_latents("a.safetensors")
+print(peak_bytes() - before)
+"""
+    save_latents(tmp_path / "small.safetensors", example())
+    if step == "load":
+        long = example(mean=torch.ones(64, 500_000), std=None, num_samples=1024 * 500_000)
+        save_latents(tmp_path / "a.safetensors", long)
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, check=True, capture_output=True, text=True
+    )
+    copies = int(result.stdout) / (64 * 500_000 * 4)
+    assert copies < (0.3 if step == "save" else 1.3)
 
 
 def test_the_same_latents_saved_again_give_the_same_bytes(tmp_path: Path) -> None:

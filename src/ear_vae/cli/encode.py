@@ -35,7 +35,8 @@ def run_encode(options: argparse.Namespace) -> int:
                 read_ahead(resample_stream(counted, info.sample_rate, vae.sample_rate)) as audio,
             ):
                 for part in vae.encode_stream(audio):
-                    means.append(part.mean)
+                    # A view would keep the memory that mean and standard deviation came in together.
+                    means.append(part.mean.clone())
                     if options.std or options.sample:
                         stds.append(part.std)
         num_samples, sample_rate = counted.num_samples, info.sample_rate

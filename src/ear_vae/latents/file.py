@@ -13,12 +13,12 @@ from typing import IO, Any, Protocol
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
+from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from ear_vae._atomic import atomic_path, name_of, write_all
 from ear_vae._dtype import STORED_DTYPES
-from ear_vae.errors import EarVAEError
+from ear_vae.errors import EarVAEError, in_one_line
 from ear_vae.latents.raw import matrix
 from ear_vae.limits import (
     HIGHEST_DOWNSAMPLING_RATIO,
@@ -185,13 +185,16 @@ def save_latents(
     tensors = {"mean": latents.mean.detach().cpu().contiguous()}
     if latents.std is not None:
         tensors["std"] = latents.std.detach().cpu().contiguous()
-    data = save(tensors, pack_facts(facts))
+    metadata = pack_facts(facts)
     try:
         if isinstance(destination, (str, os.PathLike)):
             with atomic_path(destination, overwrite) as temporary:
-                temporary.write_bytes(data)
+                # Straight from the tensors: hours of latents are not copied to be written.
+                save_file(tensors, temporary, metadata)
         else:
-            write_all(destination, data)
+            write_all(destination, save(tensors, metadata))
+    except SafetensorError as error:
+        raise EarVAEError(f"{name}: could not be written: {in_one_line(error)}") from error
     except OSError as error:
         raise EarVAEError(f"{name}: could not be written: {error.strerror or error}") from error
 
@@ -276,6 +279,12 @@ def _header_metadata(data: bytes) -> dict[str, str]:
     return dict(parse_json(data[8 : 8 + length]).get("__metadata__") or {})
 
 
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite in float32, which they are decoded in."""
+    # Row by row: of all at once the check would need three times the memory of the tensor.
+    return all(bool(torch.isfinite(row.float()).all()) for row in tensor)
+
+
 def _require_valid(latents: Latents, name: str) -> None:
     mean, std = latents.mean, latents.std
     for key in ("model_name", "weights_sha256"):
@@ -321,8 +330,7 @@ def _require_valid(latents: Latents, name: str) -> None:
             f"{latents.source_sample_rate} Hz promised, {longest} there"
         )
     for key, tensor in (("mean", mean), ("std", std)):
-        # In float32, which they are decoded in.
-        if tensor is not None and not bool(torch.isfinite(tensor.float()).all()):
+        if tensor is not None and not _is_finite(tensor):
             raise EarVAEError(f"{name}: {key} holds NaN or infinity, or more than float32 does")
     if std is not None and bool((std < 0).any()):
         raise EarVAEError(f"{name}: std holds negative values")
