@@ -81,15 +81,15 @@ import torch
 from ear_vae.latents import Latents, load_latents, save_latents
 
 def peak_bytes():
-    # The usage that the system reports on exit would begin with the memory of the process that started this one.
+    # The usage that getrusage reports begins with the memory of the process that started this one.
     return 1024 * int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read()).group(1))
 
 if {step!r} == "save":
     frames = 500_000
     latents = Latents(
         mean=torch.ones(64, frames), std=None, sample_rate=44_100, downsampling_ratio=256,
-        num_samples=256 * frames, audio_channels=2, source_sample_rate=44_100, source_num_samples=256 * frames,
-        model_name="a model", weights_sha256="0" * 64,
+        num_samples=256 * frames, audio_channels=2, source_sample_rate=44_100,
+        source_num_samples=256 * frames, model_name="a model", weights_sha256="0" * 64,
     )
     before = peak_bytes()
     save_latents("a.safetensors", latents)
