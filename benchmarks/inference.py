@@ -17,7 +17,10 @@ has all its runs before the next begins, and then gives back the memory it keeps
 Peak memory is what a process holds at most beyond Python and torch: weights, audio and activations. The
 straight path is left out where batch times length exceeds 60 s. The fraction of the peak is that of the best
 of several matrix products on the same device, in the same dtype and with the same threads, each through two
-libraries.
+libraries. The fraction of convolutions, for `ear_vae` and `ear_vae_optimized` on a CPU, is that of the rate
+at which the machine convolves: after the timed runs, every convolution of the run is repeated by itself, on
+random input of the same shape, dtype and layout, with its kernel reordered beforehand; what they take in all,
+by the median of each times its number of calls, over the time of the whole run.
 """
 
 from __future__ import annotations
@@ -30,7 +33,9 @@ import statistics
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -43,7 +48,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ear_vae import EarVAE, EarVAEConfig
 from ear_vae._atomic import atomic_path
 from ear_vae.dsp._torchaudio import functional as functional_of_torchaudio
-from ear_vae.network.blocks import Snake
+from ear_vae.network.blocks import Snake, convolutions, keep_kernels
 from ear_vae.network.snake_common import switches
 from ear_vae.training.weight_norm import apply_weight_norm
 
@@ -52,12 +57,14 @@ SWITCHED = "ear_vae_switched"
 FROM_HOST = "ear_vae_from_host"
 TILED = (OURS, OPTIMIZED, FROM_HOST, SWITCHED)
 UNCOUNTED = 2
+CONVOLUTION_REPEATS = 5
 DIRECTIONS = ("encode", "decode")
 MOST_STRAIGHT_SECONDS = 60
 MATRIX_SIZES = {"cpu": (1024, 2048, 4096), "cuda": (1024, 2048, 4096, 8192)}
 COLUMNS = (
     *("implementation", "direction", "seconds", "batch", "device", "dtype", "time_s", "times_real_time"),
-    *("ratio_to_straight", "gflops", "peak_gflops", "fraction_of_peak", "peak_memory_mb", "max_abs_error"),
+    *("ratio_to_straight", "gflops", "peak_gflops", "fraction_of_peak", "fraction_of_convolutions"),
+    *("peak_memory_mb", "max_abs_error"),
 )
 
 
@@ -146,6 +153,35 @@ def example(direction: str, seconds: float, batch: int, config: EarVAEConfig) ->
     return torch.randn(batch, config.latent_dim, frames, generator=generator)
 
 
+def convolution_seconds(vae: EarVAE, run: Callable[[], Tensor]) -> float:
+    """How long the convolutions of a run take when nothing else is done."""
+    calls: Counter[tuple[Any, ...]] = Counter()
+
+    def record(module: nn.Module, inputs: tuple[Tensor], options: dict[str, Any]) -> None:
+        (x,) = inputs
+        calls[module, x.shape, x.stride(), x.dtype, tuple(options.items())] += 1
+
+    hooks = [
+        module.register_forward_pre_hook(record, with_kwargs=True)
+        for network in (vae.encoder, vae.decoder)
+        for module in convolutions(network)
+    ]
+    run()
+    for hook in hooks:
+        hook.remove()
+    total = 0.0
+    with keep_kernels():
+        for (module, shape, stride, dtype, options), count in calls.items():
+            x = torch.empty_strided(shape, stride, dtype=dtype).normal_()
+            times = []
+            for _ in range(UNCOUNTED + CONVOLUTION_REPEATS):
+                start = time.perf_counter()
+                module(x, **dict(options))
+                times.append(time.perf_counter() - start)
+            total += count * statistics.median(times[UNCOUNTED:])
+    return total
+
+
 def serve(
     pipe: Connection, implementation: str, channels: int, device: str, dtype: str, threads: int
 ) -> None:
@@ -155,7 +191,7 @@ def serve(
     before = resident_bytes()
     weight_dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     # The network lives as long as its directions do.
-    _network, directions = build(implementation, channels, device, weight_dtype)
+    network, directions = build(implementation, channels, device, weight_dtype)
     config = EarVAEConfig(channels=channels)
     pipe.send("ready")
     while (order := pipe.recv()) is not None:
@@ -164,16 +200,23 @@ def serve(
                 torch.cuda.empty_cache()
             pipe.send("released")
             continue
-        direction, seconds, batch, wants_result = order
+        direction, seconds, batch, wanted = order
         x = example(direction, seconds, batch, config)
         if implementation != FROM_HOST:
             x = x.to(device=device, dtype=weight_dtype)
+        if wanted == "convolutions":
+            assert isinstance(network, EarVAE)
+            with torch.inference_mode():
+                pipe.send(convolution_seconds(network, partial(directions[direction], x)))
+            continue
         reset_peak(device)
         with torch.inference_mode():
             start = now(device)
             y = directions[direction](x)
             elapsed = now(device) - start
-        pipe.send((elapsed, peak_bytes(device, before), y.float().cpu().numpy() if wants_result else None))
+        pipe.send(
+            (elapsed, peak_bytes(device, before), y.float().cpu().numpy() if wanted == "result" else None)
+        )
         del x, y
 
 
@@ -279,6 +322,11 @@ class Contender:
         self._pipe.send(order)
         return self._answer()
 
+    def convolution_seconds(self, direction: str, seconds: float, batch: int) -> float:
+        """What the convolutions of such a run take alone."""
+        self._pipe.send((direction, seconds, batch, "convolutions"))
+        return self._answer()
+
     def release(self) -> None:
         """Has memory given back that is kept for the next run."""
         self._pipe.send("release")
@@ -308,7 +356,7 @@ def compare(
         order.sort(key=lambda turn_number: turn_number[1])
     for turn, number in order:
         contender = contenders[number]
-        result = contender.run(direction, seconds, batch, turn == 0)
+        result = contender.run(direction, seconds, batch, "result" if turn == 0 else "time")
         if result is None:
             raise SystemExit(f"{contender.implementation} ended at {direction} of {batch} x {seconds:g} s")
         runs.setdefault(number, []).append(result)
@@ -325,6 +373,9 @@ def compare(
             else statistics.median(time_s for time_s, _, _ in runs[reference][UNCOUNTED:])
         )
         peak = arguments.peaks[contender.dtype]
+        alone = None
+        if arguments.device == "cpu" and contender.implementation in (OURS, OPTIMIZED):
+            alone = contender.convolution_seconds(direction, seconds, batch)
         memory = max((m for _, m, _ in runs[number] if m is not None), default=None)
         comparable = reference is not None and contender.implementation != DIFFUSERS
         error = abs(runs[number][0][2] - runs[reference][0][2]).max() if comparable else None
@@ -342,6 +393,7 @@ def compare(
                 "gflops": operations / elapsed / 1e9,
                 "peak_gflops": peak / 1e9,
                 "fraction_of_peak": operations / elapsed / peak,
+                "fraction_of_convolutions": alone and alone / elapsed,
                 "peak_memory_mb": memory and memory / 1e6,
                 "max_abs_error": None if error is None else float(error),
             }
