@@ -324,6 +324,25 @@ def test_bad_lines(
 
 
 @POSIX
+@pytest.mark.parametrize(
+    ("options", "last"),
+    [
+        ("--config smoke --trainer.max_step 3", "did you mean --trainer.max_steps?"),
+        ("--model.optimiser.warmup_steps=3", "did you mean --model.optimizer.warmup_steps?"),
+        ("--config smoke --model.confg.channels 3", "did you mean --model.config.channels?"),
+        ("--config smoke --nothing.like 3", "error: unrecognized arguments: --nothing.like 3"),
+        ("--config smoke --trainer.max_steps three", "  Expected a <class 'int'>. Got value: three"),
+    ],
+)
+def test_an_option_of_fit_that_there_is_not(
+    commands: Commands, workplace: Path, options: str, last: str
+) -> None:
+    code, _, err = commands.run(["fit", "--data.folder", "folder", *options.split()], workplace)
+    assert code == 2
+    assert err.splitlines()[-1] == last
+
+
+@POSIX
 def test_one_argument_is_enough_to_rebuild(commands: Commands, tmp_path: Path, small_model: Path) -> None:
     source = write(tmp_path / "in" / "song.flac")
     write(tmp_path / "in" / "more" / "b.wav")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
+import re
 import shlex
 import signal
 import warnings
@@ -14,6 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from ear_vae.cli.fit import HELP
 from ear_vae.cli.terminal import say
 from ear_vae.errors import EarVAEError
 from ear_vae.training.callbacks import Checkpoints, ExportModel, ListeningExamples, StepProgressBar
@@ -63,7 +66,12 @@ class FitCLI(LightningCLI):
             EarVAEError: The checkpoint cannot be resumed from, or the folder holds another run.
         """
         assert isinstance(args, list), "main passes a list"
-        self.config = parser.parse_args(args)
+        try:
+            self.config = parser.parse_args(args)
+        except SystemExit as error:
+            if error.code and (meant := self._meant(args)):
+                say(f"did you mean {meant}?")
+            raise
         # Held back until the options are final: the parent replaces some of them by what stands under
         # `hyper_parameters` in a checkpoint.
         self._checkpoint: str | None = None
@@ -102,9 +110,23 @@ class FitCLI(LightningCLI):
         """Links the settings of the data that follow from the model, and adds our callbacks."""
         for target, fact in (("sample_rate", _sample_rate), ("segment_multiple", _downsampling_ratio)):
             parser.link_arguments("model", f"data.{target}", compute_fn=fact, apply_on="instantiate")
+        self._parser_of_fit = parser
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
         parser.add_lightning_class_args(ExportModel, "export")
         parser.add_lightning_class_args(ListeningExamples, "examples")
+
+    def _meant(self, arguments: Sequence[str]) -> str | None:
+        """Returns the option nearest to the first one that there is not."""
+        defaults = self._parser_of_fit.get_defaults(skip_validation=True)
+        options = {f"--{name}" for name in defaults.keys()}  # noqa: SIM118 - no mapping, cannot be iterated
+        options |= set(re.findall(r"--[\w.]+", HELP))
+        above = tuple(f"{option}." for option in options)
+        for argument in arguments:
+            name = argument.partition("=")[0]
+            # Below some options, as of a class that is named, lie more than are listed.
+            if name.startswith("--") and name not in options and not name.startswith(above):
+                return next(iter(difflib.get_close_matches(name, options, n=1, cutoff=0.8)), None)
+        return None
 
     def _options_of_fit(self) -> Any:
         """Returns the options of `fit`; None where the parts are only built (`run=False`)."""
