@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import itertools
 import shutil
 import subprocess
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +43,16 @@ def encoded(
     stream = io.BytesIO()
     soundfile.write(stream, noise(num_samples, seed), rate, subtype, format=container)
     return stream.getvalue()
+
+
+def ogg_checksum(page: bytes) -> int:
+    """RFC 3533, section 6, of a page whose own is 0."""
+    value = 0
+    for byte in page:
+        value ^= byte << 24
+        for _ in range(8):
+            value = (value << 1 ^ (0x04C11DB7 if value >> 31 else 0)) & 0xFFFFFFFF
+    return value
 
 
 def decoded(data: bytes) -> torch.Tensor:
@@ -211,6 +223,73 @@ def test_an_mp3_without_its_length_is_what_ffmpeg_makes_of_it(
     found, _ = read_audio(path)
     assert found.shape == expected.shape
     assert (found - expected).abs().max() < 1e-4
+
+
+def with_positions(data: bytes, change: Callable[[int, int], int]) -> bytes:
+    """An Ogg stream whose audio pages state other positions, by their number and what they state."""
+    pages = [data[start:end] for start, end in itertools.pairwise([*page_starts(data), len(data)])]
+    result = b""
+    for number, page in enumerate(pages):
+        position = int.from_bytes(page[6:14], "little")
+        if position:
+            position = change(number, position)
+        other = page[:6] + position.to_bytes(8, "little") + page[14:22] + bytes(4) + page[26:]
+        result += other[:22] + ogg_checksum(other).to_bytes(4, "little") + other[26:]
+    return result
+
+
+def page_starts(data: bytes) -> list[int]:
+    starts, position = [], 0
+    while position < len(data):
+        starts.append(position)
+        segments = data[position + 26]
+        position += 27 + segments + sum(data[position + 27 : position + 27 + segments])
+    return starts
+
+
+@pytest.mark.parametrize("rate", [RATE, 16_000])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda number, position: position,
+        # As ffmpeg cuts it without encoding it again.
+        lambda number, position: max(0, position - 5000),
+        # As encoders miscount a block in some pages, or at the start.
+        lambda number, position: position + 448 * (number % 2),
+        lambda number, position: position + 63,
+    ],
+    ids=["right", "cut", "miscounted", "shifted"],
+)
+def test_vorbis_is_the_same_in_parts_whatever_positions_its_pages_state(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[int, int], int],
+    rate: int,
+) -> None:
+    """libsndfile seeks by them. Clicks are encoded in short blocks."""
+    samples = 0.02 * np.random.default_rng(0).standard_normal((8 * RATE, 2))
+    samples[:: RATE // 5] += 0.9
+    soundfile.write(tmp_path / "right.ogg", samples, rate, subtype="VORBIS")
+    data = with_positions((tmp_path / "right.ogg").read_bytes(), change)
+    path = tmp_path / "a.ogg"
+    path.write_bytes(data)
+    whole = decoded(data)
+    for start in range(0, whole.shape[1] - 1000, 29_973):
+        part, _ = read_audio(path, start=start, num_samples=1000)
+        assert torch.equal(part, whole[:, start : start + 1000]), start
+    monkeypatch.setattr("ear_vae.audio.reading.BLOCK_FRAMES", 50_000)
+    assert torch.equal(read_audio(path)[0], whole)
+    with stream_audio(path) as (_, blocks):
+        assert torch.equal(torch.cat(list(blocks), dim=1), whole)
+
+
+def test_vorbis_that_lacks_more_than_a_block_is_damaged() -> None:
+    data = encoded(RATE, 0, "OGG", "VORBIS")
+    # More than the last page holds: others are missing.
+    last = len(page_starts(data)) - 1
+    more = with_positions(data, lambda number, position: position + 20_000 * (number == last))
+    with pytest.raises(EarVAEError, match="truncated"):
+        read_audio(io.BytesIO(more))
 
 
 def test_seeking_in_long_pages_of_ogg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ AudioSource = str | os.PathLike[str] | IO[bytes]
 
 # What libsndfile says of a flac whose encoder could not go back to write its length.
 _UNKNOWN_LENGTH = 2**62
+_LONGEST_VORBIS_BLOCK = 8192
 # Where libsndfile's log gives the length of the audio as the header has it.
 _LENGTH_LINES = {
     "WAV": "data",
@@ -60,11 +61,13 @@ class AudioPart:
         num_samples: Number of samples per channel.
         open: Function that opens the `soundfile.SoundFile` to read it from.
         tail: Samples at the end that libsndfile reads correctly only when it starts before them.
+        may_miss: Samples that may be missing at the end though the file is whole.
     """
 
     num_samples: int
     open: Callable[[], AbstractContextManager[Any]]
     tail: int = 0
+    may_miss: int = 0
 
 
 @dataclass(frozen=True)
@@ -241,9 +244,11 @@ def _joined(parts: tuple[Part, ...], stream: IO[bytes], kind: str, name: str, si
         facts[opened.sample_rate, opened.channels] = opened
 
         def again(part: Part = part) -> AbstractContextManager[Any]:
-            return _sound_file(PartReader(stream, part))
+            return _sound_file(PartReader(stream, part), seekable=part.seekable)
 
-        readable.append(AudioPart(opened.num_samples, again, part.tail))
+        # Pages that misstate positions may state a block too many.
+        may_miss = 0 if part.seekable else _LONGEST_VORBIS_BLOCK
+        readable.append(AudioPart(opened.num_samples, again, part.tail, may_miss))
     if len(facts) > 1:
         kinds = ", then ".join(f"{channels} channels at {rate} Hz" for rate, channels in facts)
         raise EarVAEError(
@@ -254,9 +259,17 @@ def _joined(parts: tuple[Part, ...], stream: IO[bytes], kind: str, name: str, si
     )
 
 
-def _sound_file(source: Any) -> Any:
+class _OrderedSoundFile(soundfile.SoundFile):
+    """Is read in order: soundfile seeks after each read where it may."""
+
+    def seekable(self) -> bool:
+        """Never."""
+        return False
+
+
+def _sound_file(source: Any, *, seekable: bool = True) -> Any:
     try:
-        return soundfile.SoundFile(source)
+        return (soundfile.SoundFile if seekable else _OrderedSoundFile)(source)
     except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:
         reason = first_line(error)
         # Its mp3 decoder's word for everything; the file has been opened.

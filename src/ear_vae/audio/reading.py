@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import soundfile
 import torch
 from torch import Tensor
@@ -80,8 +82,8 @@ def audio_info(source: AudioSource) -> AudioInfo:
 def read_audio(source: AudioSource, *, start: int = 0, num_samples: int | None = None) -> tuple[Tensor, int]:
     """Reads audio at its own sample rate.
 
-    A part of a file is read by seeking, sample for sample what reading the whole would give, except in
-    formats that only ffmpeg reads, which are decoded whole.
+    A part of a file is read by seeking, sample for sample what reading the whole would give. Ogg Vorbis
+    whose pages misstate their positions is decoded from its start, what only ffmpeg reads is decoded whole.
 
     Args:
         source: Path or open binary file, of a format that soundfile or ffmpeg reads, video included.
@@ -210,7 +212,8 @@ def _checked_blocks(
             missing -= block.shape[1]
             found += block.shape[1]
             yield block
-        may_miss = _MISSING_MP3_SAMPLES if info.format == "MP3" and number == len(opened.parts) else 0
+        is_last_mp3 = info.format == "MP3" and number == len(opened.parts)
+        may_miss = _MISSING_MP3_SAMPLES if is_last_mp3 else part.may_miss
         if opened.exact and missing > may_miss:
             raise EarVAEError(
                 f"{name}: truncated: {start + found} of {info.num_samples} samples could be read"
@@ -220,24 +223,49 @@ def _checked_blocks(
 
 
 def _read_blocks(part: AudioPart, name: str, start: int, wanted: int) -> Iterator[Tensor]:
-    position = 0
+    position = start
     with part.open() as file:
-        longest_run_up = _RUN_UPS.get(file.format, 0)
-        # Where libsndfile finds its place at all.
-        last_seek = part.num_samples - part.tail - longest_run_up
-        while position < wanted:
-            try:
-                # soundfile seeks after every read, so that each block needs its run-up.
-                run_up = start + position - max(0, min(start + position - longest_run_up, last_seek))
-                if run_up or position == 0:
-                    file.seek(start + position - run_up)
-                size = min(BLOCK_FRAMES, wanted - position)
-                block = file.read(run_up + size, dtype="float32", always_2d=True)[run_up:]
-            except (soundfile.LibsndfileError, RuntimeError) as error:
-                raise EarVAEError(
-                    f"{name}: damaged or truncated after {start + position} samples: {first_line(error)}"
-                ) from error
-            if not len(block):
-                return
-            yield torch.from_numpy(block.T)
-            position += len(block)
+        blocks = _by_seeking(file, part, start, wanted) if file.seekable() else _in_order(file, start, wanted)
+        try:
+            for block in blocks:
+                yield torch.from_numpy(block.T)
+                position += len(block)
+        except (soundfile.LibsndfileError, RuntimeError) as error:
+            raise EarVAEError(
+                f"{name}: damaged or truncated after {position} samples: {first_line(error)}"
+            ) from error
+
+
+def _by_seeking(file: Any, part: AudioPart, start: int, wanted: int) -> Iterator[np.ndarray]:
+    longest_run_up = _RUN_UPS.get(file.format, 0)
+    # Where libsndfile finds its place at all.
+    last_seek = part.num_samples - part.tail - longest_run_up
+    position = start
+    while position < start + wanted:
+        # soundfile seeks after every read, so that each block needs its run-up.
+        run_up = position - max(0, min(position - longest_run_up, last_seek))
+        if run_up or position == start:
+            file.seek(position - run_up)
+        block = _read(file, run_up + min(BLOCK_FRAMES, start + wanted - position))[run_up:]
+        if not len(block):
+            return
+        yield block
+        position += len(block)
+
+
+def _in_order(file: Any, start: int, wanted: int) -> Iterator[np.ndarray]:
+    position = 0
+    while position < start + wanted:
+        # What comes before is decoded as well.
+        end = start if position < start else start + wanted
+        block = _read(file, min(BLOCK_FRAMES, end - position))
+        if not len(block):
+            return
+        if position >= start:
+            yield block
+        position += len(block)
+
+
+def _read(file: Any, num_samples: int) -> np.ndarray:
+    block: np.ndarray = file.read(num_samples, dtype="float32", always_2d=True)
+    return block

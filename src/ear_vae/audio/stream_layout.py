@@ -34,6 +34,9 @@ _LONGEST_PATTERN = 4
 _CHUNK_NAME = re.compile(rb"[ -~]{4}")
 # What begins a file of another kind that somebody put behind the audio.
 _BEGINNINGS = re.compile(b"RIFF|RF64|FORM|fLaC|OggS")
+_VORBIS_HEADERS = 3
+# The last of them takes some kilobytes; of longer ones, with pictures, nothing is needed.
+_LONGEST_VORBIS_HEADER, _MOST_VORBIS_MODES = 2**20, 64
 _FIRST_OGG_PAGE = b"OggS\0\x02" + bytes(8)
 _CAF_HEADER_SIZE, _CAF_CHUNK_HEADER_SIZE = 8, 12
 # Of its header and its footer alike.
@@ -56,11 +59,13 @@ class Part:
         extents: Ranges of bytes of the file that belong to it, as (start, end).
         head: Corrected header, which replaces the first bytes or precedes them.
         tail: Number of samples at the end in which libsndfile cannot seek.
+        seekable: Whether the pages state the positions that their samples have, by which libsndfile seeks.
     """
 
     extents: tuple[tuple[int, int], ...]
     head: bytes = b""
     tail: int = 0
+    seekable: bool = True
 
 
 @dataclass(frozen=True)
@@ -329,10 +334,15 @@ def ogg_layout(data: Bytes) -> Layout:
 
     Whether the file is whole shows in its last page: a cut one hardly ever ends with a complete page. The
     end-of-stream mark is no help, as many encoders do not write it.
+
+    Where Vorbis was cut without being encoded again, or an encoder has miscounted, the positions that the
+    pages state are not those of their samples, of which one finds out by counting.
     """
     starts: list[int] = []
-    # Of each link, the positions in samples at the ends of its pages.
+    # Of each link, the positions in samples at the ends of its pages, as stated and as counted.
     positions: list[list[int]] = []
+    counted: list[list[int]] = []
+    count = _VorbisCount()
     position, whole, in_beginning, cut, odd = 0, False, False, False, ""
     while position < data.size:
         page = data.at(position, 282)
@@ -349,13 +359,17 @@ def ogg_layout(data: Bytes) -> Layout:
         if begins and not in_beginning:
             starts.append(position)
             positions.append([])
-        granule = int.from_bytes(page[6:14], "little", signed=True)
-        if positions and granule >= 0:
-            positions[-1].append(granule)
+            counted.append([])
+            count = _VorbisCount()
         in_beginning = begins
         num_segments = page[26] if len(page) > 26 else 255
         lacing = page[27 : 27 + num_segments]
         end = position + 27 + num_segments + sum(lacing)
+        granule = int.from_bytes(page[6:14], "little", signed=True)
+        count.add(lacing, data.at(end - sum(lacing), sum(lacing)))
+        if positions and granule >= 0:
+            positions[-1].append(granule)
+            counted[-1].append(granule if count.samples is None else count.samples)
         whole = len(page) > 26 and len(lacing) == num_segments and end <= data.size
         if data.at(end, 4) != b"OggS":
             # A link that was cut before the next one was put behind it.
@@ -369,8 +383,85 @@ def ogg_layout(data: Bytes) -> Layout:
     # The last page is cut to the samples that there were, by which libsndfile misses its place in it.
     tails = [ends[-1] - ends[-2] if len(ends) > 1 else 0 for ends in positions]
     extents = _between(starts, data.size)
-    parts = tuple(Part((extent,), tail=tail) for extent, tail in zip(extents, tails, strict=True))
+    seekable = [
+        ends[:-1] == found[:-1] and ends[-1:] <= found[-1:]
+        for ends, found in zip(positions, counted, strict=True)
+    ]
+    parts = tuple(
+        Part((extent,), tail=tail, seekable=seeks)
+        for extent, tail, seeks in zip(extents, tails, seekable, strict=True)
+    )
     return Layout(parts, odd)
+
+
+class _VorbisCount:
+    """Counts the samples of a Vorbis stream by the sizes of its blocks (Vorbis I specification, section 4).
+
+    Attributes:
+        samples: Samples that the packets so far give; None where the stream is of another codec.
+    """
+
+    def __init__(self) -> None:
+        self.samples: int | None = 0
+        self._headers: list[bytes] = []
+        self._packet = b""
+        # Of each mode, the size of its blocks.
+        self._sizes: list[int] = []
+        self._previous = 0
+
+    def add(self, lacing: bytes, body: bytes) -> None:
+        """Takes what a page holds, with the sizes of its segments; packets may go on in the next page."""
+        start = 0
+        for size in lacing:
+            # Of audio, the first byte of a packet tells its mode.
+            longest = 1 if len(self._headers) == _VORBIS_HEADERS else _LONGEST_VORBIS_HEADER
+            if len(self._packet) < longest:
+                self._packet += body[start : start + size]
+            start += size
+            if size < 255:
+                self._end_packet()
+
+    def _end_packet(self) -> None:
+        packet, self._packet = self._packet, b""
+        if self.samples is None or not packet:
+            return
+        if len(self._headers) < _VORBIS_HEADERS:
+            self._headers.append(packet)
+            if packet[1:7] != b"vorbis":
+                self.samples = None
+            elif len(self._headers) == _VORBIS_HEADERS:
+                sizes = self._headers[0][28:29]
+                self._sizes = [
+                    1 << (sizes[0] >> 4 if is_long else sizes[0] & 15) for is_long in _long_modes(packet)
+                ]
+            return
+        mode = packet[0] >> 1 & ((1 << (len(self._sizes) - 1).bit_length()) - 1)
+        size = self._sizes[mode] if mode < len(self._sizes) else 0
+        if self._previous:
+            self.samples += (self._previous + size) // 4
+        self._previous = size
+
+
+def _long_modes(setup: bytes) -> list[bool]:
+    """Whether the blocks of each mode are long ones, from the end of the header that lists them.
+
+    What stands before the modes tells its own length only by being read from the beginning. A mode has 41
+    bits, 32 of which are 0; their number stands before them, and a set bit behind them.
+    """
+    bits = int.from_bytes(setup, "little")
+    position = bits.bit_length() - 1
+    modes: list[bool] = []
+    found: list[bool] = []
+    while position >= 41 + 6 and len(modes) < _MOST_VORBIS_MODES:
+        position -= 41
+        mode = bits >> position
+        # Block flag, window type, transform type, mapping.
+        if mode >> 1 & (2**32 - 1) or mode >> 33 & 255 > 63:
+            break
+        modes.insert(0, bool(mode & 1))
+        if (bits >> (position - 6) & 63) + 1 == len(modes):
+            found = list(modes)
+    return found
 
 
 @dataclass
