@@ -377,6 +377,23 @@ def test_outputs_that_are_no_evaluation_stay(
         option = f"--{output.split('.')[1]}"
         assert evaluate(*folders, option, tmp_path / output) == 0
         assert evaluate(*folders, option, tmp_path / output) == 0
+    # An evaluation of other files, and one that another program has damaged, stay as well.
+    for output in ("out.json", "out.csv"):
+        option, path = f"--{output.split('.')[1]}", tmp_path / output
+        before = path.read_bytes()
+        write(folders[0] / "other.wav", music())
+        pair = folders[0] / "other.wav", folders[0] / "b.wav"
+        assert evaluate(*pair, option, path) == 1
+        message = (
+            "holds an evaluation of something else ('a' by 'rebuilt'); choose another name, or overwrite it"
+        )
+        assert message in capsys.readouterr().err
+        assert path.read_bytes() == before
+        assert evaluate(*pair, option, path, "--force") == 0
+        assert path.read_bytes() != before
+    (tmp_path / "out.json").write_bytes((tmp_path / "out.json").read_bytes()[:200])
+    assert evaluate(*folders, "--json", tmp_path / "out.json") == 1
+    assert "out.json: exists and is a damaged evaluation" in capsys.readouterr().err
     assert evaluate(*folders, "--json", tmp_path / "absent" / "out.json") == 1
     assert "absent does not exist" in capsys.readouterr().err
 

@@ -182,6 +182,8 @@ BAD_LINES = [
         2,
         "too many arguments, from 'extra' on; for several files give their folder",
     ),
+    ("reconstruct wav out.wav --quiet extra", 2, "too many arguments, from 'extra' on"),
+    ("reconstruct wav --quiet out.wav extra", 2, "too many arguments, from 'out.wav' on"),
     ("report o.html wav other", 2, "from 'other' on; rebuilt audio goes after --system"),
     ("info wav other", 2, "from 'other' on; give one at a time"),
     ("convert model o other", 2, "too many arguments, from 'other' on"),
@@ -358,6 +360,26 @@ def test_one_argument_is_enough_to_rebuild(commands: Commands, tmp_path: Path, s
     assert soundfile.info(here / "song.rebuilt.ogg").format == "OGG"
     assert commands.run(["reconstruct", ".", "--quiet", *model], here / "more")[0] == 0
     assert os.listdir(here / "more.rebuilt") == ["b.wav"]
+
+
+@POSIX
+def test_the_last_argument_may_stand_behind_options(
+    commands: Commands, tmp_path: Path, small_model: Path
+) -> None:
+    write(tmp_path / "a.wav")
+    model = ["--model", small_model]
+    assert commands.run(["reconstruct", "a.wav", *model, "--quiet", "b.wav"], tmp_path)[0] == 0
+    assert (tmp_path / "b.wav").exists()
+    code, out, _ = commands.run(["evaluate", "a.wav", "--align", "b.wav"], tmp_path)
+    assert code == 0
+    assert out.startswith("b.wav: a\n")
+    code, _, err = commands.run(["report", "page", "--system", "b=b.wav", "a.wav"], tmp_path)
+    assert code == 0, err
+    assert (tmp_path / "page.html").exists()
+    # Standard output.
+    code, _, err = commands.run(["reconstruct", "a.wav", *model, "--quiet", "-"], tmp_path)
+    assert (code, err) == (0, "")
+    assert sorted(os.listdir(tmp_path)) == ["a.wav", "b.wav", "page.html"]
 
 
 @POSIX

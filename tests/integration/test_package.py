@@ -210,7 +210,7 @@ def test_the_script_of_the_tests_checks_style_and_types_unless_told_what_to_test
         "ruff check .",
         "ruff format --check .",
         "mypy ",
-        f"{pytest_alone} --cov --cov-report=term:skip-covered",
+        pytest_alone,
     ]
     assert called("tests/audio", "-k", "mp3") == [f"{pytest_alone} tests/audio -k mp3"]
     with pytest.raises(subprocess.CalledProcessError) as failure:
@@ -232,9 +232,11 @@ def test_the_demo_explains_itself_and_misses_a_song_before_it_installs(
             command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=20
         )
 
-    explained, missed = called("--help"), called("nowhere.mp3")
+    explained, missed, folder = called("--help"), called("nowhere.mp3"), called(str(tmp_path))
     assert explained.returncode == 0
     assert "./scripts/demo [SONG [REBUILT.wav]]" in explained.stdout
     assert (missed.returncode, missed.stdout) == (1, "")
     assert missed.stderr == f"demo: {tmp_path / 'nowhere.mp3'}: no such file\n"
+    assert (folder.returncode, folder.stdout) == (1, "")
+    assert folder.stderr.startswith(f"demo: {tmp_path}: is a folder; give one song")
     assert not list(tmp_path.iterdir())

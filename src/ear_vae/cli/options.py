@@ -31,6 +31,8 @@ _INSTEAD_OF_MORE = {
     "info": "give one at a time",
     "report": "rebuilt audio goes after --system",
 }
+# What may be left out, and may stand behind options all the same.
+_LAST_ARGUMENT = {"reconstruct": "output", "evaluate": "estimate", "report": "target"}
 _MODEL = (
     "a folder, a file of weights, ear-vae-tiny (bundled), ear_vae_44k or ear_vae_v2_48k (the authors'), or a "
     "Hub repository"
@@ -84,6 +86,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if not first.startswith("-") and first not in commands:
         parser.error(_no_command(first, list(commands)))
     options, left = parser.parse_known_args(arguments)
+    # argparse takes an argument that may be left out before the options only.
+    last = _LAST_ARGUMENT.get(options.name)
+    if last and len(left) == 1 and getattr(options, last) is None and _is_no_option(left[0]):
+        setattr(options, last, left.pop())
     if left:
         options.refuse(_left_over(options.name, left, options.help_text()))
     return options
@@ -106,9 +112,14 @@ def _complete(parser: argparse.ArgumentParser, fit: argparse.ArgumentParser) -> 
     raise SystemExit(1)
 
 
+def _is_no_option(argument: str) -> bool:
+    """Whether it names something, `-` a standard stream."""
+    return argument == "-" or not argument.startswith("-")
+
+
 def _left_over(command: str, left: Sequence[str], help_text: str) -> str:
     """Returns what to say of arguments that a command does not take."""
-    unknown = [argument.partition("=")[0] for argument in left if argument.startswith("-")]
+    unknown = [argument.partition("=")[0] for argument in left if not _is_no_option(argument)]
     if unknown:
         near = difflib.get_close_matches(unknown[0], re.findall(r"--[a-z-]+", help_text), n=1)
         meant = f"; did you mean {near[0]}?" if near else f"; ear-vae {command} --help lists the options"

@@ -13,7 +13,7 @@ from ear_vae._atomic import same_file
 from ear_vae.errors import EarVAEError
 from ear_vae.evaluation.files import Row
 from ear_vae.evaluation.pairs import DEFAULT_PATTERN, Pairs, find_pairs, find_targets
-from ear_vae.evaluation.results import Evaluation, Inputs, require_replaceable
+from ear_vae.evaluation.results import Evaluation, Inputs, require_replaceable, require_same_comparisons
 from ear_vae.evaluation.runner import Task, run_tasks
 from ear_vae.evaluation.systems.loading import Model, as_system
 
@@ -78,7 +78,7 @@ def evaluate(
         json: File to write everything to, as `Evaluation.write_json`.
         csv: File to write a line for each file to, as `Evaluation.write_csv`.
         overwrite: Replace any file at `json` and `csv`, and make comparisons of an interrupted run again;
-            otherwise only earlier evaluations are replaced.
+            otherwise only an earlier evaluation that held nothing else is replaced.
         progress: Function that is called before the first comparison and after each of them.
         raise_failures: Raise the first failure instead of recording it and continuing.
 
@@ -119,6 +119,14 @@ def evaluate(
     for output in outputs:
         if output.exists() and any(same_file(output, file) for task in tasks for file in _files_of(task)):
             raise EarVAEError(f"{output}: is a file to be measured; choose another name for the output")
+        if not overwrite:
+            require_same_comparisons(
+                output,
+                [
+                    *((task.pair.name, task.system_name) for task in tasks),
+                    *((failure["name"], failure["system"]) for failure in failures),
+                ],
+            )
     partial = partial_file(json, csv)
     if partial and overwrite:
         partial.unlink(missing_ok=True)

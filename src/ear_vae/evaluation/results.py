@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import shlex
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -266,6 +267,44 @@ def require_replaceable(path: Path, *, overwrite: bool) -> None:
                 f"{path}: exists and is no evaluation; choose another name, or overwrite it",
                 argument="overwrite",
             )
+
+
+def require_same_comparisons(path: Path, comparisons: Collection[tuple[str, str]]) -> None:
+    """Refuses to replace an earlier evaluation of something else.
+
+    Args:
+        path: File that an evaluation may have written, JSON or CSV.
+        comparisons: Name and system of all that is compared now.
+
+    Raises:
+        EarVAEError: The file holds a comparison that is not among them.
+    """
+    if not path.exists():
+        return
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        if text.startswith("{"):
+            rows = parse_json(text)["files"]
+        else:
+            # Nothing is lost with what failed.
+            rows = [row for row in csv.DictReader(io.StringIO(text, newline="")) if not row.get("error")]
+        # As they are in CSV, of names that are not UTF-8 too.
+        there, new = (
+            {tuple(word.encode(errors="backslashreplace") for word in pair) for pair in pairs}
+            for pairs in ([(row["name"], row["system"]) for row in rows], comparisons)
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+        raise EarVAEError(
+            f"{path}: exists and is a damaged evaluation; choose another name, or overwrite it",
+            argument="overwrite",
+        ) from error
+    if lost := there - new:
+        name, system = (escaped(word.decode()) for word in min(lost))
+        raise EarVAEError(
+            f"{path}: holds an evaluation of something else ('{name}' by '{system}'); choose another name, "
+            "or overwrite it",
+            argument="overwrite",
+        )
 
 
 def _system_table(name: str, rows: Sequence[Row]) -> str:
