@@ -35,8 +35,8 @@ def level_db(audio: Tensor) -> np.ndarray:
 def main() -> None:
     """Reads the command line and draws."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("song")
-    parser.add_argument("picture")
+    parser.add_argument("song", help="audio file")
+    parser.add_argument("picture", help="image to write; the extension chooses the format")
     parser.add_argument("--model", default="ear-vae-tiny")
     parser.add_argument("--seconds", type=float, default=10.0)
     arguments = parser.parse_args()
