@@ -416,7 +416,7 @@ def test_inference_adds_no_memory_to_the_model(vae: EarVAE) -> None:
     assert stored() == before
 
 
-@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("trained", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_torch_export_takes_it(trained: bool) -> None:
     torch.manual_seed(0)
     vae = EarVAE(EarVAEConfig(channels=4)).eval().requires_grad_(trained)

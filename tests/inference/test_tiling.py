@@ -215,6 +215,7 @@ def test_a_stage_computes_little_beyond_its_tile() -> None:
         assert needed < found <= needed + 2 * 60
 
 
+@pytest.mark.slow
 def test_tiles_of_a_stage_have_few_lengths() -> None:
     """A first, a middle one, and what is left at the ends, whatever the length of the whole."""
     vae, seen = random_model(HOP_1024), []

@@ -124,6 +124,7 @@ def test_what_is_dropped_is_forgotten(vae: EarVAE) -> None:
     torch.testing.assert_close(posterior.mean, vae.encode(audio[HOP * 150]).mean, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_hour_is_never_held(vae: EarVAE) -> None:
     """After each block what waits is less than a window; the rest has been encoded."""
     frames = 0

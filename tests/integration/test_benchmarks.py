@@ -194,6 +194,7 @@ def test_the_parts_of_a_step(
     assert measure.plain_seconds == sum(expected.values())
 
 
+@pytest.mark.slow
 def test_paper_table(
     script: Callable[[str], ModuleType],
     noise: Callable[..., Tensor],

@@ -55,7 +55,9 @@ def fit(module: EarVAEModule, data: list[Tensor], **settings: Any) -> L.Trainer:
     return trainer
 
 
-@pytest.mark.parametrize("discriminator", [None, SMALL], ids=["alone", "adversarial"])
+@pytest.mark.parametrize(
+    "discriminator", [None, pytest.param(SMALL, marks=pytest.mark.slow)], ids=["alone", "adversarial"]
+)
 def test_two_halves_are_one_batch(discriminator: DiscriminatorConfig | None) -> None:
     """To one millionth of the way that each tensor went, in float64."""
     ends, logged = [], []

@@ -202,6 +202,7 @@ SHORT += ["--data.segment_seconds", "0.19", "--data.batch_size", "1", "--data.va
 SMALL_JUDGE = ["--model.discriminator.channels", "4", "--model.discriminator.window_sizes", "[512,128]"]
 
 
+@pytest.mark.slow
 def test_the_three_stages_and_fine_tuning(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -245,7 +245,7 @@ def test_the_decoder_alone(tmp_path: Path) -> None:
             assert not torch.equal(one, other), name
 
 
-@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("balanced", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_balanced_or_not_the_losses_fall(balanced: bool) -> None:
     module = EarVAEModule(
         TINY,
