@@ -283,6 +283,19 @@ def test_vorbis_is_the_same_in_parts_whatever_positions_its_pages_state(
         assert torch.equal(torch.cat(list(blocks), dim=1), whole)
 
 
+def test_vorbis_with_headers_that_were_cut_is_not_audio() -> None:
+    packets = [kind + b"vorbis" + bytes(3) for kind in (b"\1", b"\3")]
+    # One mode of a long block, its number before it, and a set bit behind it.
+    packets += [b"\5vorbis" + (1 << 80 | 1 << 39).to_bytes(11, "little"), b"\0audio"]
+    pages = b""
+    for number, packet in enumerate(packets):
+        head = b"OggS\0" + bytes([2 if number == 0 else 0]) + bytes(12) + number.to_bytes(4, "little")
+        page = head + bytes(4) + bytes([1, len(packet)]) + packet
+        pages += page[:22] + ogg_checksum(page).to_bytes(4, "little") + page[26:]
+    with pytest.raises(EarVAEError, match="not audio"):
+        read_audio(io.BytesIO(pages))
+
+
 def test_vorbis_that_lacks_more_than_a_block_is_damaged() -> None:
     data = encoded(RATE, 0, "OGG", "VORBIS")
     # More than the last page holds: others are missing.

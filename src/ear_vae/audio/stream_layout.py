@@ -430,10 +430,10 @@ class _VorbisCount:
             if packet[1:7] != b"vorbis":
                 self.samples = None
             elif len(self._headers) == _VORBIS_HEADERS:
-                sizes = self._headers[0][28:29]
-                self._sizes = [
-                    1 << (sizes[0] >> 4 if is_long else sizes[0] & 15) for is_long in _long_modes(packet)
-                ]
+                # Of a header that was cut, none.
+                for exponents in self._headers[0][28:29]:
+                    short, long = 1 << (exponents & 15), 1 << (exponents >> 4)
+                    self._sizes = [long if is_long else short for is_long in _long_modes(packet)]
             return
         mode = packet[0] >> 1 & ((1 << (len(self._sizes) - 1).bit_length()) - 1)
         size = self._sizes[mode] if mode < len(self._sizes) else 0
