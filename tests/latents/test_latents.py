@@ -163,6 +163,10 @@ def test_existing_files_are_kept(tmp_path: Path) -> None:
         ({"mean": torch.zeros(64, 10, dtype=torch.float8_e4m3fn)}, "expected float32, float64"),
         ({"mean": torch.full((64, 10), 1e39, dtype=torch.float64)}, "more than float32 does"),
         ({"mean": torch.full((64, 10), torch.nan)}, "mean holds NaN"),
+        (
+            {"mean": torch.zeros(64, 10).index_fill(0, torch.tensor(63), torch.inf)},
+            "mean holds NaN or infinity",
+        ),
         ({"std": torch.full((64, 10), -1.0)}, "std holds negative"),
     ],
 )

@@ -366,7 +366,8 @@ def ogg_layout(data: Bytes) -> Layout:
         lacing = page[27 : 27 + num_segments]
         end = position + 27 + num_segments + sum(lacing)
         granule = int.from_bytes(page[6:14], "little", signed=True)
-        count.add(lacing, data.at(end - sum(lacing), sum(lacing)))
+        if count.samples is not None:
+            count.add(lacing, data.at(end - sum(lacing), sum(lacing)))
         if positions and granule >= 0:
             positions[-1].append(granule)
             counted[-1].append(granule if count.samples is None else count.samples)
