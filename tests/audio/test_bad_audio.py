@@ -116,6 +116,7 @@ CASES: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "nothing": ("a.wav", bytes, r"is empty \(0 bytes\)"),
     "text": ("a.wav", lambda: b"this is not audio\n" * 100, "not audio"),
     "text named mp3": ("a.mp3", lambda: b"not audio", "not audio"),
+    "more text named mp3": ("a.mp3", lambda: b"Some text with an end\n", r"not audio(?!.*argument)"),
     "zeros": ("a.flac", lambda: bytes(10_000), "not audio"),
     "a header alone": ("a.wav", lambda: encoded("WAV")[:40], "not audio|truncated|no audio samples"),
     "no samples": ("a.wav", lambda: encoded("WAV", noise(0)), "holds no audio samples"),

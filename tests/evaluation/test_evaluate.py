@@ -253,6 +253,14 @@ def test_delays_are_found_said_and_taken_out(tmp_path: Path, late: int, rate: in
     assert one(tmp_path, target, target, "--align")["notes"] == []
 
 
+def test_no_delay_is_said_of_other_music(tmp_path: Path) -> None:
+    target = write(tmp_path / "target.wav", music(2))
+    found = one(tmp_path, target, write(tmp_path / "estimate.wav", music(2, seed=1)))
+    assert found["si_sdr_db"] < -20
+    assert found["delay_ms"] == 0
+    assert found["notes"] == []
+
+
 def test_silence_and_short_files_have_no_figure_and_are_named(
     tmp_path: Path, folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

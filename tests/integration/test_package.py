@@ -169,21 +169,28 @@ def test_the_scripts_say_what_is_installed_and_all_of_it_if_that_fails(tmp_path:
     says = "Collecting torch\n  Downloading torch-9.whl (188.1 MB)\nRequirement already satisfied: numpy\n"
     pip.write_text(f"#!/bin/sh\ncase $* in *show*) exit 0;; esac\nprintf '{says}'\nexit {code}\n")
     pip.chmod(0o755)
-    script = "set -euo pipefail; . scripts/environment; install .; echo installed"
-    result = subprocess.run(
-        ["bash", "-c", script],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "VENV": str(tmp_path / "venv")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+
+    def install(what: str) -> subprocess.CompletedProcess[str]:
+        script = f"set -euo pipefail; . scripts/environment; install {what}; echo installed"
+        return subprocess.run(
+            ["bash", "-c", script],
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, "VENV": str(tmp_path / "venv")},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    result = install(".")
     assert result.returncode == code
     first, *rest = result.stderr.splitlines(keepends=True)
     assert re.search(r"Installing ear-vae .* about \d+ MB, \d+ GB with CUDA; minutes on a slow line", first)
     assert "".join(rest) == (f"{says}The installation failed; what was said is above.\n" if code else "")
     assert result.stdout == ("" if code else "installed\n")
     assert (tmp_path / "venv" / "installed").exists() != bool(code)
+    if not code:
+        assert install(".").stderr == ""
+        assert install("'.[test]'").stderr.startswith("Installing what .[test] takes besides into ")
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
@@ -212,6 +219,7 @@ def test_the_script_of_the_tests_checks_style_and_types_unless_told_what_to_test
         "mypy ",
         pytest_alone,
     ]
+    assert "./scripts/test [PYTEST_ARGUMENT ...]" in called("--help")
     assert called("tests/audio", "-k", "mp3") == [f"{pytest_alone} tests/audio -k mp3"]
     with pytest.raises(subprocess.CalledProcessError) as failure:
         called("tests/audio/test_nothing.py::test_it")

@@ -563,7 +563,7 @@ def test_other_names_list_what_would_do(name: str, tmp_path: Path, monkeypatch: 
 
 
 def test_folders_and_files_that_are_no_models(tmp_path: Path) -> None:
-    with pytest.raises(EarVAEError, match=r"config\.json: the file is missing"):
+    with pytest.raises(EarVAEError, match=r"is not the folder of a model: it has no config\.json"):
         resolve(tmp_path)
     for content in ("{", "[" * 100_000, "1" * 5000):  # too deep and too long for Python's parser
         (tmp_path / "config.json").write_text(content)

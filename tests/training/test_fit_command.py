@@ -28,7 +28,7 @@ from ear_vae.training.callbacks import StepProgressBar
 SHORT = ["--model.config.channels", "4", "--model.config.channel_multipliers", "[1,2,2,2,2]"]
 SHORT += ["--trainer.accelerator", "cpu", "--data.num_workers", "0", "--data.segment_seconds", "0.1"]
 SHORT += ["--data.batch_size", "1", "--data.segments_per_epoch", "10"]
-NOISE = ("Tip:", "litlogger", "litmodels", "tensorboardX", "TPU", "FLOPs", "stopped: `max_steps")
+NOISE = ("Tip:", "litlogger", "litmodels", "tensorboardX", "TPU", "FLOPs", "stopped: `max_steps", "Seed set")
 
 
 def ear_vae(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

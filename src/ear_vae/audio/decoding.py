@@ -431,4 +431,6 @@ def _ffmpeg_reason(errors: str, original: str) -> str:
             "other files opened"
         )
     lines = [line for line in errors.strip().splitlines() if line]
-    return lines[-1].replace(original, "").lstrip(": ") if lines else ""
+    last = lines[-1].replace(original, "").lstrip(": ") if lines else ""
+    # What it says of text that is called .mp3 would make one look for the fault in the command.
+    return "" if last == "Invalid argument" else last

@@ -15,7 +15,7 @@ from ear_vae.cli.models import load_model
 from ear_vae.cli.terminal import is_watched, say
 from ear_vae.encoding import EncodedDataset, EncodingProgress, encode_dataset
 from ear_vae.encoding.encode import FAILURES_FILE
-from ear_vae.limits import name_in_a_line
+from ear_vae.limits import counted, name_in_a_line
 
 # So that ten thousand unreadable files do not hide the last line.
 _MOST_REPORTED = 10
@@ -60,8 +60,8 @@ def run_encode_dataset(options: argparse.Namespace) -> int:
 
 def _summary(result: EncodedDataset, encoded_seconds: float, elapsed: float) -> str:
     what = (
-        f"{result.folder}: {result.num_items} items of {result.num_files} files, "
-        f"{_duration(result.seconds)} of audio, {result.num_shards} shards"
+        f"{result.folder}: {counted(result.num_items, 'item')} of {counted(result.num_files, 'file')}, "
+        f"{_duration(result.seconds)} of audio, {counted(result.num_shards, 'shard')}"
     )
     if result.num_reused == result.num_shards:
         return f"{what}; all was there already"

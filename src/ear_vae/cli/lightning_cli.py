@@ -35,8 +35,10 @@ _NOISE = (
     "TPU available: False",
     "stopped: `max_steps=",
     "Received SIGTERM",
+    "Seed set to",
 )
 _TALKATIVE = (
+    "lightning.fabric.utilities.seed",
     "lightning.pytorch.utilities.rank_zero",
     "lightning.pytorch.trainer.connectors.signal_connector",
 )

@@ -54,6 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if code == 0:
                     sys.stdout.flush()
                 return code
+        # Text was printed, and its reader has read enough, as `head` has after some lines. Audio that could
+        # not be written has been reported with its file.
+        except BrokenPipeError:
+            return EXIT_FAILED
         # Whatever it is, it is said in a line; for what should not have come this far, the line says so.
         except Exception as error:
             if "--debug" in arguments:

@@ -29,6 +29,8 @@ _NOTED_SECONDS = 0.1
 _CORRELATED_SECONDS = 30
 # A delay is noted where taking it out makes the signals at least this much more alike.
 _NOTED_RATIO = 1.02
+# Different pieces have a normalised cross-correlation of some hundredths at best.
+_LOWEST_CORRELATION = 0.1
 
 _HIGHEST_INTEGER = 2**63
 
@@ -167,7 +169,7 @@ def delay_seconds(estimate: Tensor, estimate_rate: int, target: Tensor, rate: in
 
     Returns:
         The delay in seconds at the highest cross-correlation of either sign, within 100 ms; negative where
-        the estimate is early, 0 where no delay makes the two clearly more alike.
+        the estimate is early, 0 where no delay makes the two clearly more alike, or where they are not alike.
     """
     num_samples = min(target.shape[1], round(estimate.shape[1] * rate / estimate_rate))
     length = min(num_samples, _CORRELATED_SECONDS * rate)
@@ -182,6 +184,8 @@ def delay_seconds(estimate: Tensor, estimate_rate: int, target: Tensor, rate: in
     # Lags from -longest to +longest.
     correlation = torch.fft.irfft(spectrum, num_points).roll(longest)[: 2 * longest + 1].abs()
     best = int(correlation.argmax())
-    if float(correlation[best]) <= _NOTED_RATIO * float(correlation[longest]):
+    energy = float(x.norm() * y.norm())
+    least = max(_NOTED_RATIO * float(correlation[longest]), _LOWEST_CORRELATION * energy)
+    if float(correlation[best]) <= least:
         return 0.0
     return (best - longest) / rate

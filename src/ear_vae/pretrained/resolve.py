@@ -332,8 +332,11 @@ def _local_source(folder: Path, name: str, hub_cache: Path) -> _Source:
         if not _stays_inside(folder, path, hub_cache):
             raise EarVAEError(f"{path}: leads out of its folder through a link; put the file itself there")
         if not path.is_file():
+            missing = f"{path}: the file is missing"
+            if relative == CONFIG_FILE:
+                missing = f"{folder}: is not the folder of a model: it has no {CONFIG_FILE}"
             raise EarVAEError(
-                f"{path}: the file is missing; a model's folder has {CONFIG_FILE} and {WEIGHTS_FILE}, "
+                f"{missing}; a model's folder has {CONFIG_FILE} and {WEIGHTS_FILE}, "
                 f"an official one {CONFIG_FILE} and the files it names"
             )
         if problem := _damage(path):
