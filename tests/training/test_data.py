@@ -255,6 +255,34 @@ def test_speed_plays_like_a_tape(tmp_path: Path) -> None:
     assert len(heard) >= 7
 
 
+def test_treble_is_lowered_above_where_it_begins_and_by_no_more_than_was_asked_for(tmp_path: Path) -> None:
+    """Told by the spectrum of an impulse."""
+    samples = np.zeros((22_050, 2))
+    samples[1000] = 1.0, -0.5
+    write(tmp_path / "impulse.wav", samples)
+    segments = dataset(
+        found(tmp_path), augmentation=Augmentation(0, 0, 0, treble_db=24.0), segment_samples=22_050
+    )
+    hz = torch.fft.rfftfreq(22_050, 1 / 44_100)
+    depths, begins = [], []
+    for index in range(30):
+        left, right = segments[index]
+        assert torch.allclose(right, -0.5 * left, atol=1e-4)
+        assert float(left[:900].abs().max()) < 1e-5
+        level = 20 * torch.fft.rfft(left).abs().log10()
+        assert float(level[1:20].abs().max()) < 0.1
+        depths.append(-float(level[-1]))
+        begins.append(float(hz[(level < level[-1] / 2).nonzero()[0]]))
+        assert float(level.diff().max()) < 1e-2
+        octaves = level[200::2] - level[100 : 100 + len(level[200::2])]
+        assert float(octaves.min()) > -12
+    assert max(depths) <= 24 < 1.5 * max(depths)
+    assert min(depths) < 6
+    assert min(begins) > 500
+    plain = dataset(found(tmp_path), augmentation=AS_IS, segment_samples=22_050)[0]
+    assert torch.allclose(plain, torch.from_numpy(samples.T).float(), atol=1e-4)
+
+
 def test_silence_and_mono_are_drawn_again(tmp_path: Path) -> None:
     samples = np.zeros((240_000, 2))
     samples[:80_000] = 0.1 * np.random.default_rng(0).standard_normal((80_000, 2))
@@ -379,7 +407,13 @@ def test_validation_excerpts_are_the_middle(folder: Path) -> None:
 def test_values_that_are_refused(folder: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(EarVAEError, match=message):
         AudioDataModule(**({"folder": folder} | settings))
-    for wrong in ({"gain_db": -1}, {"gain_db": math.inf}, {"swap_channels": 2}, {"speed": 1}):
+    for wrong in (
+        {"gain_db": -1},
+        {"gain_db": math.inf},
+        {"swap_channels": 2},
+        {"speed": 1},
+        {"treble_db": -1},
+    ):
         with pytest.raises(EarVAEError, match=next(iter(wrong))):
             Augmentation(**wrong)
 
