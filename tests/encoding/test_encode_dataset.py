@@ -138,6 +138,20 @@ def test_latents_are_the_models(format: str, undisturbed: dict[str, Path], songs
         assert (own["model"], own["downsampling_ratio"], values["sample_rate"]) == ("test", HOP, RATE)
 
 
+def test_a_data_set_is_decoded_without_its_silence(
+    undisturbed: dict[str, Path], vae: EarVAE, tmp_path: Path
+) -> None:
+    folder = undisturbed["safetensors"]
+    vae.save_pretrained(tmp_path / "model")
+    command = ["decode", str(folder), str(tmp_path / "out"), "--model", str(tmp_path / "model")]
+    assert main(command) == 0
+    rebuilt = {
+        path.relative_to(tmp_path / "out").with_suffix("") for path in (tmp_path / "out").rglob("*.wav")
+    }
+    assert (folder / "silence.npy").is_file()
+    assert rebuilt == {path.relative_to(folder).with_suffix("") for path in folder.rglob("*.safetensors")}
+
+
 def test_all_formats_hold_the_same(undisturbed: dict[str, Path]) -> None:
     one, two, three = (items(undisturbed[format]) for format in FORMATS)
     assert one.keys() == two.keys() == three.keys()

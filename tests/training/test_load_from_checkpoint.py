@@ -8,11 +8,19 @@ from typing import Any
 
 import lightning as L
 import pytest
+import soundfile
 import torch
 from torch.utils.data import DataLoader
 
 from ear_vae import EarVAE, EarVAEConfig, EarVAEError
-from ear_vae.training import DiscriminatorConfig, EarVAEModule, ObjectiveConfig, OptimizerConfig
+from ear_vae.evaluation import si_sdr_db
+from ear_vae.training import (
+    AudioDataModule,
+    DiscriminatorConfig,
+    EarVAEModule,
+    ObjectiveConfig,
+    OptimizerConfig,
+)
 from ear_vae.training.callbacks import Checkpoints
 
 TINY = EarVAEConfig(channels=4, channel_multipliers=(1, 2, 2, 2, 2))
@@ -148,3 +156,30 @@ def test_testing_and_predicting(run: tuple[EarVAEModule, Path], audio: torch.Ten
     (predicted,) = used.predict(module, data)
     with torch.no_grad():
         assert torch.equal(predicted, module.reconstruct(audio).audio)
+
+
+def test_the_data_module_tests_and_predicts_on_what_it_validates_on(
+    run: tuple[EarVAEModule, Path], tmp_path: Path
+) -> None:
+    music = tmp_path / "music"
+    music.mkdir()
+    noise = 0.1 * torch.randn(2, 44_100, generator=torch.Generator().manual_seed(1))
+    soundfile.write(music / "a.wav", noise.T.numpy(), 44_100, "FLOAT")
+    module = EarVAEModule.load_from_checkpoint(run[1] / "checkpoints" / "last.ckpt")
+    used = trainer(tmp_path, enable_checkpointing=False)
+
+    def data(validation_folder: Path | None) -> AudioDataModule:
+        return AudioDataModule(
+            music, validation_folder=validation_folder, validation_seconds=1.0, cache_dir=tmp_path / "cache"
+        )
+
+    (tested,) = used.test(module, data(music), verbose=False)
+    (predicted,) = used.predict(module, data(music))
+    with torch.no_grad():
+        expected = module.reconstruct(noise[None]).audio
+    assert torch.allclose(predicted, expected, atol=1e-6)
+    si_sdr = si_sdr_db(expected[0], noise)
+    assert tested["test/si_sdr_db"] == pytest.approx(float(si_sdr.mean()), abs=1e-3)
+    for use in (used.test, used.predict):
+        with pytest.raises(EarVAEError, match="needs a validation_folder"):
+            use(module, data(None))

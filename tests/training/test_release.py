@@ -131,12 +131,15 @@ def test_an_existing_model_is_replaced_only_when_asked(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["release", str(checkpoint), str(tmp_path / "model")]
-    assert main(arguments) == 0
+    assert main([*arguments, "--training-state"]) == 0
+    assert (tmp_path / "model" / "training_state.safetensors").exists()
     before = (tmp_path / "model" / "model.safetensors").read_bytes()
     assert main([*arguments, "--raw"]) == 1
     assert "holds a model already" in capsys.readouterr().err
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
     assert main([*arguments, "--raw", "--force"]) == 0
+    # That of other weights would be trained on as if it were of these.
+    assert not (tmp_path / "model" / "training_state.safetensors").exists()
     assert (tmp_path / "model" / "model.safetensors").read_bytes() != before
 
 

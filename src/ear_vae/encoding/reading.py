@@ -36,6 +36,11 @@ _MEMBERS = ("json", "npy", "std.npy")
 _LONGEST_NPY_HEADER = 4096
 
 
+def is_silence(path: Path) -> bool:
+    """Whether a file is the encoded silence of a data set, which is none of its items."""
+    return path.name == SILENCE_FILE and path.with_name(PLAN_FILE).is_file()
+
+
 class _Span(NamedTuple):
     """Where a file lies: on its own, or as a member of another one."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -53,7 +53,7 @@ def release_model(
         averaged: Take the average of the weights, where there is one, instead of the last ones.
         training_state: Also write `training_state.safetensors`: the last weights, the discriminator and both
             optimizers, for `EarVAEModule(training_state=...)`.
-        overwrite: Replace a model that is there, its card included.
+        overwrite: Replace a model that is there, its card and training state included.
         card: What to add to the card: licence, data, base model, figures. The training, its last validation
             and a start from the published weights are in it anyway.
 
@@ -77,7 +77,8 @@ def release_model(
     averaged = averaged and any(key.startswith("ema.") for key in content["state_dict"])
     vae = _model(checkpoint, content, averaged=averaged, name=name or directory.resolve().name)
     require_moments(checkpoint, content)
-    with _complete_folder(directory, last=CONFIG_FILE) as folder:
+    stale = [] if training_state else [TRAINING_STATE_FILE]
+    with _complete_folder(directory, last=CONFIG_FILE, stale=stale) as folder:
         text = model_card(
             vae.config,
             vae.name,
@@ -131,11 +132,11 @@ def _model(path: Path, content: Mapping[str, Any], *, averaged: bool, name: str)
 
 
 @contextmanager
-def _complete_folder(directory: Path, *, last: str) -> Iterator[Path]:
+def _complete_folder(directory: Path, *, last: str, stale: Sequence[str]) -> Iterator[Path]:
     """Gives an empty folder beside `directory`, whose files are moved there once all of them are written.
 
-    A new directory appears with all of them at once; in one that is there, they replace those of the same
-    names one by one, `last` last.
+    A new directory appears with all of them at once; in one that is there, the `stale` files are removed, and
+    the new ones replace those of the same names one by one, `last` last.
 
     Raises:
         EarVAEError: The directory cannot be written to.
@@ -151,6 +152,8 @@ def _complete_folder(directory: Path, *, last: str) -> Iterator[Path]:
             if not target.exists():
                 folder.rename(target)
                 return
+            for name in stale:
+                (target / name).unlink(missing_ok=True)
             for file in sorted(folder.iterdir(), key=lambda file: file.name == last):
                 os.replace(file, target / file.name)
     except OSError as error:

@@ -125,7 +125,13 @@ class AudioDataModule(ResumableDataModule):
         self.validation_files: list[AudioFile] = []
 
     def setup(self, stage: str) -> None:
-        """Finds the files; called by the Trainer."""
+        """Finds the files; called by the Trainer.
+
+        Raises:
+            EarVAEError: There are none, or testing or predicting has no validation folder to do it with.
+        """
+        if stage in ("test", "predict") and not self.validation_sources:
+            raise EarVAEError(f"to {stage}, the data module needs a validation_folder")
         if stage == "fit" and not self.train_files:
             self.train_files = find_usable_files(self.sources, self.policy, cache_dir=self.cache_dir)
         if self.validation_sources and not self.validation_files:
@@ -175,6 +181,14 @@ class AudioDataModule(ResumableDataModule):
         """Returns a loader of one excerpt [1, 2, T] of each validation file."""
         dataset = MiddleExcerpts(self.validation_files, self.sample_rate, self.validation_seconds)
         return DataLoader(dataset, batch_size=1)
+
+    def test_dataloader(self) -> DataLoader[Tensor]:
+        """Returns the loader of `val_dataloader`, for `Trainer.test`."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> DataLoader[Tensor]:
+        """Returns the loader of `val_dataloader`, for `Trainer.predict`."""
+        return self.val_dataloader()
 
     def _dataset(self, segment_samples: int, augmentation: Augmentation | None) -> SegmentDataset:
         return SegmentDataset(
