@@ -601,6 +601,7 @@ def test_starting_again_removes_what_we_wrote_only(
         ({"hop_seconds": 1.0}, "give crop_seconds as well"),
         ({"pad_to": 10, "format": "safetensors"}, "a latent file holds no padding"),
         ({"pad_to": 0}, "pad_to must be an integer of 1 or more"),
+        ({"pad_to": 10, "crop_seconds": 1.0}, r"pad_to is 10 frames, less than the \d+ of a crop"),
         ({"files_per_shard": 0}, "files_per_shard must be an integer of 1 or more"),
         ({"workers": 0}, "workers must be an integer of 1 or more"),
         ({"engine": "spark"}, "engine must be local or ray"),

@@ -218,6 +218,13 @@ def _settings(
     if pad_to is not None and format == "safetensors":
         raise EarVAEError("pad_to is for webdataset and stable-audio: a latent file holds no padding")
     crop_frames = _frames(vae, "crop_seconds", crop_seconds)
+    if pad_to is not None:
+        pad_to = whole_number(pad_to, "pad_to", lowest=1)
+        if crop_frames is not None and pad_to < crop_frames:
+            raise EarVAEError(
+                f"pad_to is {pad_to} frames, less than the {crop_frames} of a crop: items of two lengths "
+                f"would come out; of {vae.name} a second is {vae.latent_rate:.2f} frames"
+            )
     return EncodingSettings(
         format=format,
         model=vae.name,
@@ -230,7 +237,7 @@ def _settings(
         dtype=dtype,
         crop_frames=crop_frames,
         hop_frames=crop_frames if hop_seconds is None else _frames(vae, "hop_seconds", hop_seconds),
-        pad_to=None if pad_to is None else whole_number(pad_to, "pad_to", lowest=1),
+        pad_to=pad_to,
         files_per_shard=whole_number(files_per_shard, "files_per_shard", lowest=1),
     )
 
