@@ -409,6 +409,9 @@ def test_outputs_that_are_no_evaluation_stay(
 def test_usage(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate(folders[0]) == 1
     assert "give either the folder of the estimates or at least one --model" in capsys.readouterr().err
+    other = write(folders[1].parent / "other" / "z.wav", music(0.1)).parent
+    assert evaluate(folders[0], other) == 1
+    assert "how they are named (--pattern)" in capsys.readouterr().err
     assert evaluate(folders[0], "--model", "x", "--model", "x") == 1
     assert "given twice" in capsys.readouterr().err
     with pytest.raises(SystemExit):

@@ -220,6 +220,7 @@ BAD_LINES = [
     ("encode wav out.safetensors --seed 1", 2, "--seed is for --sample"),
     ("encode wav out.safetensors --sample --seed -1", 2, "is not an integer"),
     ("evaluate wav", 1, "give either the folder of the estimates or at least one --model"),
+    ("evaluate wav wav --model ear-vae-tiny", 1, "at least one --model that makes them, not both"),
     ("evaluate wav other --device cpu", 2, "--device is for a --model"),
     ("evaluate wav other --variant x", 2, "--variant is for a --model"),
     ("evaluate wav other --force-download", 2, "--force-download is for a --model"),
@@ -262,6 +263,7 @@ BAD_LINES = [
         1,
         "give the music to train on: --data.folder MUSIC; ear-vae fit --help lists the options",
     ),
+    ("fit --config smoke --data.foldr MUSIC", 1, "--data.folder MUSIC (you wrote --data.foldr); ear-vae"),
 ]
 
 

@@ -281,17 +281,17 @@ def test_training_in_python_as_documented_says_what_it_does_and_no_more(tmp_path
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 def test_the_bar_of_a_run_resumed_within_an_epoch_knows_all_steps(tmp_path: Path) -> None:
-    """Lightning starts no epoch then."""
-    data = list(0.1 * torch.randn(5, 1, 2, 4096))
+    """Lightning starts no epoch then. The rate is that of the steps since the bar's initial one."""
+    data = list(0.1 * torch.randn(3, 1, 2, 4096))
 
-    def fit(steps: int, **options: Any) -> list[tuple[int, int]]:
-        seen: list[tuple[int, int]] = []
+    def fit(steps: int, **options: Any) -> list[tuple[int, int, int]]:
+        seen: list[tuple[int, int, int]] = []
         bar = StepProgressBar()
 
         class Look(L.Callback):
             def on_train_batch_start(self, *_: Any) -> None:
                 shown = bar.train_progress_bar
-                seen.append((shown.n, shown.total))
+                seen.append((shown.n, shown.total, shown.initial))
 
             def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
                 if trainer.global_step == 2:
@@ -312,5 +312,5 @@ def test_the_bar_of_a_run_resumed_within_an_epoch_knows_all_steps(tmp_path: Path
         trainer.fit(module, DataLoader(data, batch_size=None), **options)
         return seen
 
-    assert fit(3) == [(0, 3), (1, 3), (2, 3)]
-    assert fit(4, ckpt_path=tmp_path / "within.ckpt")[0] == (2, 4)
+    assert fit(4) == [(0, 4, 0), (1, 4, 0), (2, 4, 0), (3, 4, 0)]
+    assert fit(4, ckpt_path=tmp_path / "within.ckpt") == [(2, 4, 2), (3, 4, 2)]

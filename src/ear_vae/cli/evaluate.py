@@ -33,7 +33,10 @@ def run_evaluate(options: argparse.Namespace) -> int:
         EarVAEError: Nothing can be evaluated, or an output cannot be written.
     """
     if bool(options.estimate) == bool(options.model):
-        raise EarVAEError("give either the folder of the estimates or at least one --model that makes them")
+        both = ", not both" if options.model else ""
+        raise EarVAEError(
+            f"give either the folder of the estimates or at least one --model that makes them{both}"
+        )
     refuse_options_of_models(options)
     _refuse_idle_options(options)
     partial = partial_file(options.json or None, options.csv or None)

@@ -156,8 +156,11 @@ def _require_folders(arguments: Sequence[str]) -> None:
         elif option == "--data":
             is_all = False
     if is_all and "folder" not in found:
+        names = [argument.partition("=")[0] for argument in arguments]
+        near = difflib.get_close_matches("--data.folder", [n for n in names if n.startswith("--data.")], n=1)
+        meant = f" (you wrote {near[0]})" if near else ""
         raise EarVAEError(
-            "give the music to train on: --data.folder MUSIC; ear-vae fit --help lists the options"
+            f"give the music to train on: --data.folder MUSIC{meant}; ear-vae fit --help lists the options"
         )
     for name, value in found.items():
         text = isinstance(value, str) and value.startswith("[")

@@ -23,6 +23,7 @@ OPTIONS = {
     "revision": "--revision",
     "retry_failed": "--retry-failed",
     "config": "--config",
+    "pattern": "--pattern",
 }
 OPTIONS_OF_FIT = {
     "overwrite": "--force",

@@ -98,7 +98,9 @@ def find_pairs(target: Path, estimate: Path, *, pattern: str = DEFAULT_PATTERN) 
         name = next(iter(originals))
         raise EarVAEError(
             f"no file of {estimate} belongs to one of {target}: for {name} there should be {wanted[name]}, "
-            f"there is for example {next(iter(rebuilt))}; give a pattern that says how they are named"
+            f"there is for example {next(iter(rebuilt))}; give a pattern that says how they are named",
+            argument="pattern",
+            value=...,
         )
     used = {pair.estimate for pair in pairs} | set(originals.values())
     return Pairs(

@@ -178,6 +178,8 @@ class StepProgressBar(TQDMProgressBar):
         # Reading the loss waits for a GPU; a CPU has just computed it, and its steps may take many seconds.
         self._every = 1 if trainer.strategy.root_device.type == "cpu" else _REFRESH_STEPS
         self._show_all_steps(trainer)
+        # Of this run alone, from the first of its steps on, the bar tells the rate.
+        self.train_progress_bar.initial = trainer.global_step
 
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Leaves the bar as it is: it is about the whole training, not the batches of an epoch."""
@@ -186,7 +188,7 @@ class StepProgressBar(TQDMProgressBar):
     def _show_all_steps(self, trainer: L.Trainer) -> None:
         bar = self.train_progress_bar
         bar.total = trainer.max_steps if trainer.max_steps > 0 else None
-        bar.initial = bar.n = self._step = trainer.global_step
+        bar.n = self._step = trainer.global_step
         bar.set_description("Training")
 
     def on_train_batch_end(
