@@ -197,7 +197,8 @@ def small_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     convert(folder / "small", folder / "pretrained_weight" / "ear_vae_44k.pyt")
     (folder / "config").mkdir()
     shutil.copy(folder / "small" / "config.json", folder / "config" / "model_config.json")
-    shutil.copytree(folder / "small", folder / "runs" / "tiny_third" / "model")
+    for stage in ("third", "fourth"):
+        shutil.copytree(folder / "small", folder / "runs" / f"tiny_{stage}" / "model")
     return folder
 
 
