@@ -263,6 +263,7 @@ BAD_LINES = [
         1,
         "give the music to train on: --data.folder MUSIC; ear-vae fit --help lists the options",
     ),
+    ("fit --data.seed 3", 1, "give the music to train on: --data.folder MUSIC; ear-vae"),
     ("fit --config smoke --data.foldr MUSIC", 1, "--data.folder MUSIC (you wrote --data.foldr); ear-vae"),
 ]
 

@@ -190,7 +190,7 @@ def test_the_scripts_say_what_is_installed_and_all_of_it_if_that_fails(tmp_path:
     assert (tmp_path / "venv" / "installed").exists() != bool(code)
     if not code:
         assert install(".").stderr == ""
-        assert install("'.[test]'").stderr.startswith("Installing what .[test] takes besides into ")
+        assert install("'.[test]'").stderr.startswith("Installing the additional packages of .[test] into ")
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")

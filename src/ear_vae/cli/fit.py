@@ -156,9 +156,9 @@ def _require_folders(arguments: Sequence[str]) -> None:
         elif option == "--data":
             is_all = False
     if is_all and "folder" not in found:
-        names = [argument.partition("=")[0] for argument in arguments]
-        near = difflib.get_close_matches("--data.folder", [n for n in names if n.startswith("--data.")], n=1)
-        meant = f" (you wrote {near[0]})" if near else ""
+        data = [a.partition("=")[0].removeprefix("--data.") for a in arguments if a.startswith("--data.")]
+        near = difflib.get_close_matches("folder", data, n=1)
+        meant = f" (you wrote --data.{near[0]})" if near else ""
         raise EarVAEError(
             f"give the music to train on: --data.folder MUSIC{meant}; ear-vae fit --help lists the options"
         )

@@ -16,7 +16,7 @@ from ear_vae._atomic import same_file
 from ear_vae.audio.folders import OUTPUT_MARK, REBUILT, Found, find_files
 from ear_vae.audio.formats import AUDIO_EXTENSIONS
 from ear_vae.cli.terminal import reason, say, say_traceback
-from ear_vae.encoding.reading import is_silence
+from ear_vae.encoding.reading import accompanies_items
 from ear_vae.errors import EarVAEError
 from ear_vae.inference.tiling import observe_tiles
 from ear_vae.latents.raw import RAW_EXTENSIONS
@@ -42,9 +42,9 @@ class Kind:
     extensions: frozenset[str]
 
     def find(self, folder: Path) -> Found:
-        """Lists the files of this kind below a folder, without the silence of a data set of latents."""
+        """Lists the files of this kind below a folder; of a data set of latents the items alone."""
         found = find_files(folder, self.extensions)
-        return replace(found, files=tuple(path for path in found.files if not is_silence(path)))
+        return replace(found, files=tuple(path for path in found.files if not accompanies_items(path)))
 
 
 AUDIO = Kind("audio files", AUDIO_EXTENSIONS)

@@ -36,9 +36,12 @@ _MEMBERS = ("json", "npy", "std.npy")
 _LONGEST_NPY_HEADER = 4096
 
 
-def is_silence(path: Path) -> bool:
-    """Whether a file is the encoded silence of a data set, which is none of its items."""
-    return path.name == SILENCE_FILE and path.with_name(PLAN_FILE).is_file()
+def accompanies_items(path: Path) -> bool:
+    """Whether a file is the encoded silence of a data set, or standard deviations beside the means."""
+    if path.name == SILENCE_FILE:
+        return path.with_name(PLAN_FILE).is_file()
+    item = path.name.removesuffix(".std.npy")
+    return item != path.name and path.with_name(f"{item}.npy").is_file()
 
 
 class _Span(NamedTuple):

@@ -178,7 +178,7 @@ class StepProgressBar(TQDMProgressBar):
         # Reading the loss waits for a GPU; a CPU has just computed it, and its steps may take many seconds.
         self._every = 1 if trainer.strategy.root_device.type == "cpu" else _REFRESH_STEPS
         self._show_all_steps(trainer)
-        # Of this run alone, from the first of its steps on, the bar tells the rate.
+        # The bar's rate is that of the steps since then.
         self.train_progress_bar.initial = trainer.global_step
 
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
