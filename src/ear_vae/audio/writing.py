@@ -338,8 +338,8 @@ def _write(
     if highest > 1 and encoding.bounded and encoding.peak == "keep":
         warnings.warn(
             f"{name}: peaks reach {20 * math.log10(highest):+.2f} dBFS and are cut off in this format; write "
-            "float wav, or choose peak='scale' (--peak scale), which lowers the whole file, or 'clip', which "
-            "cuts them off without this warning",
+            "float wav, or set peak (--peak) to scale, which lowers the whole file, or to clip, which cuts "
+            "them off without this warning",
             PeakWarning,
             stacklevel=3,
         )
