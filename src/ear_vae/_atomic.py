@@ -66,10 +66,7 @@ def atomic_path(destination: str | os.PathLike[str], overwrite: bool) -> Iterato
         temporary = folder / f"new{destination.suffix}"
         try:
             yield temporary
-            # Some writers make private files; what is left behind has the permissions of any new file.
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o666 & ~umask)
+            _make_ordinary(temporary)
             if overwrite:
                 temporary.replace(destination)
             else:
@@ -78,6 +75,13 @@ def atomic_path(destination: str | os.PathLike[str], overwrite: bool) -> Iterato
             raise _exists_already(destination) from None
         except OSError as error:
             raise EarVAEError(f"{destination}: could not be written: {error.strerror or error}") from error
+
+
+def _make_ordinary(file: Path) -> None:
+    """Gives a file the permissions of any new one: some writers make private files."""
+    umask = os.umask(0)
+    os.umask(umask)
+    file.chmod(0o666 & ~umask)
 
 
 def _require_ordinary(destination: Path) -> None:
@@ -155,6 +159,9 @@ def atomic_folder(destination: Path, *, overwrite: bool, keep: Collection[str] =
             except EarVAEError as error:
                 # What is wrong with the temporary folder is wrong with the one that it was to become.
                 raise EarVAEError(str(error).replace(str(folder), str(destination))) from error
+            for file in folder.rglob("*"):
+                if file.is_file():
+                    _make_ordinary(file)
             with signals_held():
                 try:
                     _move_files(folder, destination, overwrite=overwrite, keep=keep)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -191,3 +192,14 @@ def test_saving_over_a_model_is_all_or_nothing(least_config: EarVAEConfig, tmp_p
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "KeyboardInterrupt" in ended.stderr
     assert EarVAE.from_pretrained(tmp_path / "target").weights_sha256 == wider.weights_sha256
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="permissions of POSIX")
+def test_private_files_become_ordinary_ones(tmp_path: Path) -> None:
+    umask = os.umask(0o027)
+    try:
+        with atomic_folder(tmp_path / "model", overwrite=False) as folder:
+            (folder / "weights").touch(mode=0o600)
+    finally:
+        os.umask(umask)
+    assert (tmp_path / "model" / "weights").stat().st_mode & 0o777 == 0o640

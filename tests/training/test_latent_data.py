@@ -211,7 +211,7 @@ def test_what_cannot_be_trained_on_is_said(tmp_path: Path, folder: Path, vae: Ea
         _ = LatentDataModule(folder).vae
     few = of(folder, vae, crops_per_epoch=1)
     few.setup("fit")
-    with pytest.raises(EarVAEError, match="an epoch has 1 segments, but one step of 1 processes takes 2"):
+    with pytest.raises(EarVAEError, match=r"1 segments, but one step takes 2; .*crops_per_epoch"):
         few.train_dataloader()
 
 

@@ -183,3 +183,12 @@ def test_the_data_module_tests_and_predicts_on_what_it_validates_on(
     for use in (used.test, used.predict):
         with pytest.raises(EarVAEError, match="needs a validation_folder"):
             use(module, data(None))
+
+
+def test_the_best_need_a_validation(tmp_path: Path, audio: torch.Tensor) -> None:
+    module = EarVAEModule(TINY)
+    data = DataLoader([audio], batch_size=None)
+    checkpoints = Checkpoints(monitor="validation/si_sdr_db")
+    with pytest.raises(EarVAEError, match="si_sdr_db, but nothing is validated; give the data a"):
+        trainer(tmp_path, max_steps=1, callbacks=[checkpoints]).fit(module, data)
+    assert not (tmp_path / "checkpoints").exists()

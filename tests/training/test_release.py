@@ -192,7 +192,11 @@ def test_what_is_no_training_state_of_it(checkpoint: Path, tmp_path: Path) -> No
     state = tmp_path / "model" / "training_state.safetensors"
     other = DiscriminatorConfig(window_sizes=(512, 128), channels=8)
     for path, judge, message in (
-        (state, other, "another architecture: .* tensors do not fit, such as discriminator"),
+        (
+            state,
+            other,
+            "of another architecture: .*, such as discriminator.*; give the discriminator",
+        ),
         (state, None, "another architecture"),
         (tmp_path / "model" / "model.safetensors", JUDGE, "is not a training state"),
         (tmp_path / "nothing.safetensors", JUDGE, "missing"),
@@ -208,6 +212,37 @@ def test_what_is_no_training_state_of_it(checkpoint: Path, tmp_path: Path) -> No
     module = EarVAEModule(pretrained=str(tmp_path / "model"), training_state=str(state), discriminator=JUDGE)
     with pytest.raises(EarVAEError, match=r"no moments of 1 weights, such as decoder\.conv_in\.bias"):
         fit(module, 1)
+
+
+@pytest.mark.parametrize("trained_before", [False, True])
+def test_a_training_state_with_the_encoder_trained_or_not(tmp_path: Path, trained_before: bool) -> None:
+    """One goes on as the other began; otherwise it is said what to change."""
+    EarVAE(TINY).save_pretrained(tmp_path / "start")
+    module = EarVAEModule(
+        pretrained=str(tmp_path / "start"),
+        train_encoder=trained_before,
+        discriminator=JUDGE,
+        optimizer=FAST,
+        discriminator_optimizer=FAST,
+    )
+    with pytest.warns():  # of few workers, and of few batches
+        fit(module, 1).save_checkpoint(tmp_path / "last.ckpt", weights_only=False)
+    assert main(["release", str(tmp_path / "last.ckpt"), str(tmp_path / "model"), "--training-state"]) == 0
+
+    def go_on(train_encoder: bool) -> None:
+        state = str(tmp_path / "model" / "training_state.safetensors")
+        model = str(tmp_path / "model")
+        fit(
+            EarVAEModule(
+                pretrained=model, training_state=state, train_encoder=train_encoder, discriminator=JUDGE
+            ),
+            1,
+        )
+
+    with pytest.raises(EarVAEError, match=f"set train_encoder to {str(trained_before).lower()}, as that run"):
+        go_on(not trained_before)
+    with pytest.warns():
+        go_on(trained_before)
 
 
 def test_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,7 +60,8 @@ class Checkpoints(ModelCheckpoint):
         save_top_k: Number of best checkpoints to keep.
 
     Raises:
-        EarVAEError: An interval or `save_top_k` below 1; a checkpoint that cannot be written.
+        EarVAEError: An interval or `save_top_k` below 1; a value of the validation to monitor where nothing
+            is validated; a checkpoint that cannot be written.
     """
 
     def __init__(
@@ -101,6 +102,11 @@ class Checkpoints(ModelCheckpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remembers the checkpoint that was resumed from, which need not be written again."""
         super().on_train_start(trainer, pl_module)
+        if (self.monitor or "").startswith("validation/") and not trainer.enable_validation:
+            raise EarVAEError(
+                f"the best checkpoints are to be kept by {self.monitor}, but nothing is validated; give the "
+                "data a validation_folder, or leave monitor out"
+            )
         self._saved = (trainer.global_step, 0) if trainer.ckpt_path is not None else None
 
     def on_train_batch_end(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ear_vae.training.checkpoint_reading import are_moments, require_state
 TRAINING_STATE_FILE = "training_state.safetensors"
 _FORMAT = "ear-vae-training-state"
 _PARTS = ("vae", "discriminator", "balancer")
+_ENCODER = "vae.encoder."
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -60,10 +61,7 @@ def load_training_state(module: nn.Module, path: Path) -> dict[str, dict[str, di
         if name not in own or name not in found or own[name].shape != found[name].shape
     ]
     if different:
-        raise EarVAEError(
-            f"{path}: is of another architecture: {len(different)} tensors do not fit, "
-            f"such as {min(different)}"
-        )
+        raise EarVAEError(f"{path}: {_why_different(different, own, found)}")
     require_state(path, found, own)
     module.load_state_dict(found, strict=False)
     moments: dict[str, dict[str, dict[str, Tensor]]] = {}
@@ -73,6 +71,26 @@ def load_training_state(module: nn.Module, path: Path) -> dict[str, dict[str, di
             parameter, _, moment = rest.rpartition("/")
             moments.setdefault(part, {}).setdefault(parameter, {})[moment] = tensor
     return moments
+
+
+def _why_different(different: Collection[str], own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+    """Says why weights do not fit, and what to change where that can be told."""
+    if all(name.startswith(_ENCODER) for name in different):
+        # Only what is trained has its norm apart from its direction.
+        trained_here, trained_there = (
+            any(name.startswith(_ENCODER) and ".parametrizations." in name for name in state)
+            for state in (own, found)
+        )
+        if trained_here != trained_there:
+            whole = {True: "trained the encoder", False: "left the encoder as it was"}
+            return (
+                f"comes from a run that {whole[trained_there]}, and this run would not; set train_encoder to "
+                f"{str(trained_there).lower()}, as that run did"
+            )
+    cure = ""
+    if all(name.startswith("discriminator.") for name in different):
+        cure = "; give the discriminator the settings that it was trained with"
+    return f"is of another architecture: {len(different)} tensors do not fit, such as {min(different)}{cure}"
 
 
 def restore_moments(

@@ -75,9 +75,11 @@ class SegmentLoader(DataLoader[Any]):
         self.step_segments = batch_size * processes
         per_epoch = segments_per_epoch // self.step_segments * self.step_segments
         if per_epoch == 0:
+            shared = f" of {processes} processes" if processes > 1 else ""
             raise EarVAEError(
-                f"an epoch has {segments_per_epoch} segments, but one step of {processes} processes takes "
-                f"{self.step_segments}"
+                f"an epoch has {segments_per_epoch} segments, but one step{shared} takes "
+                f"{self.step_segments}; lower batch_size, or draw more per epoch (segments_per_epoch, for "
+                "latents crops_per_epoch)"
             )
         self.segments = SegmentSampler(dataset, per_epoch=per_epoch, rank=rank, processes=processes)
         super().__init__(
