@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import soundfile
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from ear_vae import EarVAE, __version__
 from ear_vae.cli import main
@@ -364,6 +366,48 @@ def test_an_interrupted_command_leaves_nothing(
     assert running.returncode == 130, errors
     assert errors.decode().strip() == "ear-vae: interrupted"
     assert sorted(os.listdir(tmp_path)) == ["in"]
+
+
+def test_an_interrupted_folder_says_how_to_go_on(
+    tmp_path: Path, small_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "ab":
+        write(tmp_path / "in" / f"{name}.wav")
+    whole = EarVAE.decode_stream
+    left = 1
+
+    def interrupted(*arguments: Any, **options: Any) -> Iterator[Tensor]:
+        nonlocal left
+        if not left:
+            raise KeyboardInterrupt
+        left -= 1
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(EarVAE, "decode_stream", interrupted)
+    command = ["reconstruct", str(tmp_path / "in"), str(tmp_path / "out"), "--model", str(small_model)]
+    assert main(command) == 130
+    assert "finished 1 of 2 files; the same command, without --force, goes on" in capsys.readouterr().err
+    left = 1
+    assert main(command) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.wav", "b.wav"]
+
+
+def test_an_interrupted_data_set_goes_on(
+    tmp_path: Path, small_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "in" / "a.wav")
+    with monkeypatch.context() as patch:
+
+        def interrupted(*_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(EarVAE, "encode_stream", interrupted)
+        patch.setattr(EarVAE, "encode", interrupted)
+        command = ["encode-dataset", str(tmp_path / "in"), str(tmp_path / "set"), "--model", str(small_model)]
+        assert main(command) == 130
+        assert "the same command, without --force, goes on from there" in capsys.readouterr().err
+    assert main(command) == 0
+    assert "1 item of 1 file" in capsys.readouterr().err
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ BAD_LINES = [
     ("reconstruct wav out", 1, "out: has no extension that tells the format; call it out.wav"),
     ("decode latents out", 1, "call it out.wav"),
     ("reconstruct wav out.flac --format mp3", 1, "is named .flac, but --format asks for mp3"),
-    ("decode song.wav out.wav", 1, "song.wav: is audio, and decode takes latent files; ear-vae encode"),
+    ("decode song.wav out.wav", 1, "song.wav: has the extension of audio, and decode takes latent files"),
     ("encode latents out.safetensors", 1, "latents: is a latent file; ear-vae decode turns it into audio"),
     ("reconstruct latents out.wav", 1, "latents: is a latent file; ear-vae decode turns it into audio"),
     ("reconstruct tensors.safetensors out.wav", 1, "is a .safetensors file, expected audio"),

@@ -191,6 +191,9 @@ def test_the_scripts_say_what_is_installed_and_all_of_it_if_that_fails(tmp_path:
     if not code:
         assert install(".").stderr == ""
         assert install("'.[test]'").stderr.startswith("Installing the additional packages of .[test] into ")
+        # Somebody's `pip install .`, which changes in the folder would not reach.
+        (tmp_path / "venv" / "lib" / "python3.13" / "site-packages" / "ear_vae").mkdir(parents=True)
+        assert install(".").stderr.startswith("Installing ear-vae and what it needs into ")
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")

@@ -30,7 +30,7 @@ def run_encode_dataset(options: argparse.Namespace) -> int:
     vae = load_model(options)
     started = time.monotonic()
     shown = options.progress or (is_watched() and not options.quiet)
-    with _bar(shown=shown) as (progress, encoded_seconds):
+    with _goes_on(), _bar(shown=shown) as (progress, encoded_seconds):
         result = encode_dataset(
             options.sources,
             options.output,
@@ -56,6 +56,16 @@ def run_encode_dataset(options: argparse.Namespace) -> int:
         elapsed = time.monotonic() - started
         say(_summary(result, encoded_seconds(), elapsed))
     return 1 if result.num_failures else 0
+
+
+@contextmanager
+def _goes_on() -> Iterator[None]:
+    """Says how to go on after an interruption."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("ear-vae: finished shards are kept; the same command, without --force, goes on from there")
+        raise
 
 
 def _summary(result: EncodedDataset, encoded_seconds: float, elapsed: float) -> str:

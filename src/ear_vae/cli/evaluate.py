@@ -50,10 +50,9 @@ def run_evaluate(options: argparse.Namespace) -> int:
     if evaluation.without_target and not options.quiet:
         say(f"without target: {first_names([str(path) for path in evaluation.without_target])}")
     if evaluation.reused and not options.quiet:
-        there = (
-            f"{counted(evaluation.reused, 'comparison')} {'was' if evaluation.reused == 1 else 'were'} there"
-        )
-        say(f"{there} from an earlier run (--force to make them again)")
+        were, them = ("was", "it") if evaluation.reused == 1 else ("were", "them")
+        there = f"{counted(evaluation.reused, 'comparison')} {were} there"
+        say(f"{there} from an earlier run (--force to make {them} again)")
     if evaluation.rows:
         put(evaluation.table())
     failed, total = len(evaluation.failures), len(evaluation.rows) + len(evaluation.failures)

@@ -116,8 +116,8 @@ def _require_kind(path: Path, kind: Kind) -> None:
         raise EarVAEError(f"{path}: is a {LATENT_EXTENSION} file, expected audio")
     if kind is LATENTS and extension in AUDIO_EXTENSIONS and not is_latent_file(path):
         raise EarVAEError(
-            f"{path}: is audio, and decode takes latent files; ear-vae encode makes them from audio, and "
-            "ear-vae reconstruct goes from audio to audio"
+            f"{path}: has the extension of audio, and decode takes latent files; ear-vae encode makes them "
+            "from audio, and ear-vae reconstruct goes from audio to audio"
         )
 
 

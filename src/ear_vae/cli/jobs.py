@@ -266,12 +266,17 @@ def run_jobs(
         with suppress(OSError):
             plan.marked.mkdir(parents=True, exist_ok=True)
             (plan.marked / OUTPUT_MARK).touch()
-    for job in plan.jobs:
+    for number, job in enumerate(plan.jobs):
         started = time.monotonic()
         try:
             if job.relative:
                 os.makedirs(os.path.dirname(job.destination), exist_ok=True)
             seconds = work(shared, job)
+        except KeyboardInterrupt:
+            if number > failed:
+                done = f"{number - failed} of {counted(len(plan.jobs), 'file')}"
+                say(f"ear-vae: finished {done}; the same command, without --force, goes on with the rest")
+            raise
         # Decoders meet every kind of damage; whatever happens with one file, the others are processed.
         except Exception as error:
             if debug:
@@ -284,7 +289,8 @@ def run_jobs(
         _report(f"{job.destination_name}: {seconds:.1f} s in {elapsed:.1f} s ({speed})", quiet)
     total = len(plan.jobs) + len(plan.kept)
     if failed and total > 1:
-        kept = f"; {counted(len(plan.kept), 'output')} existed already and were kept" if plan.kept else ""
+        were = "was" if len(plan.kept) == 1 else "were"
+        kept = f"; {counted(len(plan.kept), 'output')} existed already and {were} kept" if plan.kept else ""
         say(f"ear-vae: {failed} of {total} files failed{kept}")
     return 1 if failed or plan.unreadable else 0
 

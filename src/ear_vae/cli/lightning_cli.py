@@ -174,6 +174,8 @@ def train(arguments: Sequence[str], typed: Sequence[str], *, overwrite: bool = F
     # Meant for Lightning's authors.
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     warnings.filterwarnings("ignore", message=r".*tensorboardX.*")
+    # Steps are counted over epochs, so that short ones are logged as often as long ones.
+    warnings.filterwarnings("ignore", message=r".*smaller than the logging interval.*")
     loggers = [logging.getLogger(name) for name in _TALKATIVE]
     for logger in loggers:
         logger.addFilter(_is_about_this_run)
