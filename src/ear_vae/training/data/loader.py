@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from ear_vae.errors import EarVAEError
 from ear_vae.limits import integer, shown
 
-# How long a worker goes on after SIGTERM, for the step that is under way.
-_GRACE_SECONDS = 60
+# How long a worker goes on after SIGTERM, for the step that is under way: on one core some take minutes.
+_GRACE_SECONDS = 300
 
 
 class SegmentSampler(DistributedSampler[int]):
