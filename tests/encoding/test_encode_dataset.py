@@ -22,7 +22,7 @@ import torch
 from ear_vae import EarVAE, EarVAEConfig, EarVAEError
 from ear_vae.audio import read_audio
 from ear_vae.cli import main
-from ear_vae.encoding import EncodingProgress, encode_dataset
+from ear_vae.encoding import EncodingProgress, encode_dataset, open_latents
 from ear_vae.encoding.sources import AudioEntry, estimated_seconds
 from ear_vae.latents import load_latents
 from ear_vae.network.blocks import Snake
@@ -773,3 +773,24 @@ def test_the_command(
     assert all(mean.dtype == np.float32 for mean, _, _ in items(tmp_path / "out").values())
     with pytest.raises(SystemExit):
         main([*arguments, "--hop-seconds", "1"])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_copy_that_lost_a_file_is_not_read_as_if_it_were_whole(
+    format: str, undisturbed: dict[str, Path], songs: Path, vae: EarVAE, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(undisturbed[format], tmp_path / "copy")
+    whole = len(open_latents(copy))
+    ending = {"webdataset": ".tar", "stable-audio": ".npy", "safetensors": ".safetensors"}[format]
+    files = (path for path in copy.rglob(f"*{ending}") if path.is_file() and ".std." not in path.name)
+    lost = min(files)
+    lost.unlink()
+    if format == "stable-audio":  # whose list still names it
+        with pytest.raises(EarVAEError, match=r"cannot be read: No such file"):
+            list(open_latents(copy))
+    else:
+        with pytest.raises(EarVAEError, match=r"copy: \d of \d items are missing, whose files were"):
+            open_latents(copy)
+    encode_dataset(songs, copy, vae, format=format, files_per_shard=2, decoders=0)
+    assert len(open_latents(copy)) == whole
+    assert lost.exists()

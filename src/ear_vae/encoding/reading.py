@@ -242,12 +242,7 @@ class _Tars(LatentFolder):
     def _count(self, folder: Path, number: int) -> int:
         path = self._paths[number]
         receipt = folder / RECEIPTS_FOLDER / f"{path.stem}.json"
-        if not receipt.exists():
-            return len(self._index(number))
-        count = integer(read_receipt(receipt).get("items"))
-        if count is None or count < 0:
-            raise EarVAEError(f"{receipt}: does not say how many items the shard has")
-        return count
+        return _items_noted(receipt) if receipt.exists() else len(self._index(number))
 
     def _index(self, number: int) -> np.ndarray:
         """Returns offset and size of each member of each item, [items, members, 2]."""
@@ -336,9 +331,13 @@ def open_latents(folder: str | os.PathLike[str]) -> LatentFolder:
     if not folder.is_dir():
         raise EarVAEError(f"{folder}: is no folder; give the output of ear-vae encode-dataset")
     _require_complete(folder)
+    latents: LatentFolder
     if any(folder.glob("*.tar")):
-        return _Tars(folder)
-    return _Arrays(folder) if (folder / FILELIST_FILE).exists() else _LatentFiles(folder)
+        latents = _Tars(folder)
+    else:
+        latents = _Arrays(folder) if (folder / FILELIST_FILE).exists() else _LatentFiles(folder)
+    _require_all_items(latents)
+    return latents
 
 
 def receipts(folder: Path) -> list[Path]:
@@ -376,6 +375,31 @@ def _require_complete(folder: Path) -> None:
             f"{folder}: {planned - finished} of {planned} shards are not finished; run ear-vae "
             "encode-dataset again, it goes on where it stopped"
         )
+
+
+def _require_all_items(latents: LatentFolder) -> None:
+    """Refuses a folder of which files were lost after they were finished, as by a copy that was cut short.
+
+    Raises:
+        EarVAEError: It has fewer items than were noted.
+    """
+    folder = latents.folder
+    if not (folder / PLAN_FILE).exists():
+        return
+    noted = sum(map(_items_noted, receipts(folder)))
+    if len(latents) < noted:
+        raise EarVAEError(
+            f"{folder}: {noted - len(latents)} of {noted} items are missing, whose files were there once; "
+            "copy the folder again, or run ear-vae encode-dataset again, which makes them anew"
+        )
+
+
+def _items_noted(receipt: Path) -> int:
+    """Reads how many items a finished shard has."""
+    count = integer(read_receipt(receipt).get("items"))
+    if count is None or count < 0:
+        raise EarVAEError(f"{receipt}: does not say how many items the shard has")
+    return count
 
 
 def _last_line(path: Path) -> bytes:
