@@ -192,7 +192,10 @@ def test_the_scripts_say_what_is_installed_and_all_of_it_if_that_fails(tmp_path:
         assert install(".").stderr == ""
         assert install("'.[test]'").stderr.startswith("Installing the additional packages of .[test] into ")
         # Somebody's `pip install .`, which changes in the folder would not reach.
-        (tmp_path / "venv" / "lib" / "python3.13" / "site-packages" / "ear_vae").mkdir(parents=True)
+        copy = tmp_path / "venv" / "lib" / "python3.13" / "site-packages" / "ear_vae"
+        copy.mkdir(parents=True)
+        assert install(".").stderr == ""  # an empty folder, as uninstalling may leave it
+        (copy / "__init__.py").touch()
         assert install(".").stderr.startswith("Installing ear-vae and what it needs into ")
 
 

@@ -229,20 +229,18 @@ class LatentFolder(Sequence[LatentItem], ABC):
 class _Tars(LatentFolder):
     """Items in tars; which ones is looked up when the first of a tar is asked for."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, noted: Mapping[str, int]) -> None:
         self._paths = sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
         self._spans: dict[int, np.ndarray] = {}
-        counts = [self._count(folder, number) for number in range(len(self._paths))]
+        counts = (
+            noted[path.stem] if path.stem in noted else len(self._index(number))
+            for number, path in enumerate(self._paths)
+        )
         self._ends = list(accumulate(counts))
         super().__init__(folder)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
-
-    def _count(self, folder: Path, number: int) -> int:
-        path = self._paths[number]
-        receipt = folder / RECEIPTS_FOLDER / f"{path.stem}.json"
-        return _items_noted(receipt) if receipt.exists() else len(self._index(number))
 
     def _index(self, number: int) -> np.ndarray:
         """Returns offset and size of each member of each item, [items, members, 2]."""
@@ -325,18 +323,25 @@ def open_latents(folder: str | os.PathLike[str]) -> LatentFolder:
         folder: Its folder, in any format; the tars alone of one in the webdataset format will do.
 
     Raises:
-        EarVAEError: There is no such folder, no latents in it, or it is not complete.
+        EarVAEError: There is no such folder, no latents in it, or it is not complete or has lost files.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise EarVAEError(f"{folder}: is no folder; give the output of ear-vae encode-dataset")
     _require_complete(folder)
+    noted = {receipt.stem: _items_noted(receipt) for receipt in receipts(folder)}
     latents: LatentFolder
     if any(folder.glob("*.tar")):
-        latents = _Tars(folder)
+        latents = _Tars(folder, noted)
     else:
         latents = _Arrays(folder) if (folder / FILELIST_FILE).exists() else _LatentFiles(folder)
-    _require_all_items(latents)
+    expected = sum(noted.values()) if (folder / PLAN_FILE).exists() else 0
+    if missing := max(0, expected - len(latents)):
+        # As by a copy that was cut short.
+        raise EarVAEError(
+            f"{folder}: {missing} of {expected} items are missing, whose files were there once; copy the "
+            "folder again, or run ear-vae encode-dataset again, which makes them anew"
+        )
     return latents
 
 
@@ -374,23 +379,6 @@ def _require_complete(folder: Path) -> None:
         raise EarVAEError(
             f"{folder}: {planned - finished} of {planned} shards are not finished; run ear-vae "
             "encode-dataset again, it goes on where it stopped"
-        )
-
-
-def _require_all_items(latents: LatentFolder) -> None:
-    """Refuses a folder of which files were lost after they were finished, as by a copy that was cut short.
-
-    Raises:
-        EarVAEError: It has fewer items than were noted.
-    """
-    folder = latents.folder
-    if not (folder / PLAN_FILE).exists():
-        return
-    noted = sum(map(_items_noted, receipts(folder)))
-    if len(latents) < noted:
-        raise EarVAEError(
-            f"{folder}: {noted - len(latents)} of {noted} items are missing, whose files were there once; "
-            "copy the folder again, or run ear-vae encode-dataset again, which makes them anew"
         )
 
 
